@@ -1,0 +1,153 @@
+// The rows of the store as the rest of the program sees them. docs/formats/store.md gives the tables behind
+// them. Every *_us is UTC in microseconds since 1970; 0 in a record that is written means "now".
+#pragma once
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/episode.h"
+
+namespace perigee {
+
+struct RunRecord {
+  std::string id;  // the user's name for it, unique in the file
+  int64_t created_us = 0;
+  std::string config = "{}";  // the whole configuration, JSON: with the code version, all that makes the run
+  std::string state = "running";  // running | finished | stopped | failed
+  std::string parent;             // id of the run that it goes on from; empty when none
+  std::string code_version;
+};
+
+struct PolicyVersion {
+  uint32_t version = 0;
+  std::string phase = "rl";  // which steps count: "warmup" or "rl"
+  int64_t step = 0;          // the last step of that phase that is inside; 0 for none
+  std::string weights_hash;  // hex
+  std::string checkpoint;    // path in the run directory; empty when only the hash is kept
+  int64_t created_us = 0;
+};
+
+struct Checkpoint {
+  uint32_t version = 0;
+  std::string phase = "rl";
+  int64_t step = 0;
+  std::string path;
+  std::string weights_hash;
+  std::string optimizer_hash;
+  int64_t bytes = 0;
+  int64_t created_us = 0;
+};
+
+enum class GroupOutcome : uint8_t { kPending, kTrained, kDropped };
+
+struct GroupRecord {
+  int64_t group_id = 0;  // 0 when opening: the store gives the next one
+  int64_t step = 0;      // the learner step it was opened for
+  int32_t round = 0;     // within the step: dynamic sampling opens further rounds
+  int64_t task_index = 0;
+  std::string task = "{}";  // prompt, answer, verifier: JSON
+  GroupOutcome outcome = GroupOutcome::kPending;
+  std::string reason;  // why dropped: "equal_rewards", "too_old", ...
+  int64_t created_us = 0;
+};
+
+// open -> leased -> generated -> rewarded -> trained; a lease may go back (open), and any but trained may be
+// dropped.
+enum class EpisodeState : uint8_t { kOpen, kLeased, kGenerated, kRewarded, kTrained, kDropped };
+
+struct EpisodeRecord {
+  EpisodeSpec spec;
+  EpisodeState state = EpisodeState::kOpen;
+  int32_t attempt = 0;  // attempts begun; the current one while leased
+  FinishReason finish = FinishReason::kNone;
+  int32_t segment_count = 0;
+  int64_t token_count = 0;
+  std::vector<Segment> segments;  // committed, checked against their checksums, in order
+  std::optional<Reward> reward;
+};
+
+struct GroupWithEpisodes {
+  GroupRecord group;
+  std::vector<EpisodeRecord> episodes;  // by member
+};
+
+struct TrainItem {
+  int64_t episode_id = 0;
+  double advantage = 0;  // kept bit for bit
+};
+
+// One learner step: with the weights and optimiser state before it, enough to run it again.
+struct TrainBatch {
+  int64_t step = 0;
+  uint32_t version_before = 0;
+  uint32_t version_after = 0;
+  std::vector<TrainItem> items;  // in the order in which the learner takes them
+  std::string detail = "{}";     // anything else the step depended on (learning rate, PTX seed), JSON
+  int64_t created_us = 0;
+};
+
+using Metrics = std::vector<std::pair<std::string, double>>;
+
+struct StepMetrics {
+  std::string phase;
+  int64_t step = 0;
+  Metrics values;  // by name
+};
+
+struct Evaluation {
+  std::string phase = "rl";
+  int64_t step = 0;
+  std::string name;  // of the held-out set
+  uint32_t version = 0;
+  int64_t n = 0;
+  int64_t correct = 0;
+  double accuracy = 0;  // or the mean score where "correct" is not a yes or no
+  std::string detail = "{}";
+  int64_t created_us = 0;
+};
+
+// What a restarted hub needs. Segments and rewards of pending groups are loaded, those of others are not.
+struct ResumeState {
+  RunRecord run;
+  std::optional<PolicyVersion> last_version;  // highest recorded
+  std::optional<Checkpoint> last_checkpoint;  // highest kept
+  std::optional<TrainBatch>
+      last_batch;  // highest step recorded; redo it when last_version is not its version_after
+  std::vector<GroupWithEpisodes> pending;  // by group id
+};
+
+struct EpisodeFilter {
+  std::string run;  // empty: every run in the file
+  std::optional<int64_t> step;
+  std::optional<double> min_reward, max_reward;  // inclusive
+  std::optional<FinishReason> finish;
+  std::optional<EpisodeState> state;
+  std::string task_contains;  // in the task's JSON or the prompt text; plain text, case kept
+  enum class Order : uint8_t { kId, kReward, kTokens, kStep } order = Order::kId;
+  bool descending = false;
+  int64_t limit = 100;  // < 0: all
+  int64_t offset = 0;
+};
+
+// One line of a listing.
+struct EpisodeRow {
+  int64_t episode_id = 0, group_id = 0;
+  std::string run;
+  int32_t member = 0;
+  int64_t step = 0;
+  int32_t round = 0;
+  int64_t task_index = 0;
+  std::string task, prompt_text;
+  uint64_t seed = 0;
+  EpisodeState state = EpisodeState::kOpen;
+  int32_t attempt = 0;
+  FinishReason finish = FinishReason::kNone;
+  int64_t token_count = 0;
+  std::optional<double> reward;
+  bool reward_failed = false;
+  int64_t created_us = 0, finished_us = 0;  // finished_us 0: not yet
+};
+
+}  // namespace perigee
