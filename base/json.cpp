@@ -1,0 +1,192 @@
+#include "base/json.h"
+
+#include <cmath>
+
+#include "base/error.h"
+#include "base/text.h"
+
+namespace perigee {
+
+using nlohmann::json;
+
+json parse_json(std::string_view text, std::string_view where, const JsonOptions& options) {
+  std::vector<std::set<std::string>> open;
+  int depth = 0;
+  const auto watch = [&](int, json::parse_event_t event, json& parsed) {
+    switch (event) {
+      case json::parse_event_t::object_start:
+        open.emplace_back();
+        [[fallthrough]];
+      case json::parse_event_t::array_start:
+        if (++depth > options.max_depth)
+          throw_input("{}: nested deeper than {} levels", where, options.max_depth);
+        break;
+      case json::parse_event_t::object_end:
+        open.pop_back();
+        [[fallthrough]];
+      case json::parse_event_t::array_end:
+        --depth;
+        break;
+      case json::parse_event_t::key:
+        if (!open.back().insert(parsed.get<std::string>()).second)
+          throw_input("{}: the key {} stands twice in one object", where, quote(parsed.get<std::string>()));
+        break;
+      case json::parse_event_t::value:
+        break;
+    }
+    return true;
+  };
+  try {
+    return json::parse(text.begin(), text.end(), watch, true, options.comments);
+  } catch (const json::exception& e) {
+    // "[json.exception.parse_error.101] parse error at line 1, column 2: syntax error ...": the tag helps
+    // nobody, and the last token may hold bytes that a terminal should not see.
+    std::string line = e.what();
+    if (const size_t end = line.find("] "); end != std::string::npos) line.erase(0, end + 2);
+    std::string shown = quote(line, 200);
+    throw_input("{}: not JSON: {}", where, shown.substr(1, shown.rfind('"') - 1));
+  }
+}
+
+std::string json_type_name(const json& value) {
+  switch (value.type()) {
+    case json::value_t::null:
+      return "null";
+    case json::value_t::object:
+      return "an object";
+    case json::value_t::array:
+      return "a list";
+    case json::value_t::string:
+      return "a text";
+    case json::value_t::boolean:
+      return "true or false";
+    case json::value_t::number_integer:
+    case json::value_t::number_unsigned:
+      return "a whole number";
+    case json::value_t::number_float:
+      return "a number";
+    default:
+      return "binary";
+  }
+}
+
+std::string json_brief(const json& value, size_t limit) {
+  std::string s = value.dump(-1, ' ', false, json::error_handler_t::replace);
+  if (s.size() <= limit) return s;
+  while (limit > 0 && (static_cast<unsigned char>(s[limit]) & 0xC0) == 0x80) --limit;
+  return s.substr(0, limit) + "...";
+}
+
+JsonReader::JsonReader(const json& value, std::string_view where, std::string_view prefix)
+    : value_(value), where_(where), prefix_(prefix) {
+  if (value.is_object()) return;
+  if (prefix.empty()) throw_input("{}: an object is expected, not {}", where, json_type_name(value));
+  throw_input("{}: {}: an object is expected, not {}", where, prefix, json_type_name(value));
+}
+
+std::string JsonReader::path(std::string_view key) const {
+  return prefix_.empty() ? std::string(key) : fmt::format("{}.{}", prefix_, key);
+}
+
+void JsonReader::fail(std::string_view key, std::string_view message) const {
+  throw_input("{}: {}: {}", where_, path(key), message);
+}
+
+bool JsonReader::has(std::string_view key) const {
+  const auto it = value_.find(key);
+  return it != value_.end() && !it->is_null();
+}
+
+const json* JsonReader::find(std::string_view key) {
+  known(key);
+  const auto it = value_.find(key);
+  return it == value_.end() ? nullptr : &*it;
+}
+
+const json& JsonReader::need(std::string_view key) {
+  const json* v = find(key);
+  if (v == nullptr) fail(key, "missing");
+  return *v;
+}
+
+bool JsonReader::is_true(std::string_view key) {
+  return boolean(key, false);
+}
+
+namespace {
+// The integer in v, if v is one that fits; unsigned values above INT64_MAX do not.
+bool as_integer(const json& v, int64_t* out) {
+  if (v.is_number_unsigned() && v.get<uint64_t>() > static_cast<uint64_t>(INT64_MAX)) return false;
+  if (!v.is_number_integer()) return false;
+  *out = v.get<int64_t>();
+  return true;
+}
+}  // namespace
+
+int64_t JsonReader::integer(std::string_view key, int64_t lo, int64_t hi) {
+  const json& v = need(key);
+  int64_t x = 0;
+  if (!v.is_number_integer()) fail(key, fmt::format("a whole number is expected, not {}", json_brief(v)));
+  if (!as_integer(v, &x) || x < lo || x > hi)
+    fail(key, fmt::format("{} is out of range [{}, {}]", json_brief(v), lo, hi));
+  return x;
+}
+int64_t JsonReader::integer(std::string_view key, int64_t lo, int64_t hi, int64_t absent) {
+  return find(key) == nullptr ? absent : integer(key, lo, hi);
+}
+
+double JsonReader::number(std::string_view key, double lo, double hi) {
+  const json& v = need(key);
+  if (!v.is_number()) fail(key, fmt::format("a number is expected, not {}", json_brief(v)));
+  const double x = v.get<double>();
+  if (!std::isfinite(x) || x < lo || x > hi)
+    fail(key, fmt::format("{} is out of range [{}, {}]", json_brief(v), lo, hi));
+  return x;
+}
+double JsonReader::number(std::string_view key, double lo, double hi, double absent) {
+  return find(key) == nullptr ? absent : number(key, lo, hi);
+}
+
+bool JsonReader::boolean(std::string_view key) {
+  const json& v = need(key);
+  if (!v.is_boolean()) fail(key, fmt::format("true or false is expected, not {}", json_brief(v)));
+  return v.get<bool>();
+}
+bool JsonReader::boolean(std::string_view key, bool absent) {
+  return find(key) == nullptr ? absent : boolean(key);
+}
+
+std::string JsonReader::string(std::string_view key) {
+  const json& v = need(key);
+  if (!v.is_string()) fail(key, fmt::format("a text in quotes is expected, not {}", json_brief(v)));
+  return v.get<std::string>();
+}
+std::string JsonReader::string(std::string_view key, std::string_view absent) {
+  return find(key) == nullptr ? std::string(absent) : string(key);
+}
+
+std::vector<int64_t> JsonReader::integers(std::string_view key, int64_t lo, int64_t hi) {
+  const json& v = need(key);
+  if (!v.is_array()) fail(key, fmt::format("a list of whole numbers is expected, not {}", json_brief(v)));
+  std::vector<int64_t> out;
+  out.reserve(v.size());
+  for (const json& e : v) {
+    int64_t x = 0;
+    if (!e.is_number_integer())
+      fail(key, fmt::format("a list of whole numbers is expected; it holds {}", json_brief(e)));
+    if (!as_integer(e, &x) || x < lo || x > hi)
+      fail(key, fmt::format("{} is out of range [{}, {}]", json_brief(e), lo, hi));
+    out.push_back(x);
+  }
+  return out;
+}
+
+void JsonReader::finish() const {
+  for (const auto& [key, unused] : value_.items()) {
+    if (known_.contains(key)) continue;
+    const std::vector<std::string> names(known_.begin(), known_.end());
+    throw_input("{}: {}: unknown key{}", where_, path(key), did_you_mean(key, names));
+  }
+}
+
+}  // namespace perigee
