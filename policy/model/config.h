@@ -1,0 +1,92 @@
+// The architecture of a policy: Hugging Face config.json of model_type kimi_linear, every key checked.
+#pragma once
+#include <nlohmann/json.hpp>
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "kernels/gemm/gemm.h"
+
+namespace perigee::policy {
+
+enum class LayerKind : uint8_t { kKda, kMla };
+
+// The eps of kv_a_layernorm, which is not rms_norm_eps (the released modelling code; docs/architecture.md,
+// "The model").
+inline constexpr float kMlaNormEps = 1e-6f;
+
+// Invariants, once parsed:
+//  1 layers.size() == moe.size() == num_layers
+//  2 moe layer i: num_experts > 0 && i >= first_k_dense_replace && i % moe_layer_freq == 0
+//  3 num_experts % expert_groups == 0, topk_groups <= expert_groups, and the kept groups hold at least top_k
+//  experts 4 bos, eos and pad are < vocab_size 5 the number of parameters, and of elements in any one tensor,
+//  fits in 2^47
+struct ModelConfig {
+  int64_t vocab_size = 0;
+  int64_t hidden_size = 0;
+  int64_t num_layers = 0;
+  int64_t intermediate_size = 0;  // of a dense layer's SwiGLU
+  float rms_norm_eps = 1e-5f;     // every norm but kv_a_layernorm
+  float initializer_range = 0.02f;
+  int64_t max_length = 1048576;  // tokens: model_max_length
+  kernels::Dtype dtype =
+      kernels::Dtype::kF32;  // of the weights in the checkpoint; A_log and dt_bias are always float32
+
+  // MLA
+  int64_t num_heads = 0;
+  int64_t kv_lora_rank = 0;
+  int64_t qk_nope_head_dim = 0;
+  int64_t qk_rope_head_dim = 0;  // never rotated
+  int64_t v_head_dim = 0;
+  int64_t qk_head_dim() const { return qk_nope_head_dim + qk_rope_head_dim; }
+  int64_t latent_width() const { return kv_lora_rank + qk_rope_head_dim; }  // floats of one token's row
+
+  // KDA; keys and values have the same dimension
+  int64_t kda_heads = 0;
+  int64_t kda_head_dim = 0;
+  int64_t conv_size = 0;  // taps: conv_size - 1 past inputs are the convolution's state
+  int64_t kda_width() const { return kda_heads * kda_head_dim; }
+
+  // MoE
+  int64_t num_experts = 0;  // 0: every layer is dense
+  int64_t experts_per_token = 0;
+  int64_t num_shared_experts = 0;  // 0: none
+  int64_t moe_intermediate_size = 0;
+  int64_t first_k_dense_replace = 0;
+  int64_t moe_layer_freq = 1;
+  int64_t expert_groups = 1;
+  int64_t topk_groups = 1;
+  bool renormalize = true;
+  float routed_scaling_factor = 1;
+  // The shared experts are one SwiGLU of this width.
+  int64_t shared_intermediate_size() const { return num_shared_experts * moe_intermediate_size; }
+
+  int32_t bos_id = 0;
+  int32_t eos_id = 0;
+  int32_t pad_id = 0;
+
+  std::vector<LayerKind> layers;  // [num_layers]
+  std::vector<bool> moe;          // [num_layers]
+  bool is_moe(int64_t layer) const { return moe[static_cast<size_t>(layer)]; }
+  bool is_kda(int64_t layer) const { return layers[static_cast<size_t>(layer)] == LayerKind::kKda; }
+
+  bool operator==(const ModelConfig&) const = default;
+};
+
+// All parameters of the checkpoint, the router biases included.
+int64_t parameter_count(const ModelConfig& config);
+
+// where names the file in messages. ERRORS (input): one line, for the first key that is missing, of the wrong
+// type, out of range, inconsistent with another, unknown (with the nearest known one), or asks for a feature
+// that is not here.
+ModelConfig parse_model_config(const nlohmann::json& value, std::string_view where);
+
+// path: a config.json or the directory that holds one.
+ModelConfig load_model_config(const std::string& path);
+
+// The config.json of this architecture: parse_model_config(to_json(c), "") == c.
+nlohmann::json to_json(const ModelConfig& config);
+
+}  // namespace perigee::policy
