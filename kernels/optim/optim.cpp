@@ -13,7 +13,8 @@ namespace {
 
 // Long enough that claiming a range costs nothing beside the work, short enough to share a small tensor.
 constexpr int64_t kGrain = 16384;
-// The unit in which squares are summed. Part of the numeric contract: changing it changes the norm's last bits.
+// The unit in which squares are summed. Part of the numeric contract: changing it changes the norm's last
+// bits.
 constexpr int64_t kSumBlock = 4096;
 
 // base^exponent by squaring, so that the bias corrections do not depend on a libm.
@@ -40,8 +41,8 @@ double block_sum_of_squares(const float* x, int64_t n) {
 
 }  // namespace
 
-void adamw_step(Context& ctx, const AdamWParams& p, int64_t n, const float* w_in, float* w_out, const float* grad,
-                float* m, float* v) {
+void adamw_step(Context& ctx, const AdamWParams& p, int64_t n, const float* w_in, float* w_out,
+                const float* grad, float* m, float* v) {
   PERIGEE_CHECK(n >= 0 && p.step >= 1, "n {} step {}", n, p.step);
   PERIGEE_CHECK(p.beta1 >= 0 && p.beta1 < 1 && p.beta2 >= 0 && p.beta2 < 1, "betas {} {}", p.beta1, p.beta2);
   // With eps 0 the padding of a panel would become 0/0.
@@ -49,7 +50,8 @@ void adamw_step(Context& ctx, const AdamWParams& p, int64_t n, const float* w_in
   const double beta1 = p.beta1, beta2 = p.beta2;
   using namespace simd;
   const F16 b1 = set1(p.beta1), b2 = set1(p.beta2);
-  const F16 one_minus_b1 = set1(static_cast<float>(1 - beta1)), one_minus_b2 = set1(static_cast<float>(1 - beta2));
+  const F16 one_minus_b1 = set1(static_cast<float>(1 - beta1)),
+            one_minus_b2 = set1(static_cast<float>(1 - beta2));
   const F16 correct1 = set1(static_cast<float>(1 / (1 - power(beta1, p.step))));
   const F16 correct2 = set1(static_cast<float>(1 / (1 - power(beta2, p.step))));
   const F16 eps = set1(p.eps), lr = set1(p.lr), decay = set1(p.weight_decay), scale = set1(p.grad_scale);
@@ -72,7 +74,8 @@ void adamw_step(Context& ctx, const AdamWParams& p, int64_t n, const float* w_in
     if (i < end) {
       const int rest = static_cast<int>(end - i);
       F16 m_new = load_partial(m + i, rest), v_new = load_partial(v + i, rest);
-      store_partial(w_out + i, update(load_partial(w_in + i, rest), load_partial(grad + i, rest), m_new, v_new), rest);
+      store_partial(w_out + i,
+                    update(load_partial(w_in + i, rest), load_partial(grad + i, rest), m_new, v_new), rest);
       store_partial(m + i, m_new, rest);
       store_partial(v + i, v_new, rest);
     }
@@ -99,7 +102,8 @@ int64_t first_nonfinite(Context& ctx, int64_t n, const float* x) {
   ctx.parallel_for(n, kGrain, [&](int64_t begin, int64_t end) {
     // A range at a time without branches; only a guilty range is searched for its first element.
     uint32_t largest = 0;
-    for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
+    for (int64_t i = begin; i < end; ++i)
+      largest = std::max(largest, std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu);
     if (largest < 0x7f800000u) return;
     int64_t i = begin;
     while ((std::bit_cast<uint32_t>(x[i]) & 0x7fffffffu) < 0x7f800000u) ++i;
@@ -113,7 +117,8 @@ int64_t first_nonfinite(Context& ctx, int64_t n, const float* x) {
 
 double scheduled_lr(const ScheduleParams& p, int64_t step) {
   PERIGEE_CHECK(step >= 0, "step {}", step);
-  if (step < p.warmup_steps) return p.lr * static_cast<double>(step + 1) / static_cast<double>(p.warmup_steps);
+  if (step < p.warmup_steps)
+    return p.lr * static_cast<double>(step + 1) / static_cast<double>(p.warmup_steps);
   if (p.kind == Schedule::kConstant) return p.lr;
   if (step >= p.total_steps) return p.min_lr;
   const double progress =
