@@ -25,9 +25,12 @@ bool zeros_if_equal(std::span<const double> rewards, std::span<double> out) {
 
 std::string_view name(AdvantageKind kind) {
   switch (kind) {
-    case AdvantageKind::kGrpo: return "grpo";
-    case AdvantageKind::kMean: return "mean";
-    case AdvantageKind::kRloo: return "rloo";
+    case AdvantageKind::kGrpo:
+      return "grpo";
+    case AdvantageKind::kMean:
+      return "mean";
+    case AdvantageKind::kRloo:
+      return "rloo";
   }
   return "?";
 }
@@ -70,9 +73,12 @@ void rloo_advantage(std::span<const double> rewards, std::span<double> out) {
 
 void advantage(AdvantageKind kind, std::span<const double> rewards, std::span<double> out) {
   switch (kind) {
-    case AdvantageKind::kGrpo: return grpo_advantage(rewards, out);
-    case AdvantageKind::kMean: return mean_advantage(rewards, out);
-    case AdvantageKind::kRloo: return rloo_advantage(rewards, out);
+    case AdvantageKind::kGrpo:
+      return grpo_advantage(rewards, out);
+    case AdvantageKind::kMean:
+      return mean_advantage(rewards, out);
+    case AdvantageKind::kRloo:
+      return rloo_advantage(rewards, out);
   }
 }
 

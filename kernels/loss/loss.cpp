@@ -22,24 +22,32 @@ double exp_of(double x) {
 template <class T>
 double exp_minus_1_minus_x(double x) {
   if (std::abs(x) < 0.05)  // the first term left out is below 1e-13 of the value
-    return x * x * (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040 + x / 40320))))));
+    return x * x *
+           (1.0 / 2 + x * (1.0 / 6 + x * (1.0 / 24 +
+                                          x * (1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040 + x / 40320))))));
   return exp_of<T>(x) - 1 - x;
 }
 
 double kl_value(KlKind kind, double d, double k3) {
   switch (kind) {
-    case KlKind::kK1: return d;
-    case KlKind::kK2: return d * d / 2;
-    case KlKind::kK3: return k3;
+    case KlKind::kK1:
+      return d;
+    case KlKind::kK2:
+      return d * d / 2;
+    case KlKind::kK3:
+      return k3;
   }
   return 0;
 }
 // k3 = e^-d - 1 + d, so 1 - e^-d = d - k3.
 double kl_slope(KlKind kind, double d, double k3) {
   switch (kind) {
-    case KlKind::kK1: return 1;
-    case KlKind::kK2: return d;
-    case KlKind::kK3: return d - k3;
+    case KlKind::kK1:
+      return 1;
+    case KlKind::kK2:
+      return d;
+    case KlKind::kK3:
+      return d - k3;
   }
   return 0;
 }
@@ -52,7 +60,7 @@ struct Clipped {
 Clipped clip_objective(const LossConfig& c, double x, double a) {
   const double clipped = std::min(std::max(x, 1 - c.clip_low), 1 + c.clip_high);
   const double free = x * a, held = clipped * a;
-  return free <= held ? Clipped{free, false} : Clipped{held, true};
+  return held < free ? Clipped{held, true} : Clipped{free, false};  // a NaN passes through to the gradient
 }
 
 // One sequence of a batch; `masked(t)` and the differences that every term is made of.
@@ -64,7 +72,9 @@ struct Sequence {
   bool masked(int64_t t) const { return batch.mask == nullptr || batch.mask[t] != 0; }
   double old(int64_t t) const { return batch.old ? batch.old[t] : batch.logprob[t]; }
   double mu(int64_t t) const { return batch.mu ? batch.mu[t] : old(t); }
-  double log_ratio(int64_t t) const { return batch.old ? static_cast<double>(batch.logprob[t]) - batch.old[t] : 0.0; }
+  double log_ratio(int64_t t) const {
+    return batch.old ? static_cast<double>(batch.logprob[t]) - batch.old[t] : 0.0;
+  }
   double log_rho(int64_t t) const { return batch.mu ? old(t) - static_cast<double>(batch.mu[t]) : 0.0; }
 };
 
@@ -118,11 +128,14 @@ double mean_weight(LossKind kind, const LossConfig& c, const Normalizer& norm, i
   switch (kind) {
     case LossKind::kGrpo:
     case LossKind::kGspo:
-    case LossKind::kK15: return 1 / (n * static_cast<double>(tokens));
-    case LossKind::kDrGrpo: return 1 / (n * c.max_length);
+    case LossKind::kK15:
+      return 1 / (n * static_cast<double>(tokens));
+    case LossKind::kDrGrpo:
+      return 1 / (n * c.max_length);
     case LossKind::kDapo:
     case LossKind::kCispo:
-    case LossKind::kRloo: return 1 / static_cast<double>(norm.tokens);
+    case LossKind::kRloo:
+      return 1 / static_cast<double>(norm.tokens);
   }
   return 0;
 }
@@ -133,7 +146,8 @@ struct SequenceTerm {
   bool cut = false;
 };
 template <class T>
-SequenceTerm sequence_term(const LossConfig& c, const Normalizer& norm, const Survey& found, double a, double weight) {
+SequenceTerm sequence_term(const LossConfig& c, const Normalizer& norm, const Survey& found, double a,
+                           double weight) {
   const double n = static_cast<double>(norm.sequences), m = static_cast<double>(found.tokens);
   if (c.kind == LossKind::kGspo) {
     const double s = exp_of<T>(found.log_ratio / m);
@@ -149,18 +163,24 @@ SequenceTerm sequence_term(const LossConfig& c, const Normalizer& norm, const Su
 template <class T>
 Normalizer count(const LossBatch<T>& batch) {
   Normalizer n{batch.sequences, 0};
-  for (int64_t t = 0; t < batch.offsets[batch.sequences]; ++t) n.tokens += batch.mask == nullptr || batch.mask[t] != 0;
+  for (int64_t t = 0; t < batch.offsets[batch.sequences]; ++t)
+    n.tokens += batch.mask == nullptr || batch.mask[t] != 0;
   return n;
 }
 
 template <class T>
-void policy_loss(const LossConfig& c, const Normalizer& norm, const LossBatch<T>& batch, T* dlogprob, T* dentropy,
-                 LossStats& stats) {
-  PERIGEE_CHECK(batch.sequences >= 0 && batch.offsets != nullptr && batch.offsets[0] == 0, "sequences {}", batch.sequences);
-  PERIGEE_CHECK(batch.offsets[batch.sequences] == 0 || (batch.logprob != nullptr && batch.advantage != nullptr));
-  PERIGEE_CHECK(norm.sequences >= batch.sequences, "normaliser {} of {} sequences", norm.sequences, batch.sequences);
-  PERIGEE_CHECK(c.kl_coef == 0 || batch.ref != nullptr, "kl_coef {} without ref", c.kl_coef);
-  PERIGEE_CHECK(c.entropy_coef == 0 || (batch.entropy != nullptr && dentropy != nullptr), "entropy_coef {}", c.entropy_coef);
+void policy_loss(const LossConfig& c, const Normalizer& norm, const LossBatch<T>& batch, T* dlogprob,
+                 T* dentropy, LossStats& stats) {
+  PERIGEE_CHECK(batch.sequences >= 0 && batch.offsets != nullptr && batch.offsets[0] == 0, "sequences {}",
+                batch.sequences);
+  PERIGEE_CHECK(norm.sequences >= batch.sequences, "normaliser {} of {} sequences", norm.sequences,
+                batch.sequences);
+  if (batch.offsets[batch.sequences] > 0) {
+    PERIGEE_CHECK(batch.logprob != nullptr && batch.advantage != nullptr && dlogprob != nullptr);
+    PERIGEE_CHECK(c.kl_coef == 0 || batch.ref != nullptr, "kl_coef {} without ref", c.kl_coef);
+    PERIGEE_CHECK(c.entropy_coef == 0 || (batch.entropy != nullptr && dentropy != nullptr), "entropy_coef {}",
+                  c.entropy_coef);
+  }
   const bool per_sequence = c.kind == LossKind::kGspo || c.kind == LossKind::kK15;
 
   for (int64_t i = 0; i < batch.sequences; ++i) {
@@ -191,7 +211,8 @@ void policy_loss(const LossConfig& c, const Normalizer& norm, const LossBatch<T>
       bool cut = shared.cut;
       switch (c.kind) {
         case LossKind::kGspo:
-        case LossKind::kK15: break;
+        case LossKind::kK15:
+          break;
         case LossKind::kGrpo:
         case LossKind::kDrGrpo:
         case LossKind::kDapo: {
@@ -241,7 +262,8 @@ void policy_loss(const LossConfig& c, const Normalizer& norm, const LossBatch<T>
 }
 
 template <class T>
-double ptx_loss(double coef, int64_t total_tokens, int64_t tokens, const T* logprob, const uint8_t* mask, T* dlogprob) {
+double ptx_loss(double coef, int64_t total_tokens, int64_t tokens, const T* logprob, const uint8_t* mask,
+                T* dlogprob) {
   PERIGEE_CHECK(tokens >= 0 && (tokens == 0 || total_tokens > 0), "tokens {} of {}", tokens, total_tokens);
   double sum = 0;
   for (int64_t t = 0; t < tokens; ++t) {
@@ -258,8 +280,10 @@ double adapted_entropy_coef(double coef, double entropy, double target, double r
 
 template Normalizer count(const LossBatch<float>&);
 template Normalizer count(const LossBatch<double>&);
-template void policy_loss(const LossConfig&, const Normalizer&, const LossBatch<float>&, float*, float*, LossStats&);
-template void policy_loss(const LossConfig&, const Normalizer&, const LossBatch<double>&, double*, double*, LossStats&);
+template void policy_loss(const LossConfig&, const Normalizer&, const LossBatch<float>&, float*, float*,
+                          LossStats&);
+template void policy_loss(const LossConfig&, const Normalizer&, const LossBatch<double>&, double*, double*,
+                          LossStats&);
 template double ptx_loss(double, int64_t, int64_t, const float*, const uint8_t*, float*);
 template double ptx_loss(double, int64_t, int64_t, const double*, const uint8_t*, double*);
 

@@ -1,13 +1,14 @@
 // Policy-gradient losses, their gradients and the corrections for a sampler that is not the learner.
 // Reference: tests/kernels/loss/loss_ref.h
 //
-// One call covers whole sequences, packed: tokens [offsets[i], offsets[i+1]) belong to sequence i. The batch of a step may be
-// cut into several calls (micro-batches) at sequence boundaries: the normalisers come from the whole step, and statistics are
-// added into the caller's LossStats in the order of sequences, so a batch cut anywhere gives the same bits as whole.
+// One call covers whole sequences, packed: tokens [offsets[i], offsets[i+1]) belong to sequence i. The batch
+// of a step may be cut into several calls (micro-batches) at sequence boundaries: the normalisers come from
+// the whole step, and statistics are added into the caller's LossStats in the order of sequences, so a batch
+// cut anywhere gives the same bits as whole.
 //
-// NUMERICS: products and sums are double, in the order of tokens; the only rounding to T is that of the gradient, and for
-// T = float that of exp (simd::exp, the same bits in every build). A token whose logprob equals old has a ratio of exactly 1,
-// one whose old equals mu a weight of exactly 1.
+// NUMERICS: products and sums are double, in the order of tokens; the only rounding to T is that of the
+// gradient, and for T = float that of exp (simd::exp, the same bits in every build). A token whose logprob
+// equals old has a ratio of exactly 1, one whose old equals mu a weight of exactly 1.
 #pragma once
 #include <cstdint>
 #include <string_view>
@@ -16,9 +17,9 @@
 
 namespace perigee::kernels {
 
-// l: logprob, the differentiated one. r = exp(l - old), rho = exp(old - mu) (a constant), A the sequence's advantage.
-// N: Normalizer::sequences, M: Normalizer::tokens, m_i: masked-in tokens of sequence i. w_t is the token's weight in the mean:
-// it also weighs the KL and entropy terms.
+// l: logprob, the differentiated one. r = exp(l - old), rho = exp(old - mu) (a constant), A the sequence's
+// advantage. N: Normalizer::sequences, M: Normalizer::tokens, m_i: masked-in tokens of sequence i. w_t is the
+// token's weight in the mean: it also weighs the KL and entropy terms.
 enum class LossKind {
   kGrpo,    // sum w_t * -min(r A, clip(r, 1-low, 1+high) A)    w_t = 1/(N m_i)
   kDrGrpo,  //    the same                                      w_t = 1/(N max_length)
@@ -51,9 +52,9 @@ struct LossConfig {
   double tau = 0.1;                        // kK15
 
   Correction correction = Correction::kNone;
-  double cap = 2;                              // kTis, kSeqTis, kSeqMis
-  double icepop_low = 0.5, icepop_high = 5;    // kIcepop
-  double veto = 0;                             // drop a sequence with any rho below this; 0: never; usually 1e-4
+  double cap = 2;                            // kTis, kSeqTis, kSeqMis
+  double icepop_low = 0.5, icepop_high = 5;  // kIcepop
+  double veto = 0;  // drop a sequence with any rho below this; 0: never; usually 1e-4
 
   KlKind kl = KlKind::kK3;
   double kl_coef = 0;       // + kl_coef * sum w_t kl_t; needs ref when not 0
@@ -64,7 +65,8 @@ struct LossConfig {
 LossConfig loss_defaults(LossKind kind);
 // The advantage a kind was published with: kMean for kDrGrpo and kK15, kRloo for kRloo, else kGrpo.
 AdvantageKind usual_advantage(LossKind kind);
-// "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "k15"; "none", "tis", "icepop", "seq_tis", "seq_mis"; "k1", "k2", "k3".
+// "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "k15"; "none", "tis", "icepop", "seq_tis", "seq_mis";
+// "k1", "k2", "k3".
 std::string_view name(LossKind kind);
 std::string_view name(Correction correction);
 std::string_view name(KlKind kind);
@@ -73,7 +75,8 @@ bool parse(std::string_view text, LossKind& out);
 bool parse(std::string_view text, Correction& out);
 bool parse(std::string_view text, KlKind& out);
 
-// ERRORS  one line of user error (throw_input) for what no run can mean: a negative clip, dr_grpo without max_length, a token
+// ERRORS  one line of user error (throw_input) for what no run can mean: a negative clip, dr_grpo without
+// max_length, a token
 //         correction with a loss that has one term per sequence (gspo, k15), low > high and the like.
 void check_config(const LossConfig& config);
 
@@ -87,20 +90,22 @@ struct Normalizer {
 template <class T>
 struct LossBatch {
   int64_t sequences = 0;
-  const int64_t* offsets = nullptr;    // [sequences + 1], starts at 0, nondecreasing; an empty sequence contributes nothing
-  const T* logprob = nullptr;          // under the policy being trained
-  const T* old = nullptr;              // learner's snapshot at the start of the update; null: equal to logprob, as a constant
-  const T* mu = nullptr;               // as the sampler recorded it; null: equal to old
-  const T* ref = nullptr;              // reference policy; null when kl_coef is 0
-  const T* entropy = nullptr;          // of each token's distribution; may be null when entropy_coef is 0
-  const uint8_t* mask = nullptr;       // 1: the policy generated it; null: all
-  const double* advantage = nullptr;   // [sequences]; for k15 R_i - mean R
+  const int64_t* offsets =
+      nullptr;  // [sequences + 1], starts at 0, nondecreasing; an empty sequence contributes nothing
+  const T* logprob = nullptr;  // under the policy being trained
+  const T* old =
+      nullptr;  // learner's snapshot at the start of the update; null: equal to logprob, as a constant
+  const T* mu = nullptr;              // as the sampler recorded it; null: equal to old
+  const T* ref = nullptr;             // reference policy; null when kl_coef is 0
+  const T* entropy = nullptr;         // of each token's distribution; may be null when entropy_coef is 0
+  const uint8_t* mask = nullptr;      // 1: the policy generated it; null: all
+  const double* advantage = nullptr;  // [sequences]; for k15 R_i - mean R
 };
 
-// Loss terms are shares of the step's loss, ready to be added; the others are sums over tokens with mask 1 of sequences that
-// were not dropped (those of `mismatch`: of all sequences).
+// Loss terms are shares of the step's loss, ready to be added; the others are sums over tokens with mask 1 of
+// sequences that were not dropped (those of `mismatch`: of all sequences).
 struct LossStats {
-  double loss = 0;          // policy_loss + kl_loss + entropy_loss: what the gradient is of
+  double loss = 0;  // policy_loss + kl_loss + entropy_loss: what the gradient is of
   double policy_loss = 0;
   double kl_loss = 0;
   double entropy_loss = 0;
@@ -129,7 +134,8 @@ struct LossStats {
   static double over(double sum, int64_t count) { return count > 0 ? sum / static_cast<double>(count) : 0; }
 };
 
-// Sequences and masked-in tokens of a batch; sum it over micro-batches (or replicas) for the step's Normalizer.
+// Sequences and masked-in tokens of a batch; sum it over micro-batches (or replicas) for the step's
+// Normalizer.
 template <class T>
 Normalizer count(const LossBatch<T>& batch);
 
@@ -142,13 +148,15 @@ Normalizer count(const LossBatch<T>& batch);
 // Non-finite inputs give a non-finite loss or gradient: the caller looks (first_nonfinite of optim.h).
 // Instantiated for float and double.
 template <class T>
-void policy_loss(const LossConfig& config, const Normalizer& norm, const LossBatch<T>& batch, T* dlogprob, T* dentropy,
-                 LossStats& stats);
+void policy_loss(const LossConfig& config, const Normalizer& norm, const LossBatch<T>& batch, T* dlogprob,
+                 T* dentropy, LossStats& stats);
 
-// PTX: coef * mean negative log-likelihood of curated tokens with their own count. Writes dlogprob = -coef/total_tokens where
-// mask is 1 (null: all), else 0; returns this call's share of the loss. total_tokens covers the whole step.
+// PTX: coef * mean negative log-likelihood of curated tokens with their own count. Writes dlogprob =
+// -coef/total_tokens where mask is 1 (null: all), else 0; returns this call's share of the loss. total_tokens
+// covers the whole step.
 template <class T>
-double ptx_loss(double coef, int64_t total_tokens, int64_t tokens, const T* logprob, const uint8_t* mask, T* dlogprob);
+double ptx_loss(double coef, int64_t total_tokens, int64_t tokens, const T* logprob, const uint8_t* mask,
+                T* dlogprob);
 
 // The entropy coefficient for the next step, steering the measured mean entropy towards a target:
 // coef + rate * (target - entropy), held within [0, max].

@@ -25,7 +25,8 @@ constexpr std::array<Named<Correction>, 5> kCorrections{{{Correction::kNone, "no
                                                          {Correction::kIcepop, "icepop"},
                                                          {Correction::kSeqTis, "seq_tis"},
                                                          {Correction::kSeqMis, "seq_mis"}}};
-constexpr std::array<Named<KlKind>, 3> kKlKinds{{{KlKind::kK1, "k1"}, {KlKind::kK2, "k2"}, {KlKind::kK3, "k3"}}};
+constexpr std::array<Named<KlKind>, 3> kKlKinds{
+    {{KlKind::kK1, "k1"}, {KlKind::kK2, "k2"}, {KlKind::kK3, "k3"}}};
 
 template <class E, size_t N>
 std::string_view find_name(const std::array<Named<E>, N>& table, E value) {
@@ -49,12 +50,24 @@ void require(bool holds, std::string_view key, double value, std::string_view mu
 
 }  // namespace
 
-std::string_view name(LossKind kind) { return find_name(kLossKinds, kind); }
-std::string_view name(Correction correction) { return find_name(kCorrections, correction); }
-std::string_view name(KlKind kind) { return find_name(kKlKinds, kind); }
-bool parse(std::string_view text, LossKind& out) { return find_value(kLossKinds, text, out); }
-bool parse(std::string_view text, Correction& out) { return find_value(kCorrections, text, out); }
-bool parse(std::string_view text, KlKind& out) { return find_value(kKlKinds, text, out); }
+std::string_view name(LossKind kind) {
+  return find_name(kLossKinds, kind);
+}
+std::string_view name(Correction correction) {
+  return find_name(kCorrections, correction);
+}
+std::string_view name(KlKind kind) {
+  return find_name(kKlKinds, kind);
+}
+bool parse(std::string_view text, LossKind& out) {
+  return find_value(kLossKinds, text, out);
+}
+bool parse(std::string_view text, Correction& out) {
+  return find_value(kCorrections, text, out);
+}
+bool parse(std::string_view text, KlKind& out) {
+  return find_value(kKlKinds, text, out);
+}
 
 LossConfig loss_defaults(LossKind kind) {
   LossConfig c;
@@ -76,13 +89,15 @@ void check_config(const LossConfig& c) {
   require(c.clip_low >= 0 && c.clip_low <= 1, "clip_low", c.clip_low, "from 0 to 1");
   require(c.clip_high >= 0 && std::isfinite(c.clip_high), "clip_high", c.clip_high, "0 or more");
   if (c.kind == LossKind::kDrGrpo)
-    require(c.max_length > 0 && std::isfinite(c.max_length), "max_length", c.max_length, "positive with dr_grpo");
+    require(c.max_length > 0 && std::isfinite(c.max_length), "max_length", c.max_length,
+            "positive with dr_grpo");
   if (c.kind == LossKind::kK15) require(c.tau > 0 && std::isfinite(c.tau), "tau", c.tau, "positive with k15");
   require(c.veto >= 0 && c.veto < 1, "veto", c.veto, "0 (off) or below 1");
   require(c.kl_coef >= 0 && std::isfinite(c.kl_coef), "kl_coef", c.kl_coef, "0 or more");
   require(std::isfinite(c.entropy_coef), "entropy_coef", c.entropy_coef, "finite");
   switch (c.correction) {
-    case Correction::kNone: break;
+    case Correction::kNone:
+      break;
     case Correction::kTis:
     case Correction::kSeqTis:
     case Correction::kSeqMis:
