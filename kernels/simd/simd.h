@@ -25,6 +25,9 @@ inline constexpr int kLanes = 16;
 inline constexpr const char* kSimdName = "AVX-512";
 struct F16 { __m512 v; };
 struct I16 { __m512i v; };
+// Some intrinsics are written in their masked form with every lane on: the same instruction, but the plain forms start
+// from an undefined register, of which GCC 12 warns.
+inline constexpr __mmask16 kAll = 0xffff;
 inline F16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void store(float* p, F16 a) { _mm512_storeu_ps(p, a.v); }
 inline F16 set1(float x) { return {_mm512_set1_ps(x)}; }
@@ -32,14 +35,14 @@ inline F16 add(F16 a, F16 b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline F16 sub(F16 a, F16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline F16 mul(F16 a, F16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline F16 div(F16 a, F16 b) { return {_mm512_div_ps(a.v, b.v)}; }
-inline F16 sqrt(F16 a) { return {_mm512_sqrt_ps(a.v)}; }
+inline F16 sqrt(F16 a) { return {_mm512_maskz_sqrt_ps(kAll, a.v)}; }
 // a*b + c, rounded once
 inline F16 fma(F16 a, F16 b, F16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // c - a*b, rounded once
 inline F16 fnma(F16 a, F16 b, F16 c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
 // a > b ? a : b per lane, so a NaN in either gives b
-inline F16 max(F16 a, F16 b) { return {_mm512_max_ps(a.v, b.v)}; }
-inline F16 min(F16 a, F16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F16 max(F16 a, F16 b) { return {_mm512_maskz_max_ps(kAll, a.v, b.v)}; }
+inline F16 min(F16 a, F16 b) { return {_mm512_maskz_min_ps(kAll, a.v, b.v)}; }
 // a < b ? x : y per lane
 inline F16 select_lt(F16 a, F16 b, F16 x, F16 y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
@@ -51,9 +54,9 @@ inline I16 iadd(I16 a, I16 b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline I16 isub(I16 a, I16 b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 inline I16 iand(I16 a, I16 b) { return {_mm512_and_si512(a.v, b.v)}; }
 inline I16 ior(I16 a, I16 b) { return {_mm512_or_si512(a.v, b.v)}; }
-template <int N> I16 shl(I16 a) { return {_mm512_slli_epi32(a.v, N)}; }
-template <int N> I16 sra(I16 a) { return {_mm512_srai_epi32(a.v, N)}; }
-inline F16 to_float(I16 a) { return {_mm512_cvtepi32_ps(a.v)}; }
+template <int N> I16 shl(I16 a) { return {_mm512_maskz_slli_epi32(kAll, a.v, N)}; }
+template <int N> I16 sra(I16 a) { return {_mm512_maskz_srai_epi32(kAll, a.v, N)}; }
+inline F16 to_float(I16 a) { return {_mm512_maskz_cvtepi32_ps(kAll, a.v)}; }
 // The first n lanes from memory, the rest zero. 0 <= n <= 16.
 inline F16 load_partial(const float* p, int n) {
   return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p)};
@@ -63,7 +66,8 @@ inline void store_partial(float* p, F16 a, int n) {
 }
 // Sixteen bfloat16 widened.
 inline F16 load_bf16(const uint16_t* p) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16))};
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAll, _mm512_maskz_cvtepu16_epi32(kAll, half), 16))};
 }
 
 #elif defined(PERIGEE_SIMD_AVX2)
