@@ -1,0 +1,67 @@
+#include "policy/model/forward.h"
+
+#include "kernels/norm/norm.h"
+#include "kernels/vocab/vocab.h"
+#include "policy/model/layers.h"
+
+namespace perigee::policy {
+
+using namespace kernels;
+
+StateLayout::StateLayout(const ModelConfig& c) {
+  const KdaShape shape{c.kda_heads, c.kda_head_dim, c.kda_head_dim};
+  for (int64_t i = 0; i < c.num_layers; ++i) {
+    const bool kda = c.is_kda(i);
+    kda_offset_.push_back(kda ? recurrent_floats_ : -1);
+    if (kda) recurrent_floats_ += kda_state_floats(shape);
+    conv_offset_.push_back(kda ? recurrent_floats_ : -1);
+    if (kda) recurrent_floats_ += 3 * c.kda_width() * (c.conv_size - 1);
+    page_offset_.push_back(kda ? -1 : block_floats_);
+    if (!kda) block_floats_ += kLatentPage * c.latent_width();
+  }
+}
+
+int64_t StateLayout::blocks_for(int64_t tokens) const {
+  return block_floats_ == 0 ? 0 : (tokens + kLatentPage - 1) / kLatentPage;
+}
+
+void forward(Context& ctx, const Weights& weights, const StateLayout& state, std::span<const int32_t> tokens,
+             std::span<const SequenceSlice> sequences, float* hidden, const LayerProbe& probe) {
+  const ModelConfig& c = weights.layout->config();
+  const int64_t rows = static_cast<int64_t>(tokens.size()), D = c.hidden_size;
+  if (rows == 0) return;
+  Scratch::Mark mark(ctx.scratch);
+  auto* slices = ctx.scratch.take<Slice>(static_cast<int64_t>(sequences.size()));
+  int64_t covered = 0;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    slices[i] = sequences[i].slice;
+    covered += slices[i].count;
+  }
+  PERIGEE_CHECK(covered == rows, "slices cover {} of {} rows", covered, rows);
+  const Pass pass{ctx, weights, c, rows, &state, sequences, {slices, sequences.size()}};
+
+  float* x = pass.take(D);
+  float* y = pass.take(D);
+  embedding_forward(ctx, rows, D, c.vocab_size, weights.table(weights.layout->embed()), weights.layout->dtype(), tokens.data(), x);
+  for (int64_t layer = 0; layer < c.num_layers; ++layer) {
+    {
+      Scratch::Mark half(ctx.scratch);
+      if (c.is_kda(layer)) {
+        KdaActivations a;
+        kda_half_forward(pass, layer, x, a, y);
+      } else {
+        MlaActivations a;
+        mla_half_forward(pass, layer, x, a, y);
+      }
+      add_inplace(ctx, rows * D, y, x);
+    }
+    Scratch::Mark half(ctx.scratch);
+    FeedForwardActivations a;
+    feed_forward_forward(pass, layer, x, a, y);
+    add_inplace(ctx, rows * D, y, x);
+    if (probe) probe(layer, x, a.chosen);
+  }
+  rms_norm_forward(ctx, rows, D, x, D, weights.vector(weights.layout->final_norm()), c.rms_norm_eps, hidden, D);
+}
+
+}  // namespace perigee::policy

@@ -1,0 +1,80 @@
+// The model's forward pass over a packed batch: one function for prefill, decode and the learner, so that they compute
+// the same bits. Layers are pre-norm residual blocks (kimi_linear); see docs/architecture.md for the equations.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "kernels/context.h"
+#include "kernels/sequence.h"
+#include "policy/model/params.h"
+
+namespace perigee::policy {
+
+// How one sequence's memory is laid out: a fixed recurrent part (KDA states and convolution windows of all KDA layers)
+// and latent blocks of kernels::kLatentPage tokens that each hold the rows of every MLA layer, [mla_layers][64][width].
+class StateLayout {
+ public:
+  explicit StateLayout(const ModelConfig& config);
+  int64_t recurrent_floats() const { return recurrent_floats_; }
+  int64_t block_floats() const { return block_floats_; }
+  int64_t blocks_for(int64_t tokens) const;
+  // Of a KDA layer, in the recurrent part.
+  int64_t kda_offset(int64_t layer) const { return kda_offset_[static_cast<size_t>(layer)]; }
+  int64_t conv_offset(int64_t layer) const { return conv_offset_[static_cast<size_t>(layer)]; }
+  // Of an MLA layer, in a block.
+  int64_t page_offset(int64_t layer) const { return page_offset_[static_cast<size_t>(layer)]; }
+
+ private:
+  std::vector<int64_t> kda_offset_, conv_offset_, page_offset_;
+  int64_t recurrent_floats_ = 0, block_floats_ = 0;
+};
+
+// Rows of the batch that continue one sequence, and where its memory lies.
+struct SequenceSlice {
+  kernels::Slice slice;
+  float* recurrent = nullptr;         // inout [recurrent_floats]; zero at position 0
+  std::span<float* const> blocks;     // inout; at least blocks_for(position + count)
+};
+
+// Called after each layer with the residual stream x [rows, hidden] and the chosen experts [rows, top_k] (null for a
+// dense layer). For tests and inspection.
+using LayerProbe = std::function<void(int64_t layer, const float* x, const int32_t* chosen)>;
+
+// tokens [rows] -> hidden [rows, hidden_size] after the final norm. Slices cover disjoint rows; rows outside every
+// slice are not allowed. Temporaries come from ctx.scratch.
+void forward(kernels::Context& ctx, const Weights& weights, const StateLayout& state, std::span<const int32_t> tokens,
+             std::span<const SequenceSlice> slices, float* hidden, const LayerProbe& probe = {});
+
+// Forward and backward over whole sequences (each from position 0), for the learner.
+// Between forward() and the object's end its activations live in ctx.scratch: objects nest like a stack.
+class TrainPass {
+ public:
+  // recompute: keep only the inputs of each half layer and compute the rest again in backward().
+  TrainPass(kernels::Context& ctx, const Weights& weights, bool recompute);
+  ~TrainPass();
+  TrainPass(const TrainPass&) = delete;
+  TrainPass& operator=(const TrainPass&) = delete;
+
+  // lengths: of the sequences, in the order they lie in tokens. Returns hidden [rows, hidden_size] after the final norm,
+  // with the same bits as perigee::policy::forward.
+  const float* forward(std::span<const int32_t> tokens, std::span<const int64_t> lengths, const LayerProbe& probe = {});
+
+  // dhidden [rows, hidden_size] -> gradient [layout.elements()], accumulated. Once per forward.
+  void backward(const float* dhidden, float* gradient);
+
+  // Tokens sent to each expert in the forward, [moe layers][experts] in layer order.
+  const std::vector<int64_t>& expert_load() const { return expert_load_; }
+
+ private:
+  struct Activations;
+  kernels::Context& ctx_;
+  kernels::Scratch::Mark mark_;
+  Weights weights_;
+  bool recompute_;
+  std::unique_ptr<Activations> acts_;
+  std::vector<int64_t> expert_load_;
+};
+
+}  // namespace perigee::policy
