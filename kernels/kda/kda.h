@@ -29,9 +29,11 @@ struct KdaShape {
 };
 
 // Floats of one sequence's state in one layer. Layout, per part for all heads:
-//   S [heads, dk, dv] | Gamma [heads, dk] | K~ [heads, 16, dk] | u [heads, 16, dv]
-// All zero is the state of an empty sequence (Gamma is set when a chunk opens). How many rows of the open chunk are
-// filled follows from the position: position % kKdaChunk. A fork copies the floats.
+//   S [heads, dk, dv] | Gamma [heads, dk] | K~ [heads, dk, 16] | u [heads, 16, dv]
+// (K~ has the rows of the chunk innermost: they are the lanes of the inner products.) How many rows of the open chunk
+// are filled follows from the position: position % kKdaChunk; the rest of K~ and u is zero. All zero is the state of an
+// empty sequence; at any chunk boundary Gamma, K~ and u are left zero, and what they hold when a chunk opens is not
+// read. So equal histories give equal floats, and a fork copies them.
 int64_t kda_state_floats(const KdaShape& shape);
 
 struct KdaSlice {

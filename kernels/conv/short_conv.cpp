@@ -1,0 +1,149 @@
+#include "kernels/conv/short_conv.h"
+
+#include <algorithm>
+#include <functional>
+
+#include "kernels/simd/simd.h"
+
+namespace perigee::kernels {
+
+namespace {
+
+using simd::F16;
+
+// Channels that one range works on: wide enough to read whole cache lines, narrow enough to stay in the
+// nearest cache.
+constexpr int64_t kBlock = 128;
+constexpr int64_t kBefore = kConvWidth - 1;
+
+F16 load_at(const float* p, int64_t at, int64_t n) {
+  return at + 16 <= n ? simd::load(p + at) : simd::load_partial(p + at, static_cast<int>(n - at));
+}
+void store_at(float* p, F16 a, int64_t at, int64_t n) {
+  if (at + 16 <= n)
+    simd::store(p + at, a);
+  else
+    simd::store_partial(p + at, a, static_cast<int>(n - at));
+}
+
+// Taps of n channels, one row of kBlock per tap, zeros past n.
+struct Taps {
+  alignas(64) float rows[kConvWidth][kBlock];
+  Taps(const float* w, int64_t n) {
+    for (int64_t i = 0; i < kConvWidth; ++i)
+      for (int64_t c = 0; c < kBlock; ++c) rows[i][c] = c < n ? w[c * kConvWidth + i] : 0.0f;
+  }
+};
+
+// The taps applied to the four rows, oldest first, in channels [c, c + 16) of n.
+F16 convolve(const Taps& taps, const float* const rows[kConvWidth], int64_t c, int64_t n) {
+  F16 z = simd::mul(simd::load(taps.rows[0] + c), load_at(rows[0], c, n));
+  for (int64_t i = 1; i < kConvWidth; ++i)
+    z = simd::fma(simd::load(taps.rows[i] + c), load_at(rows[i], c, n), z);
+  return z;
+}
+
+void check_slice(const Slice& s) {
+  PERIGEE_CHECK(s.begin >= 0 && s.count >= 0 && s.position >= 0, "begin {} count {} position {}", s.begin,
+                s.count, s.position);
+}
+
+// Blocks of channels to hand out at a time.
+int64_t block_grain(int64_t rows, int64_t operations) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, rows * kBlock * operations));
+}
+
+}  // namespace
+
+void short_conv_forward(Context& ctx, int64_t channels, const float* x, int64_t ldx, const float* w,
+                        std::span<const ConvSlice> slices, float* y, int64_t ldy) {
+  int64_t rows_total = 0;
+  for (const auto& s : slices) {
+    check_slice(s.slice);
+    rows_total += s.slice.count;
+  }
+  if (rows_total == 0) return;
+  const auto body = [&](int64_t first_block, int64_t end_block) {
+    for (int64_t block = first_block; block < end_block; ++block) {
+      const int64_t base = block * kBlock, n = std::min(kBlock, channels - base);
+      const Taps taps(w + base * kConvWidth, n);
+      for (const auto& s : slices) {
+        const int64_t count = s.slice.count;
+        const float* in = x + s.slice.begin * ldx + base;
+        float* out = y + s.slice.begin * ldy + base;
+        float* window = s.window + base;
+        const auto row = [&](int64_t t) {
+          return t < 0 ? window + (t + kBefore) * s.ldwindow : in + t * ldx;
+        };
+        for (int64_t t = 0; t < count; ++t) {
+          const float* const rows[kConvWidth] = {row(t - 3), row(t - 2), row(t - 1), row(t)};
+          for (int64_t c = 0; c < n; c += 16)
+            store_at(out + t * ldy, simd::silu(convolve(taps, rows, c, n)), c, n);
+        }
+        // Oldest first, so that a row of the window moves before it is overwritten.
+        for (int64_t i = 0; i < kBefore && count > 0; ++i)
+          std::copy_n(row(count - kBefore + i), n, window + i * s.ldwindow);
+      }
+    }
+  };
+  ctx.parallel_for((channels + kBlock - 1) / kBlock, block_grain(rows_total, 4), std::ref(body));
+}
+
+void short_conv_backward(Context& ctx, int64_t channels, const float* x, int64_t ldx, const float* w,
+                         std::span<const Slice> slices, const float* dy, int64_t lddy, float* dx,
+                         int64_t lddx, float* dw) {
+  int64_t rows_total = 0;
+  for (const auto& s : slices) {
+    check_slice(s);
+    PERIGEE_CHECK(s.position == 0, "position {}", s.position);
+    rows_total += s.count;
+  }
+  if (rows_total == 0) return;
+  const auto body = [&](int64_t first_block, int64_t end_block) {
+    for (int64_t block = first_block; block < end_block; ++block) {
+      const int64_t base = block * kBlock, n = std::min(kBlock, channels - base);
+      const Taps taps(w + base * kConvWidth, n);
+      Taps dtaps(dw + base * kConvWidth, n);
+      alignas(64) static constexpr float kZeros[kBlock] = {};
+      alignas(64) float dz[kConvWidth][kBlock];  // of the last four rows, row t in t % 4
+      for (const auto& s : slices) {
+        const float* in = x + s.begin * ldx + base;
+        const auto row = [&](int64_t t) { return t < 0 ? kZeros : in + t * ldx; };
+        for (int64_t t = 0; t < s.count + kBefore; ++t) {
+          float* dz_t = dz[t % kConvWidth];
+          if (t < s.count) {
+            const float* const rows[kConvWidth] = {row(t - 3), row(t - 2), row(t - 1), row(t)};
+            const float* dy_t = dy + (s.begin + t) * lddy + base;
+            for (int64_t c = 0; c < n; c += 16) {
+              const F16 z = convolve(taps, rows, c, n), one = simd::set1(1.0f), p = simd::sigmoid(z);
+              const F16 slope = simd::mul(p, simd::fma(z, simd::sub(one, p), one));
+              const F16 d = simd::mul(load_at(dy_t, c, n), slope);
+              simd::store(dz_t + c, d);
+              for (int64_t i = 0; i < kConvWidth; ++i)
+                simd::store(dtaps.rows[i] + c,
+                            simd::fma(d, load_at(rows[i], c, n), simd::load(dtaps.rows[i] + c)));
+            }
+          } else {
+            std::fill_n(dz_t, kBlock, 0.0f);
+          }
+          // Row t - 3 has met its four outputs.
+          const int64_t done = t - kBefore;
+          if (done < 0) continue;
+          float* dx_row = dx + (s.begin + done) * lddx + base;
+          for (int64_t c = 0; c < n; c += 16) {
+            F16 sum = simd::zero();
+            for (int64_t i = kConvWidth - 1; i >= 0; --i)
+              sum = simd::fma(simd::load(taps.rows[i] + c), simd::load(dz[(done + 3 - i) % kConvWidth] + c),
+                              sum);
+            store_at(dx_row, sum, c, n);
+          }
+        }
+      }
+      for (int64_t c = 0; c < n; ++c)
+        for (int64_t i = 0; i < kConvWidth; ++i) dw[(base + c) * kConvWidth + i] = dtaps.rows[i][c];
+    }
+  };
+  ctx.parallel_for((channels + kBlock - 1) / kBlock, block_grain(rows_total, 8), std::ref(body));
+}
+
+}  // namespace perigee::kernels

@@ -1,0 +1,200 @@
+#include "kernels/kda/chunk.h"
+
+#include <algorithm>
+
+namespace perigee::kernels::kda {
+
+namespace {
+
+using simd::F16;
+
+// Register tiles: as many accumulators as the registers of the build hold. The tile never changes a result.
+#if defined(PERIGEE_SIMD_AVX512)
+constexpr int kTileRows = 8, kTileVectors = 2, kUpdateRows = 4, kUpdateVectors = 4, kInnerRows = 8;
+#else
+constexpr int kTileRows = 4, kTileVectors = 1, kUpdateRows = 2, kUpdateVectors = 2, kInnerRows = 2;
+#endif
+
+template <int R, int V>
+void multiply_tile(int64_t depth, int width, const float* a, int64_t lda, int64_t step, const float* b,
+                   int64_t ldb, float* c, int64_t ldc) {
+  F16 sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = simd::zero();
+  if (width == 16 * V) {
+    for (int64_t x = 0; x < depth; ++x) {
+      F16 bv[V];
+      for (int v = 0; v < V; ++v) bv[v] = simd::load(b + x * ldb + 16 * v);
+      for (int r = 0; r < R; ++r) {
+        const F16 ax = simd::set1(a[r * lda + x * step]);
+        for (int v = 0; v < V; ++v) sum[r][v] = simd::fma(ax, bv[v], sum[r][v]);
+      }
+    }
+  } else {
+    for (int64_t x = 0; x < depth; ++x) {
+      const F16 bv = simd::load_partial(b + x * ldb, width);
+      for (int r = 0; r < R; ++r) sum[r][0] = simd::fma(simd::set1(a[r * lda + x * step]), bv, sum[r][0]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) simd::store(c + r * ldc + 16 * v, sum[r][v]);
+}
+
+// All rows against one block of columns, which stays in the nearest cache meanwhile.
+template <int V>
+void multiply_columns(int64_t m, int64_t depth, int width, const float* a, int64_t lda, int64_t step,
+                      const float* b, int64_t ldb, float* c, int64_t ldc) {
+  int64_t i = 0;
+  for (; i + kTileRows <= m; i += kTileRows)
+    multiply_tile<kTileRows, V>(depth, width, a + i * lda, lda, step, b, ldb, c + i * ldc, ldc);
+  if (kTileRows > 4)
+    for (; i + 4 <= m; i += 4)
+      multiply_tile<4, V>(depth, width, a + i * lda, lda, step, b, ldb, c + i * ldc, ldc);
+  for (; i + 2 <= m; i += 2)
+    multiply_tile<2, V>(depth, width, a + i * lda, lda, step, b, ldb, c + i * ldc, ldc);
+  for (; i < m; ++i) multiply_tile<1, V>(depth, width, a + i * lda, lda, step, b, ldb, c + i * ldc, ldc);
+}
+
+template <int X, int V>
+void update_tile(int width, int64_t count, const float* gamma, const float* left, int64_t step_x,
+                 int64_t step_r, const float* right, int64_t ldright, float* s, int64_t lds) {
+  F16 sum[X][V];
+  if (width == 16 * V) {
+    for (int x = 0; x < X; ++x)
+      for (int v = 0; v < V; ++v)
+        sum[x][v] = simd::mul(simd::set1(gamma[x]), simd::load(s + x * lds + 16 * v));
+    for (int64_t r = 0; r < count; ++r) {
+      F16 rv[V];
+      for (int v = 0; v < V; ++v) rv[v] = simd::load(right + r * ldright + 16 * v);
+      for (int x = 0; x < X; ++x) {
+        const F16 l = simd::set1(left[x * step_x + r * step_r]);
+        for (int v = 0; v < V; ++v) sum[x][v] = simd::fma(l, rv[v], sum[x][v]);
+      }
+    }
+    for (int x = 0; x < X; ++x)
+      for (int v = 0; v < V; ++v) simd::store(s + x * lds + 16 * v, sum[x][v]);
+  } else {
+    for (int x = 0; x < X; ++x)
+      sum[x][0] = simd::mul(simd::set1(gamma[x]), simd::load_partial(s + x * lds, width));
+    for (int64_t r = 0; r < count; ++r) {
+      const F16 rv = simd::load_partial(right + r * ldright, width);
+      for (int x = 0; x < X; ++x)
+        sum[x][0] = simd::fma(simd::set1(left[x * step_x + r * step_r]), rv, sum[x][0]);
+    }
+    for (int x = 0; x < X; ++x) simd::store_partial(s + x * lds, sum[x][0], width);
+  }
+}
+
+template <int V>
+void update_columns(int64_t dk, int width, int64_t count, const float* gamma, const float* left,
+                    int64_t step_x, int64_t step_r, const float* right, int64_t ldright, float* s,
+                    int64_t lds) {
+  int64_t x = 0;
+  for (; x + kUpdateRows <= dk; x += kUpdateRows)
+    update_tile<kUpdateRows, V>(width, count, gamma + x, left + x * step_x, step_x, step_r, right, ldright,
+                                s + x * lds, lds);
+  for (; x < dk; ++x)
+    update_tile<1, V>(width, count, gamma + x, left + x * step_x, step_x, step_r, right, ldright, s + x * lds,
+                      lds);
+}
+
+// One 1 in lane i of row i.
+struct Unit {
+  alignas(64) float rows[16][16];
+  constexpr Unit() : rows{} {
+    for (int i = 0; i < 16; ++i) rows[i][i] = 1.0f;
+  }
+};
+constexpr Unit kUnit;
+
+// Rows [first, first + R) of the chunk against K~, which passes through registers once.
+template <int R>
+void inner_tile(int64_t first, int64_t dk, int64_t dkp, const float* alpha, const float* kq, float* k_decayed,
+                float* a, float* b) {
+  F16 sa[R], sb[R];
+  for (int r = 0; r < R; ++r) sa[r] = sb[r] = simd::zero();
+  for (int64_t x = 0; x < dk; ++x) {
+    F16 kd = simd::load(k_decayed + 16 * x);
+    for (int r = 0; r < R; ++r) {
+      const F16 k = simd::set1(kq[2 * r * dkp + x]), q = simd::set1(kq[(2 * r + 1) * dkp + x]);
+      kd = simd::mul(kd, simd::set1(alpha[r * dkp + x]));
+      kd = simd::fma(k, simd::load(kUnit.rows[first + r]), kd);  // K~_i = k_i into its lane, which held zero
+      sa[r] = simd::fma(k, kd, sa[r]);
+      sb[r] = simd::fma(q, kd, sb[r]);
+    }
+    simd::store(k_decayed + 16 * x, kd);
+  }
+  for (int r = 0; r < R; ++r) {
+    simd::store(a + 16 * r, sa[r]);
+    simd::store(b + 16 * r, sb[r]);
+  }
+}
+
+}  // namespace
+
+Rows::Rows(float* memory, int64_t dk, int64_t dv) {
+  const int64_t dkp = round_up16(dk), dvp = round_up16(dv);
+  alpha = memory;
+  kq = alpha + 16 * dkp;
+  gkq = kq + 32 * dkp;
+  s_kq = gkq + 32 * dkp;
+  a = s_kq + 32 * dvp;
+  b = a + 256;
+}
+
+void prepare_rows(int64_t n, int64_t dk, const float* q, const float* k, const float* g, int64_t ld,
+                  float* gamma, Rows& rows) {
+  const int64_t dkp = round_up16(dk);
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t x = 0; x < dk; x += 16) {
+      const F16 alpha = simd::exp(load_at(g + i * ld, x, dk));
+      const F16 gv = simd::mul(load_at(gamma, x, dk), alpha);
+      store_at(gamma, gv, x, dk);
+      const F16 kv = load_at(k + i * ld, x, dk), qv = load_at(q + i * ld, x, dk);
+      simd::store(rows.alpha + i * dkp + x, alpha);
+      simd::store(rows.kq + 2 * i * dkp + x, kv);
+      simd::store(rows.kq + (2 * i + 1) * dkp + x, qv);
+      simd::store(rows.gkq + 2 * i * dkp + x, simd::mul(gv, kv));
+      simd::store(rows.gkq + (2 * i + 1) * dkp + x, simd::mul(gv, qv));
+    }
+  }
+}
+
+void inner_products(int64_t first, int64_t n, int64_t dk, float* k_decayed, Rows& rows) {
+  const int64_t dkp = round_up16(dk);
+  int64_t i = 0;
+  for (; i + kInnerRows <= n; i += kInnerRows)
+    inner_tile<kInnerRows>(first + i, dk, dkp, rows.alpha + i * dkp, rows.kq + 2 * i * dkp, k_decayed,
+                           rows.a + 16 * i, rows.b + 16 * i);
+  if (kInnerRows > 2)
+    for (; i + 2 <= n; i += 2)
+      inner_tile<2>(first + i, dk, dkp, rows.alpha + i * dkp, rows.kq + 2 * i * dkp, k_decayed,
+                    rows.a + 16 * i, rows.b + 16 * i);
+  for (; i < n; ++i)
+    inner_tile<1>(first + i, dk, dkp, rows.alpha + i * dkp, rows.kq + 2 * i * dkp, k_decayed, rows.a + 16 * i,
+                  rows.b + 16 * i);
+}
+
+void multiply(int64_t m, int64_t depth, int64_t n, const float* a, int64_t lda, int64_t step, const float* b,
+              int64_t ldb, float* c, int64_t ldc) {
+  int64_t j = 0;
+  for (; j + 16 * kTileVectors <= n; j += 16 * kTileVectors)
+    multiply_columns<kTileVectors>(m, depth, 16 * kTileVectors, a, lda, step, b + j, ldb, c + j, ldc);
+  for (; j < n; j += 16)
+    multiply_columns<1>(m, depth, static_cast<int>(std::min<int64_t>(16, n - j)), a, lda, step, b + j, ldb,
+                        c + j, ldc);
+}
+
+void decay_and_add(int64_t dk, int64_t dv, int64_t count, const float* gamma, const float* left,
+                   int64_t step_x, int64_t step_r, const float* right, int64_t ldright, float* s,
+                   int64_t lds) {
+  int64_t j = 0;
+  for (; j + 16 * kUpdateVectors <= dv; j += 16 * kUpdateVectors)
+    update_columns<kUpdateVectors>(dk, 16 * kUpdateVectors, count, gamma, left, step_x, step_r, right + j,
+                                   ldright, s + j, lds);
+  for (; j < dv; j += 16)
+    update_columns<1>(dk, static_cast<int>(std::min<int64_t>(16, dv - j)), count, gamma, left, step_x, step_r,
+                      right + j, ldright, s + j, lds);
+}
+
+}  // namespace perigee::kernels::kda

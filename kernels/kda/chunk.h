@@ -1,0 +1,64 @@
+// The steps of one chunk of one head, shared by the forward and by the recomputation in the backward.
+// Internal to kernels/kda.
+//
+// Every output element is one chain of fused multiply-adds in a fixed order whatever the number of rows
+// handled at a time, which is what makes a row of a prefill equal to the same row decoded alone.
+#pragma once
+#include <cstdint>
+
+#include "kernels/kda/kda.h"
+#include "kernels/simd/simd.h"
+
+namespace perigee::kernels::kda {
+
+inline int64_t round_up16(int64_t n) {
+  return (n + 15) / 16 * 16;
+}
+
+// Lanes [at, at + 16) of an array of n floats, the lanes past its end zero.
+inline simd::F16 load_at(const float* p, int64_t at, int64_t n) {
+  return at + 16 <= n ? simd::load(p + at) : simd::load_partial(p + at, static_cast<int>(n - at));
+}
+inline void store_at(float* p, simd::F16 a, int64_t at, int64_t n) {
+  if (at + 16 <= n)
+    simd::store(p + at, a);
+  else
+    simd::store_partial(p + at, a, static_cast<int>(n - at));
+}
+
+// The rows of one chunk that are being computed: row i of the arrays is row first + i of the chunk. dkp and
+// dvp are dk and dv rounded up to 16; what lies past dk and dv is zero.
+struct Rows {
+  float* alpha;  // [16, dkp]    exp(g)
+  float* kq;     // [2*16, dkp]  k in the even rows, q in the odd
+  float* gkq;    // [2*16, dkp]  Gamma . k, Gamma . q
+  float* s_kq;   // [2*16, dvp]  (Gamma . k)ᵀ S, (Gamma . q)ᵀ S
+  float* a;      // [16, 16]     a[i][j] = k_i . K~_j, meaningful for j < i
+  float* b;      // [16, 16]     b[i][j] = q_i . K~_j, meaningful for j <= i
+
+  static int64_t floats(int64_t dk, int64_t dv) {
+    return 16 * (5 * round_up16(dk) + 2 * round_up16(dv) + 2 * 16);
+  }
+  // Cuts the arrays from floats(dk, dv) floats aligned to 64 bytes.
+  Rows(float* memory, int64_t dk, int64_t dv);
+};
+
+// Reads n rows of k, q and g (row stride ld), updates gamma [dk] row after row, fills alpha, kq, gkq.
+void prepare_rows(int64_t n, int64_t dk, const float* q, const float* k, const float* g, int64_t ld,
+                  float* gamma, Rows& rows);
+
+// Decays and extends K~ [dk, 16] by rows [first, first + n) of the chunk and fills a and b.
+// REQUIRES lanes >= first of K~ zero.
+void inner_products(int64_t first, int64_t n, int64_t dk, float* k_decayed, Rows& rows);
+
+// c[i][:] = sum_x a[i*lda + x*step] b[x][:] for i < m, x < depth; every element one chain, x ascending.
+// Writes n columns rounded up to 16, zeros past n.
+void multiply(int64_t m, int64_t depth, int64_t n, const float* a, int64_t lda, int64_t step, const float* b,
+              int64_t ldb, float* c, int64_t ldc);
+
+// s[x][:] = gamma[x] s[x][:] + sum_r left[x*step_x + r*step_r] right[r][:] for x < dk, r ascending.
+void decay_and_add(int64_t dk, int64_t dv, int64_t count, const float* gamma, const float* left,
+                   int64_t step_x, int64_t step_r, const float* right, int64_t ldright, float* s,
+                   int64_t lds);
+
+}  // namespace perigee::kernels::kda

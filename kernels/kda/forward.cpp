@@ -1,0 +1,146 @@
+#include <algorithm>
+#include <cstring>
+#include <functional>
+
+#include "kernels/kda/chunk.h"
+#include "kernels/kda/kda.h"
+
+namespace perigee::kernels {
+
+namespace {
+
+using simd::F16;
+
+// The parts of a state that belong to one head.
+struct HeadState {
+  float* s;          // [dk, dv]
+  float* gamma;      // [dk]
+  float* k_decayed;  // [dk, 16]
+  float* u;          // [16, dv]
+
+  HeadState(float* state, const KdaShape& shape, int64_t head) {
+    const int64_t h = shape.heads, dk = shape.dk, dv = shape.dv;
+    s = state + head * dk * dv;
+    gamma = state + h * dk * dv + head * dk;
+    k_decayed = state + h * dk * (dv + 1) + head * dk * kKdaChunk;
+    u = state + h * dk * (dv + 1 + kKdaChunk) + head * kKdaChunk * dv;
+  }
+};
+
+// u_i and o_i for rows [first, first + n) of the chunk, in order: row i needs the u of the rows before it.
+void solve_rows(int64_t first, int64_t n, int64_t dv, const float* v, int64_t ldv, const float* beta,
+                int64_t ldbeta, const kda::Rows& rows, float* u, float* out) {
+  const int64_t dvp = kda::round_up16(dv);
+  for (int64_t i = 0; i < n; ++i) {
+    const float *a = rows.a + 16 * i, *b = rows.b + 16 * i;
+    const F16 beta_i = simd::set1(beta[i * ldbeta]);
+    const int64_t before = first + i;
+    float* u_i = u + before * dv;
+    for (int64_t x = 0; x < dv; x += 16) {
+      F16 t = simd::sub(kda::load_at(v + i * ldv, x, dv), simd::load(rows.s_kq + 2 * i * dvp + x));
+      F16 o = simd::load(rows.s_kq + (2 * i + 1) * dvp + x);
+      for (int64_t j = 0; j < before; ++j) {
+        const F16 u_j = kda::load_at(u + j * dv, x, dv);
+        t = simd::fnma(simd::set1(a[j]), u_j, t);
+        o = simd::fma(simd::set1(b[j]), u_j, o);
+      }
+      t = simd::mul(beta_i, t);
+      o = simd::fma(simd::set1(b[before]), t, o);
+      kda::store_at(u_i, t, x, dv);
+      kda::store_at(out + i * ldv, o, x, dv);
+    }
+  }
+}
+
+struct Operands {
+  const float *q, *k, *v, *g, *beta;
+  float *out, *chunk_states;
+};
+
+// All rows of a slice for one head.
+void run_head(const KdaShape& shape, const Operands& x, const KdaSlice& item, int64_t head,
+              int64_t first_chunk, kda::Rows& rows) {
+  const int64_t dk = shape.dk, dv = shape.dv, ldk = shape.heads * dk, ldv = shape.heads * dv;
+  const HeadState state(item.state, shape, head);
+  int64_t filled = item.slice.position % kKdaChunk;
+  int64_t chunk = first_chunk;
+  for (int64_t done = 0; done < item.slice.count;) {
+    const int64_t row = item.slice.begin + done;
+    const int64_t n = std::min(kKdaChunk - filled, item.slice.count - done);
+    if (x.chunk_states != nullptr)
+      std::memcpy(x.chunk_states + (chunk++ * shape.heads + head) * dk * dv, state.s,
+                  sizeof(float) * static_cast<size_t>(dk * dv));
+    if (filled == 0) {
+      std::fill_n(state.gamma, dk, 1.0f);
+      std::fill_n(state.k_decayed, dk * kKdaChunk, 0.0f);
+      std::fill_n(state.u, kKdaChunk * dv, 0.0f);
+    }
+    const int64_t at_k = row * ldk + head * dk, at_v = row * ldv + head * dv;
+    kda::prepare_rows(n, dk, x.q + at_k, x.k + at_k, x.g + at_k, ldk, state.gamma, rows);
+    kda::inner_products(filled, n, dk, state.k_decayed, rows);
+    kda::multiply(2 * n, dk, dv, rows.gkq, kda::round_up16(dk), 1, state.s, dv, rows.s_kq,
+                  kda::round_up16(dv));
+    solve_rows(filled, n, dv, x.v + at_v, ldv, x.beta + row * shape.heads + head, shape.heads, rows, state.u,
+               x.out + at_v);
+    done += n;
+    filled += n;
+    if (filled == kKdaChunk) {
+      kda::decay_and_add(dk, dv, kKdaChunk, state.gamma, state.k_decayed, kKdaChunk, 1, state.u, dv, state.s,
+                         dv);
+      filled = 0;
+    }
+  }
+  if (filled == 0 && item.slice.count > 0) {
+    std::fill_n(state.gamma, dk, 0.0f);
+    std::fill_n(state.k_decayed, dk * kKdaChunk, 0.0f);
+    std::fill_n(state.u, kKdaChunk * dv, 0.0f);
+  }
+}
+
+}  // namespace
+
+int64_t kda_state_floats(const KdaShape& shape) {
+  return shape.heads * (shape.dk * shape.dv + shape.dk + kKdaChunk * (shape.dk + shape.dv));
+}
+
+void kda_forward(Context& ctx, const KdaShape& shape, const float* q, const float* k, const float* v,
+                 const float* g, const float* beta, std::span<const KdaSlice> slices, float* out,
+                 float* chunk_states) {
+  PERIGEE_CHECK(shape.heads > 0 && shape.dk > 0 && shape.dv > 0, "heads {} dk {} dv {}", shape.heads,
+                shape.dk, shape.dv);
+  const Scratch::Mark mark(ctx.scratch);
+  const int64_t items = static_cast<int64_t>(slices.size()) * shape.heads;
+  int64_t* first_chunk = ctx.scratch.take<int64_t>(static_cast<int64_t>(slices.size()) + 1);
+  int64_t chunks = 0, rows_total = 0;
+  for (size_t i = 0; i < slices.size(); ++i) {
+    const Slice& s = slices[i].slice;
+    PERIGEE_CHECK(s.begin >= 0 && s.count >= 0 && s.position >= 0, "slice {}: begin {} count {} position {}",
+                  i, s.begin, s.count, s.position);
+    PERIGEE_CHECK(chunk_states == nullptr || s.position == 0,
+                  "slice {} at position {}: chunk states are stored from 0", i, s.position);
+    first_chunk[i] = chunks;
+    chunks += (s.count + kKdaChunk - 1) / kKdaChunk;
+    rows_total += s.count;
+  }
+  if (rows_total == 0) return;
+
+  // An item is a head of a slice. Work too small to share stays on this thread; each range of items has its
+  // buffers.
+  const int64_t flops = rows_total * shape.heads * shape.dk * (3 * shape.dv + 64);
+  const int64_t ranges = flops < 200000 ? 1 : std::min<int64_t>(items, 8 * ctx.pool.size());
+  const int64_t grain = (items + ranges - 1) / ranges;
+  const int64_t floats = kda::round_up16(kda::Rows::floats(shape.dk, shape.dv));
+  float* memory = ctx.scratch.take<float>(((items + grain - 1) / grain) * floats);
+  const Operands operands{q, k, v, g, beta, out, chunk_states};
+  const auto body = [&](int64_t begin, int64_t end) {
+    kda::Rows rows(memory + begin / grain * floats, shape.dk, shape.dv);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t slice = item / shape.heads;
+      run_head(shape, operands, slices[static_cast<size_t>(slice)], item % shape.heads, first_chunk[slice],
+               rows);
+    }
+  };
+  ctx.parallel_for(items, grain, std::ref(body));
+}
+
+}  // namespace perigee::kernels
