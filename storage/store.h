@@ -32,7 +32,8 @@ namespace perigee {
 
 namespace storage {
 class Database;
-}
+class FileLock;
+}  // namespace storage
 
 // What became of something that a worker sent. Only kAppended changes the store; kDuplicate may be
 // acknowledged like it (the first copy is there); the others are refused and counted.
@@ -66,6 +67,9 @@ class StoreQueries {
   StoreQueries& operator=(const StoreQueries&) = delete;
 
   const std::filesystem::path& file() const;
+  // A line for the user when the file is not quite what this program expects (a reader of a newer store); or
+  // empty.
+  const std::string& note() const { return note_; }
 
   std::vector<RunRecord> runs();  // by creation
   RunRecord run(std::string_view run_id);
@@ -97,6 +101,7 @@ class StoreQueries {
   explicit StoreQueries(std::unique_ptr<storage::Database> db);
   int64_t run_number(std::string_view run_id);
   std::unique_ptr<storage::Database> db_;
+  std::string note_;
 };
 
 // Read-only, from any process, while a Store writes or not. Modifies nothing.
@@ -142,8 +147,10 @@ class Store : public StoreQueries {
   // leased -> open: what this attempt still sends is stale from here on. Nothing when not leased.
   void release_attempt(int64_t episode_id);
 
-  // Duplicates are judged first, then stale, gap, conflict. A finish moves the episode to generated.
-  // REQUIRES E2 and E3 of the segment (PERIGEE_CHECK): the hub checks what comes off the wire.
+  // Judged in this order: a duplicate of what is there; an attempt that was never begun (conflict) or was
+  // superseded (stale); other bytes under the same index (conflict); an episode that is not leased (stale);
+  // an index too high (gap). A finish moves the episode to generated. REQUIRES E2 and E3 of the segment
+  // (PERIGEE_CHECK): the hub checks what comes off the wire.
   Append append_segment(const Segment&);
   // generated -> rewarded.
   Append record_reward(const Reward&);
@@ -168,12 +175,14 @@ class Store : public StoreQueries {
 
  private:
   struct EpisodeHead;
+  class Write;
   EpisodeHead head(int64_t episode_id);
   Append counted(Append);
-  void require_transaction() const;
+  void end_transaction(bool commit);
 
-  std::unique_ptr<class StoreLock> lock_;
+  std::unique_ptr<storage::FileLock> lock_;
   bool in_transaction_ = false;
+  bool lost_ = false;  // a write threw half-way: the transaction must not be committed
   AppendCounts counts_;
 };
 

@@ -1,0 +1,222 @@
+#include "storage/schema.h"
+
+#include "base/error.h"
+
+namespace perigee::storage {
+namespace {
+
+// Version 1. STRICT: a column holds its declared type or NULL, nothing else.
+constexpr Migration kVersion1 = R"sql(
+CREATE TABLE runs (
+  run          INTEGER PRIMARY KEY,
+  id           TEXT NOT NULL UNIQUE CHECK (id <> ''),
+  created_us   INTEGER NOT NULL,
+  config       TEXT NOT NULL,
+  state        TEXT NOT NULL CHECK (state IN ('running', 'finished', 'stopped', 'failed')),
+  parent       TEXT,
+  code_version TEXT NOT NULL
+) STRICT;
+
+CREATE TABLE policy_versions (
+  run          INTEGER NOT NULL REFERENCES runs,
+  version      INTEGER NOT NULL CHECK (version >= 0),
+  phase        TEXT NOT NULL,
+  step         INTEGER NOT NULL,
+  weights_hash TEXT NOT NULL,
+  checkpoint   TEXT,
+  created_us   INTEGER NOT NULL,
+  PRIMARY KEY (run, version)
+) STRICT;
+
+CREATE TABLE checkpoints (
+  run            INTEGER NOT NULL REFERENCES runs,
+  version        INTEGER NOT NULL CHECK (version >= 0),
+  phase          TEXT NOT NULL,
+  step           INTEGER NOT NULL,
+  path           TEXT NOT NULL,
+  weights_hash   TEXT NOT NULL,
+  optimizer_hash TEXT NOT NULL,
+  bytes          INTEGER NOT NULL CHECK (bytes >= 0),
+  kept           INTEGER NOT NULL CHECK (kept IN (0, 1)),
+  created_us     INTEGER NOT NULL,
+  PRIMARY KEY (run, version)
+) STRICT;
+
+CREATE TABLE groups (
+  group_id    INTEGER PRIMARY KEY,
+  run         INTEGER NOT NULL REFERENCES runs,
+  step        INTEGER NOT NULL,
+  round       INTEGER NOT NULL,
+  task_index  INTEGER NOT NULL,
+  task        TEXT NOT NULL,
+  prompt      BLOB NOT NULL,
+  prompt_text TEXT NOT NULL,
+  outcome     TEXT NOT NULL CHECK (outcome IN ('pending', 'trained', 'dropped')),
+  reason      TEXT,
+  created_us  INTEGER NOT NULL
+) STRICT;
+CREATE INDEX groups_by_step ON groups (run, step);
+CREATE INDEX groups_pending ON groups (run) WHERE outcome = 'pending';
+
+CREATE TABLE episodes (
+  episode_id     INTEGER PRIMARY KEY,
+  group_id       INTEGER NOT NULL REFERENCES groups,
+  member         INTEGER NOT NULL CHECK (member >= 0),
+  seed           INTEGER NOT NULL,
+  max_new_tokens INTEGER NOT NULL,
+  temperature    REAL NOT NULL,
+  sampling       TEXT NOT NULL,
+  parent_episode INTEGER REFERENCES episodes,
+  parent_tokens  INTEGER,
+  state          TEXT NOT NULL CHECK (state IN ('open', 'leased', 'generated', 'rewarded', 'trained', 'dropped')),
+  attempt        INTEGER NOT NULL CHECK (attempt >= 0),
+  finish         TEXT NOT NULL CHECK (finish IN ('none', 'stop', 'length', 'cancelled', 'error')),
+  segment_count  INTEGER NOT NULL CHECK (segment_count >= 0),
+  token_count    INTEGER NOT NULL CHECK (token_count >= 0),
+  reward         REAL,
+  reward_bits    INTEGER,
+  reward_failed  INTEGER CHECK (reward_failed IN (0, 1)),
+  created_us     INTEGER NOT NULL,
+  finished_us    INTEGER,
+  UNIQUE (group_id, member),
+  CHECK (state NOT IN ('generated', 'rewarded', 'trained') OR finish <> 'none'),
+  CHECK (state NOT IN ('rewarded', 'trained') OR reward_bits IS NOT NULL)
+) STRICT;
+CREATE INDEX episodes_by_reward ON episodes (reward);
+CREATE INDEX episodes_by_parent ON episodes (parent_episode) WHERE parent_episode IS NOT NULL;
+
+CREATE TABLE segments (
+  episode_id    INTEGER NOT NULL REFERENCES episodes,
+  segment_index INTEGER NOT NULL CHECK (segment_index >= 0),
+  attempt       INTEGER NOT NULL CHECK (attempt >= 1),
+  finish        TEXT NOT NULL CHECK (finish IN ('none', 'stop', 'length', 'cancelled', 'error')),
+  token_count   INTEGER NOT NULL CHECK (token_count >= 0),
+  tokens        BLOB NOT NULL,
+  logprobs      BLOB NOT NULL,
+  versions      BLOB NOT NULL,
+  mask          BLOB,
+  created_us    INTEGER NOT NULL,
+  PRIMARY KEY (episode_id, segment_index)
+) STRICT;
+
+CREATE TABLE tool_events (
+  episode_id    INTEGER NOT NULL,
+  segment_index INTEGER NOT NULL,
+  position      INTEGER NOT NULL CHECK (position >= 0),
+  turn          INTEGER NOT NULL,
+  name          TEXT NOT NULL,
+  input         BLOB NOT NULL,
+  output        BLOB NOT NULL,
+  status        TEXT NOT NULL,
+  digest        TEXT NOT NULL,
+  started_us    INTEGER NOT NULL,
+  duration_us   INTEGER NOT NULL,
+  PRIMARY KEY (episode_id, segment_index, position),
+  FOREIGN KEY (episode_id, segment_index) REFERENCES segments
+) STRICT;
+
+CREATE TABLE reward_components (
+  episode_id  INTEGER NOT NULL REFERENCES episodes,
+  position    INTEGER NOT NULL CHECK (position >= 0),
+  name        TEXT NOT NULL,
+  value       REAL,
+  value_bits  INTEGER NOT NULL,
+  weight      REAL,
+  weight_bits INTEGER NOT NULL,
+  status      TEXT NOT NULL,
+  detail      TEXT NOT NULL,
+  PRIMARY KEY (episode_id, position)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE train_batches (
+  run            INTEGER NOT NULL REFERENCES runs,
+  step           INTEGER NOT NULL,
+  version_before INTEGER NOT NULL,
+  version_after  INTEGER NOT NULL,
+  detail         TEXT NOT NULL,
+  created_us     INTEGER NOT NULL,
+  PRIMARY KEY (run, step)
+) STRICT;
+
+CREATE TABLE train_items (
+  run            INTEGER NOT NULL,
+  step           INTEGER NOT NULL,
+  position       INTEGER NOT NULL CHECK (position >= 0),
+  episode_id     INTEGER NOT NULL REFERENCES episodes,
+  advantage      REAL,
+  advantage_bits INTEGER NOT NULL,
+  PRIMARY KEY (run, step, position),
+  FOREIGN KEY (run, step) REFERENCES train_batches
+) STRICT, WITHOUT ROWID;
+CREATE INDEX train_items_by_episode ON train_items (episode_id);
+
+CREATE TABLE step_metrics (
+  run        INTEGER NOT NULL REFERENCES runs,
+  phase      TEXT NOT NULL,
+  step       INTEGER NOT NULL,
+  name       TEXT NOT NULL,
+  value      REAL,
+  value_bits INTEGER NOT NULL,
+  PRIMARY KEY (run, phase, step, name)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE evaluations (
+  evaluation    INTEGER PRIMARY KEY,
+  run           INTEGER NOT NULL REFERENCES runs,
+  phase         TEXT NOT NULL,
+  step          INTEGER NOT NULL,
+  name          TEXT NOT NULL,
+  version       INTEGER NOT NULL,
+  n             INTEGER NOT NULL CHECK (n >= 0),
+  correct       INTEGER NOT NULL CHECK (correct >= 0),
+  accuracy      REAL,
+  accuracy_bits INTEGER NOT NULL,
+  detail        TEXT NOT NULL,
+  created_us    INTEGER NOT NULL,
+  UNIQUE (run, phase, step, name)
+) STRICT;
+)sql";
+
+constexpr Migration kMigrations[] = {kVersion1};
+
+}  // namespace
+
+std::span<const Migration> migrations() {
+  return kMigrations;
+}
+
+FileKind file_kind(Database& db) {
+  const int64_t application = db.pragma("PRAGMA application_id");
+  if (application == kApplicationId) return FileKind::kStore;
+  // A file whose maker was killed before its first commit: nothing in it, so it is ours to begin.
+  const bool empty = application == 0 && db.pragma("PRAGMA user_version") == 0 &&
+                     db.pragma("SELECT count(*) FROM sqlite_schema") == 0;
+  return empty ? FileKind::kEmpty : FileKind::kForeign;
+}
+
+void migrate(Database& db, std::span<const Migration> steps) {
+  const int64_t from = db.pragma("PRAGMA user_version"), to = static_cast<int64_t>(steps.size());
+  PERIGEE_CHECK(from <= to, "from {} to {}", from, to);
+  if (from == to) return;
+  try {
+    db.exec("BEGIN IMMEDIATE");
+    for (int64_t version = from; version < to; ++version) db.exec(steps[version]);
+    db.exec(fmt::format("PRAGMA application_id = {}", kApplicationId).c_str());
+    db.exec(fmt::format("PRAGMA user_version = {}", to).c_str());
+    db.exec("COMMIT");
+  } catch (...) {
+    if (db.in_transaction()) sqlite3_exec(db.handle(), "ROLLBACK", nullptr, nullptr, nullptr);
+    throw;
+  }
+}
+
+void require_sound(Database& db) {
+  Query q = db.query_once("PRAGMA quick_check(1)");
+  if (q.step() && q.text(0) != "ok")
+    throw_environment(
+        "{}: the file is damaged ({}): restore a copy, or read what is left with the sqlite3 program's "
+        ".recover",
+        db.file().string(), q.text(0));
+}
+
+}  // namespace perigee::storage

@@ -1,0 +1,236 @@
+// Opening, transactions, and what is recorded about a run as a whole. Episodes: store_episodes.cpp.
+#include "storage/store.h"
+
+#include <bit>
+#include <chrono>
+
+#include "base/error.h"
+#include "storage/file_lock.h"
+#include "storage/schema.h"
+#include "storage/store_write.h"
+
+namespace perigee {
+using storage::Database;
+using storage::FileKind;
+using storage::Query;
+
+namespace {
+
+// Pages of log after which SQLite moves them into the main file, within a commit. Larger means fewer and
+// longer pauses; 4000 pages of 4 KiB hold about 8,000 episodes of 256 tokens.
+constexpr int kCheckpointPages = 4000;
+constexpr int64_t kLogBytesKept = 64 << 20;
+
+std::unique_ptr<Database> open_for_writing(const std::filesystem::path& file, const StoreOptions& options) {
+  namespace fs = std::filesystem;
+  std::error_code ec;
+  const bool exists = fs::exists(file, ec) && fs::file_size(file, ec) > 0;
+  if (options.open == StoreOptions::Open::kExisting && !exists)
+    throw_input("{}: no such store: give the directory of a run", file.string());
+  if (exists && fs::is_directory(file, ec)) throw_input("{}: is a directory, not a store", file.string());
+
+  auto db = std::make_unique<Database>(
+      file,
+      Database::Options{.create = true, .busy_timeout_ms = options.busy_timeout_ms, .vfs = options.vfs});
+  const FileKind kind = exists ? storage::file_kind(*db) : FileKind::kEmpty;
+  if (kind == FileKind::kForeign)
+    throw_input("{}: an SQLite database of another program, not a Perigee store: nothing was changed",
+                file.string());
+  if (kind == FileKind::kStore && options.open == StoreOptions::Open::kCreate)
+    throw_input("{}: holds a run already: resume it, or use another directory", file.string());
+  const int64_t version = db->pragma("PRAGMA user_version");
+  if (version > storage::schema_version())
+    throw_input(
+        "{}: written by a newer Perigee (schema {}, this one knows {}): update, or open it for reading only",
+        file.string(), version, storage::schema_version());
+  if (kind == FileKind::kStore && options.quick_check) storage::require_sound(*db);
+
+  {
+    Query q = db->query_once("PRAGMA journal_mode = WAL");
+    if (!q.step() || q.text(0) != "wal")
+      throw_environment("{}: the file system does not support SQLite's write-ahead log: use a local disk",
+                        file.string());
+  }
+  db->exec("PRAGMA synchronous = FULL");
+  db->exec("PRAGMA foreign_keys = ON");
+  db->exec(fmt::format("PRAGMA wal_autocheckpoint = {}", kCheckpointPages).c_str());
+  db->exec(fmt::format("PRAGMA journal_size_limit = {}", kLogBytesKept).c_str());
+  storage::migrate(*db, storage::migrations());
+  return db;
+}
+
+}  // namespace
+
+int64_t unix_time_us() {
+  using namespace std::chrono;
+  return duration_cast<microseconds>(system_clock::now().time_since_epoch()).count();
+}
+
+std::string_view append_name(Append append) {
+  constexpr std::string_view names[] = {"appended", "duplicate", "stale", "gap", "conflict"};
+  return names[static_cast<int>(append)];
+}
+
+Store::Store(const std::filesystem::path& file, const StoreOptions& options) : StoreQueries(nullptr) {
+  lock_ = std::make_unique<storage::FileLock>(file);
+  db_ = open_for_writing(file, options);
+}
+
+Store::~Store() {
+  db_.reset();  // before the lock goes: closing writes the log back
+}
+
+Store::Transaction Store::begin() {
+  PERIGEE_CHECK(!in_transaction_, "transactions do not nest");
+  if (db_->broken())
+    throw_environment("{}: an earlier I/O error left this connection unusable: open the store again",
+                      db_->file().string());
+  db_->exec("BEGIN IMMEDIATE");
+  in_transaction_ = true;
+  lost_ = false;
+  return Transaction(this);
+}
+
+void Store::end_transaction(bool commit) {
+  PERIGEE_CHECK(in_transaction_);
+  in_transaction_ = false;
+  const bool lost = lost_ || !db_->in_transaction();
+  try {
+    if (commit && !lost) {
+      db_->exec("COMMIT");
+      return;
+    }
+  } catch (...) {
+    if (db_->in_transaction()) sqlite3_exec(db_->handle(), "ROLLBACK", nullptr, nullptr, nullptr);
+    throw;
+  }
+  // SQLite has rolled back by itself after some errors; a rollback that fails leaves the log's end unwritten,
+  // which recovery ignores.
+  if (db_->in_transaction()) sqlite3_exec(db_->handle(), "ROLLBACK", nullptr, nullptr, nullptr);
+  if (commit)
+    throw_environment("{}: a write of this transaction failed before: nothing of it is kept",
+                      db_->file().string());
+}
+
+void Store::Transaction::commit() {
+  PERIGEE_CHECK(store_ != nullptr, "commit of a transaction that has ended");
+  std::exchange(store_, nullptr)->end_transaction(true);
+}
+void Store::Transaction::rollback() {
+  if (store_) std::exchange(store_, nullptr)->end_transaction(false);
+}
+Store::Transaction::~Transaction() {
+  if (store_) store_->end_transaction(false);
+}
+
+Append Store::counted(Append append) {
+  int64_t* const counts[] = {&counts_.appended, &counts_.duplicate, &counts_.stale, &counts_.gap,
+                             &counts_.conflict};
+  ++*counts[static_cast<int>(append)];
+  return append;
+}
+
+void Store::create_run(const RunRecord& record) {
+  Write write(*this);
+  if (record.id.empty()) throw_input("a run needs an id");
+  if (has_run(record.id)) throw_input("{}: already holds a run \"{}\"", file().string(), record.id);
+  write.begin();
+  Query q = db_->query(
+      "INSERT INTO runs (id, created_us, config, state, parent, code_version) VALUES (?, ?, ?, ?, ?, ?)");
+  q.with(record.id, or_now(record.created_us), record.config, record.state);
+  bind_optional(q, record.parent);
+  q.bind(record.code_version).run();
+  write.done();
+}
+
+void Store::set_run_state(std::string_view run_id, std::string_view state) {
+  Write write(*this);
+  const int64_t run = run_number(run_id);
+  write.begin();
+  db_->query("UPDATE runs SET state = ? WHERE run = ?").with(state, run).run();
+  write.done();
+}
+
+Append Store::record_version(std::string_view run_id, const PolicyVersion& record) {
+  Write write(*this);
+  const int64_t run = run_number(run_id);
+  if (const auto old = version(run_id, record.version)) {
+    const bool same =
+        old->weights_hash == record.weights_hash && old->phase == record.phase && old->step == record.step;
+    if (!same) return counted(Append::kConflict);
+    if (!record.checkpoint.empty() && record.checkpoint != old->checkpoint) {
+      write.begin();
+      db_->query("UPDATE policy_versions SET checkpoint = ? WHERE run = ? AND version = ?")
+          .with(record.checkpoint, run, record.version)
+          .run();
+      write.done();
+    }
+    return counted(Append::kDuplicate);
+  }
+  write.begin();
+  Query q = db_->query(
+      "INSERT INTO policy_versions (run, version, phase, step, weights_hash, checkpoint, created_us) "
+      "VALUES (?, ?, ?, ?, ?, ?, ?)");
+  q.with(run, record.version, record.phase, record.step, record.weights_hash);
+  bind_optional(q, record.checkpoint);
+  q.bind(or_now(record.created_us)).run();
+  write.done();
+  return counted(Append::kAppended);
+}
+
+void Store::record_metrics(std::string_view run_id, std::string_view phase, int64_t step,
+                           const Metrics& metrics) {
+  Write write(*this);
+  const int64_t run = run_number(run_id);
+  write.begin();
+  for (const auto& [name, value] : metrics) {
+    Query q = db_->query(
+        "INSERT OR REPLACE INTO step_metrics (run, phase, step, name, value, value_bits) "
+        "VALUES (?, ?, ?, ?, ?, ?)");
+    q.with(run, phase, step, name).bind_exact(value).run();
+  }
+  write.done();
+}
+
+void Store::record_evaluation(std::string_view run_id, const Evaluation& e) {
+  Write write(*this);
+  const int64_t run = run_number(run_id);
+  write.begin();
+  Query q = db_->query(
+      "INSERT OR REPLACE INTO evaluations (run, phase, step, name, version, n, correct, accuracy, "
+      "accuracy_bits, "
+      "detail, created_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
+  q.with(run, e.phase, e.step, e.name, e.version, e.n, e.correct).bind_exact(e.accuracy);
+  q.with(e.detail, or_now(e.created_us)).run();
+  write.done();
+}
+
+void Store::record_checkpoint(std::string_view run_id, const Checkpoint& c) {
+  Write write(*this);
+  const int64_t run = run_number(run_id);
+  write.begin();
+  db_->query(
+         "INSERT OR REPLACE INTO checkpoints (run, version, phase, step, path, weights_hash, optimizer_hash, "
+         "bytes, kept, created_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 1, ?)")
+      .with(run, c.version, c.phase, c.step, c.path, c.weights_hash, c.optimizer_hash, c.bytes,
+            or_now(c.created_us))
+      .run();
+  write.done();
+}
+
+void Store::forget_checkpoint(std::string_view run_id, uint32_t version) {
+  Write write(*this);
+  const int64_t run = run_number(run_id);
+  write.begin();
+  db_->query("UPDATE checkpoints SET kept = 0 WHERE run = ? AND version = ?").with(run, version).run();
+  write.done();
+}
+
+void Store::checkpoint_log() {
+  PERIGEE_CHECK(!in_transaction_, "within a transaction");
+  const int rc =
+      sqlite3_wal_checkpoint_v2(db_->handle(), nullptr, SQLITE_CHECKPOINT_PASSIVE, nullptr, nullptr);
+  if (rc != SQLITE_OK && (rc & 0xff) != SQLITE_BUSY) db_->fail(rc, "checkpoint");
+}
+
+}  // namespace perigee

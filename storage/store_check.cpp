@@ -1,0 +1,104 @@
+// Looks for damage in all that is stored.
+#include <algorithm>
+
+#include "base/error.h"
+#include "base/hash.h"
+#include "storage/columns.h"
+#include "storage/store.h"
+
+namespace perigee {
+using storage::Query;
+
+std::vector<std::string> StoreQueries::check(int limit) {
+  storage::ReadScope scope(*db_);
+  std::vector<std::string> findings;
+  const auto full = [&] { return static_cast<int>(findings.size()) >= limit; };
+  const auto add = [&](std::string finding) {
+    if (!full()) findings.push_back(std::move(finding));
+  };
+
+  // A damaged page can end any of the searches with an error: that is a finding too.
+  const auto search = [&](const auto& body) {
+    try {
+      body();
+    } catch (const Error& error) {
+      add(error.what());
+    }
+  };
+
+  search([&] {
+    Query q = db_->query_once(fmt::format("PRAGMA integrity_check({})", std::max(limit, 1)));
+    while (q.step())
+      if (q.text(0) != "ok") add(q.str(0));
+  });
+  search([&] {
+    Query q = db_->query_once("PRAGMA foreign_key_check");
+    while (!full() && q.step())
+      add(fmt::format("table {}, row {}: refers to a row of {} that is not there", q.text(0), q.int64(1),
+                      q.text(2)));
+  });
+  search([&] {
+    Query q = db_->query_once("SELECT group_id, prompt FROM groups");
+    while (!full() && q.step())
+      if (const BlobStatus status = check_blob(q.blob(1)); status != BlobStatus::kOk)
+        add(fmt::format("group {}, prompt: {}", q.int64(0), blob_status_text(status)));
+  });
+  // Segments in their order: blobs whole, and S4 against what the episode says.
+  search([&] {
+    Query q = db_->query_once(
+        "SELECT e.episode_id, s.segment_index, s.attempt, s.finish, s.token_count, s.tokens, s.logprobs, "
+        "s.versions, "
+        "s.mask, e.segment_count, e.token_count, e.finish, e.attempt FROM episodes e "
+        "LEFT JOIN segments s ON s.episode_id = e.episode_id ORDER BY e.episode_id, s.segment_index");
+    int64_t episode = -1, segments = 0, tokens = 0, want_segments = 0, want_tokens = 0, attempt = 0;
+    std::string finish, want_finish;
+    bool any = false;
+    const auto end_episode = [&] {
+      if (!any) return;
+      if (segments != want_segments || tokens != want_tokens)
+        add(fmt::format("episode {}: {} segments with {} tokens are there, {} with {} should be", episode,
+                        segments, tokens, want_segments, want_tokens));
+      if (finish != want_finish)
+        add(fmt::format("episode {}: its last segment says finish {}, the episode {}", episode, finish,
+                        want_finish));
+    };
+    while (!full() && q.step()) {
+      if (!any || q.int64(0) != episode) {
+        end_episode();
+        any = true;
+        episode = q.int64(0);
+        segments = tokens = attempt = 0;
+        finish = "none";
+        want_segments = q.int64(9);
+        want_tokens = q.int64(10);
+        want_finish = q.str(11);
+      }
+      if (q.is_null(1)) continue;
+      const auto place = [&] { return fmt::format("episode {}, segment {}", episode, q.int64(1)); };
+      if (q.int64(1) != segments) add(fmt::format("{}: {} was expected", place(), segments));
+      if (finish != "none") add(fmt::format("{}: follows a finish", place()));
+      if (q.int64(2) < attempt || q.int64(2) > q.int64(12))
+        add(fmt::format("{}: attempt {}", place(), q.int64(2)));
+      ++segments;
+      tokens += q.int64(4);
+      attempt = q.int64(2);
+      finish = q.str(3);
+      try {
+        storage::segment_row(*db_, q);
+      } catch (const Error& error) {
+        add(error.what());
+      }
+    }
+    if (!full()) end_episode();
+  });
+  search([&] {
+    Query q = db_->query_once("SELECT episode_id, segment_index, position, output, digest FROM tool_events");
+    while (!full() && q.step())
+      if (!q.text(4).empty() && hash_hex(storage::bytes_text(q.blob(3))) != q.text(4))
+        add(fmt::format("episode {}, segment {}, tool call {}: output does not match its digest", q.int64(0),
+                        q.int64(1), q.int64(2)));
+  });
+  return findings;
+}
+
+}  // namespace perigee

@@ -1,0 +1,289 @@
+// Groups, episodes, segments, rewards and training batches: the writes of a run's main flow.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <map>
+
+#include "base/blob.h"
+#include "base/error.h"
+#include "base/hash.h"
+#include "storage/columns.h"
+#include "storage/sqlite.h"
+#include "storage/store_write.h"
+
+namespace perigee {
+using storage::Query;
+
+struct Store::EpisodeHead {
+  EpisodeState state;
+  int32_t attempt;
+  int32_t segment_count;
+  int64_t group_id;
+};
+
+Store::EpisodeHead Store::head(int64_t episode_id) {
+  Query q = db_->query("SELECT state, attempt, segment_count, group_id FROM episodes WHERE episode_id = ?");
+  q.bind(episode_id);
+  if (!q.step()) throw_input("{}: no episode {}", file().string(), episode_id);
+  return {storage::state_column(*db_, q.text(0)), q.int32(1), q.int32(2), q.int64(3)};
+}
+
+void Store::open_group(std::string_view run_id, GroupRecord& group, std::span<EpisodeSpec> members) {
+  Write write(*this);
+  PERIGEE_CHECK(!members.empty(), "a group without members");
+  for (const EpisodeSpec& spec : members) {
+    PERIGEE_CHECK(spec.prompt == members[0].prompt, "the members of a group have one prompt");
+    PERIGEE_CHECK(std::isfinite(spec.temperature) && spec.max_new_tokens >= 0,
+                  "temperature {} max_new_tokens {}", spec.temperature, spec.max_new_tokens);
+    if (spec.episode_id != 0) {
+      Query q = db_->query("SELECT 1 FROM episodes WHERE episode_id = ?");
+      if (q.bind(spec.episode_id).step())
+        throw_input("{}: already holds episode {}", file().string(), spec.episode_id);
+    }
+    if (spec.parent_episode_id != 0) head(spec.parent_episode_id);
+  }
+  const int64_t run = run_number(run_id), created_us = or_now(group.created_us);
+  if (group.group_id != 0) {
+    Query q = db_->query("SELECT 1 FROM groups WHERE group_id = ?");
+    if (q.bind(group.group_id).step())
+      throw_input("{}: already holds group {}", file().string(), group.group_id);
+  }
+
+  write.begin();
+  const std::vector<uint8_t> prompt = encode_blob(members[0].prompt);
+  {
+    Query q = db_->query(
+        "INSERT INTO groups (group_id, run, step, round, task_index, task, prompt, prompt_text, outcome, "
+        "reason, "
+        "created_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'pending', NULL, ?)");
+    if (group.group_id != 0)
+      q.bind(group.group_id);
+    else
+      q.bind_null();
+    q.with(run, group.step, group.round, group.task_index, group.task).bind_blob(prompt);
+    q.with(members[0].prompt_text, created_us).run();
+  }
+  group.group_id = db_->last_insert_id();
+  group.created_us = created_us;
+  group.outcome = GroupOutcome::kPending;
+  int32_t member = 0;
+  for (EpisodeSpec& spec : members) {
+    spec.group_id = group.group_id;
+    spec.member = member++;
+    spec.task_index = group.task_index;
+    Query q = db_->query(
+        "INSERT INTO episodes (episode_id, group_id, member, seed, max_new_tokens, temperature, sampling, "
+        "parent_episode, parent_tokens, state, attempt, finish, segment_count, token_count, created_us) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'open', 0, 'none', 0, 0, ?)");
+    if (spec.episode_id != 0)
+      q.bind(spec.episode_id);
+    else
+      q.bind_null();
+    q.with(spec.group_id, spec.member, std::bit_cast<int64_t>(spec.seed), spec.max_new_tokens,
+           static_cast<double>(spec.temperature), spec.sampling);
+    if (spec.parent_episode_id != 0)
+      q.with(spec.parent_episode_id, spec.parent_tokens);
+    else
+      q.bind_null().bind_null();
+    q.bind(created_us).run();
+    spec.episode_id = db_->last_insert_id();
+  }
+  write.done();
+}
+
+std::optional<int32_t> Store::begin_attempt(int64_t episode_id) {
+  Write write(*this);
+  const EpisodeHead h = head(episode_id);
+  if (h.state != EpisodeState::kOpen && h.state != EpisodeState::kLeased) return std::nullopt;
+  write.begin();
+  db_->query("UPDATE episodes SET state = 'leased', attempt = ? WHERE episode_id = ?")
+      .with(h.attempt + 1, episode_id)
+      .run();
+  write.done();
+  return h.attempt + 1;
+}
+
+void Store::release_attempt(int64_t episode_id) {
+  Write write(*this);
+  if (head(episode_id).state != EpisodeState::kLeased) return;
+  write.begin();
+  db_->query("UPDATE episodes SET state = 'open' WHERE episode_id = ?").bind(episode_id).run();
+  write.done();
+}
+
+Append Store::append_segment(const Segment& s) {
+  Write write(*this);
+  const size_t n = s.tokens.size();
+  PERIGEE_CHECK(s.index >= 0 && s.logprobs.size() == n && s.versions.size() == n,
+                "index {} tokens {} logprobs {} versions {}", s.index, n, s.logprobs.size(),
+                s.versions.size());
+  PERIGEE_CHECK(s.mask.empty() || s.mask.size() == n, "mask {} tokens {}", s.mask.size(), n);
+  PERIGEE_CHECK(n > 0 || s.finish != FinishReason::kNone || !s.tools.empty(), "an empty segment");
+
+  const EpisodeHead h = head(s.episode_id);
+  const bool present = s.index < h.segment_count;
+  if (present) {
+    Query q = db_->query(
+        "SELECT episode_id, segment_index, attempt, finish, token_count, tokens, logprobs, versions, mask "
+        "FROM segments WHERE episode_id = ? AND segment_index = ?");
+    q.with(s.episode_id, s.index);
+    if (!q.step())
+      throw_environment("{}: episode {} lacks its segment {}: the file was altered", file().string(),
+                        s.episode_id, s.index);
+    Segment stored = storage::segment_row(*db_, q);
+    stored.tools = storage::load_tools(*db_, s.episode_id, s.index);
+    if (storage::same_bits(stored, s)) return counted(Append::kDuplicate);
+  }
+  if (s.attempt > h.attempt) return counted(Append::kConflict);
+  if (s.attempt < h.attempt) return counted(Append::kStale);
+  if (present) return counted(Append::kConflict);
+  if (h.state != EpisodeState::kLeased) return counted(Append::kStale);
+  if (s.index > h.segment_count) return counted(Append::kGap);
+
+  write.begin();
+  const int64_t now_us = unix_time_us();
+  const bool finished = s.finish != FinishReason::kNone;
+  const std::vector<uint8_t> tokens = encode_blob(s.tokens), logprobs = encode_blob(s.logprobs),
+                             versions = encode_blob(s.versions);
+  {
+    std::vector<uint8_t> mask;
+    Query q = db_->query(
+        "INSERT INTO segments (episode_id, segment_index, attempt, finish, token_count, tokens, logprobs, "
+        "versions, "
+        "mask, created_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
+    q.with(s.episode_id, s.index, s.attempt, finish_name(s.finish), static_cast<int64_t>(n));
+    q.bind_blob(tokens).bind_blob(logprobs).bind_blob(versions);
+    if (s.mask.empty()) {
+      q.bind_null();
+    } else {
+      mask = encode_blob(s.mask);
+      q.bind_blob(mask);
+    }
+    q.bind(now_us).run();
+  }
+  int32_t position = 0;
+  for (const ToolEvent& tool : s.tools) {
+    Query q = db_->query(
+        "INSERT INTO tool_events (episode_id, segment_index, position, turn, name, input, output, status, "
+        "digest, "
+        "started_us, duration_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
+    q.with(s.episode_id, s.index, position++, tool.turn, tool.name);
+    q.bind_blob(storage::text_bytes(tool.input)).bind_blob(storage::text_bytes(tool.output));
+    q.with(tool.status, tool.digest, tool.started_us, tool.duration_us).run();
+  }
+  if (finished)
+    db_->query(
+           "UPDATE episodes SET segment_count = segment_count + 1, token_count = token_count + ?, "
+           "state = 'generated', finish = ?, finished_us = ? WHERE episode_id = ?")
+        .with(static_cast<int64_t>(n), finish_name(s.finish), now_us, s.episode_id)
+        .run();
+  else
+    db_->query(
+           "UPDATE episodes SET segment_count = segment_count + 1, token_count = token_count + ? "
+           "WHERE episode_id = ?")
+        .with(static_cast<int64_t>(n), s.episode_id)
+        .run();
+  write.done();
+  return counted(Append::kAppended);
+}
+
+Append Store::record_reward(const Reward& reward) {
+  Write write(*this);
+  const EpisodeHead h = head(reward.episode_id);
+  {
+    Query q = db_->query(
+        "SELECT reward_bits, reward_failed FROM episodes WHERE episode_id = ? AND reward_bits IS NOT NULL");
+    if (q.bind(reward.episode_id).step()) {
+      const Reward stored{reward.episode_id, q.exact(0), q.int64(1) != 0,
+                          storage::load_components(*db_, reward.episode_id)};
+      return counted(storage::same_bits(stored, reward) ? Append::kDuplicate : Append::kConflict);
+    }
+  }
+  if (h.state == EpisodeState::kDropped) return counted(Append::kStale);
+  if (h.state != EpisodeState::kGenerated) return counted(Append::kGap);
+
+  write.begin();
+  {
+    Query q = db_->query(
+        "UPDATE episodes SET state = 'rewarded', reward = ?, reward_bits = ?, reward_failed = ? WHERE "
+        "episode_id = ?");
+    q.bind_exact(reward.total).with(reward.failed, reward.episode_id).run();
+  }
+  int32_t position = 0;
+  for (const RewardComponent& c : reward.components) {
+    Query q = db_->query(
+        "INSERT INTO reward_components (episode_id, position, name, value, value_bits, weight, weight_bits, "
+        "status, "
+        "detail) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)");
+    q.with(reward.episode_id, position++, c.name).bind_exact(c.value).bind_exact(c.weight);
+    q.with(c.status, c.detail).run();
+  }
+  write.done();
+  return counted(Append::kAppended);
+}
+
+void Store::drop_group(int64_t group_id, std::string_view reason) {
+  Write write(*this);
+  {
+    Query q = db_->query("SELECT outcome FROM groups WHERE group_id = ?");
+    q.bind(group_id);
+    if (!q.step()) throw_input("{}: no group {}", file().string(), group_id);
+    const GroupOutcome outcome = storage::outcome_column(*db_, q.text(0));
+    PERIGEE_CHECK(outcome != GroupOutcome::kTrained, "group {} was trained on", group_id);
+    if (outcome == GroupOutcome::kDropped) return;
+  }
+  write.begin();
+  db_->query("UPDATE groups SET outcome = 'dropped', reason = ? WHERE group_id = ?")
+      .with(reason, group_id)
+      .run();
+  db_->query("UPDATE episodes SET state = 'dropped' WHERE group_id = ? AND state <> 'trained'")
+      .bind(group_id)
+      .run();
+  write.done();
+}
+
+Append Store::record_batch(std::string_view run_id, const TrainBatch& batch) {
+  Write write(*this);
+  const int64_t run = run_number(run_id);
+  if (const auto old = train_batch(run_id, batch.step)) {
+    const auto same = [](const TrainItem& a, const TrainItem& b) {
+      return a.episode_id == b.episode_id &&
+             std::bit_cast<uint64_t>(a.advantage) == std::bit_cast<uint64_t>(b.advantage);
+    };
+    const bool equal = old->version_before == batch.version_before &&
+                       old->version_after == batch.version_after && old->detail == batch.detail &&
+                       std::ranges::equal(old->items, batch.items, same);
+    return counted(equal ? Append::kDuplicate : Append::kConflict);
+  }
+  std::map<int64_t, int> groups;
+  for (const TrainItem& item : batch.items) {
+    const EpisodeHead h = head(item.episode_id);
+    if (h.state == EpisodeState::kDropped) return counted(Append::kStale);
+    if (h.state != EpisodeState::kRewarded && h.state != EpisodeState::kTrained) return counted(Append::kGap);
+    if (run_of_episode(item.episode_id) != run_id)
+      throw_input("{}: episode {} is not of run \"{}\"", file().string(), item.episode_id, run_id);
+    groups[h.group_id] = 1;
+  }
+
+  write.begin();
+  db_->query(
+         "INSERT INTO train_batches (run, step, version_before, version_after, detail, created_us) "
+         "VALUES (?, ?, ?, ?, ?, ?)")
+      .with(run, batch.step, batch.version_before, batch.version_after, batch.detail,
+            or_now(batch.created_us))
+      .run();
+  int32_t position = 0;
+  for (const TrainItem& item : batch.items) {
+    Query q = db_->query(
+        "INSERT INTO train_items (run, step, position, episode_id, advantage, advantage_bits) "
+        "VALUES (?, ?, ?, ?, ?, ?)");
+    q.with(run, batch.step, position++, item.episode_id).bind_exact(item.advantage).run();
+    db_->query("UPDATE episodes SET state = 'trained' WHERE episode_id = ?").bind(item.episode_id).run();
+  }
+  for (const auto& [group_id, one] : groups)
+    db_->query("UPDATE groups SET outcome = 'trained' WHERE group_id = ?").bind(group_id).run();
+  write.done();
+  return counted(Append::kAppended);
+}
+
+}  // namespace perigee
