@@ -1,3 +1,7 @@
-#include <cstdio>
+#include "apps/commands.h"
 
-int main() { return 0; }
+int main(int argc, char** argv) {
+  perigee::apps::Program program;
+  perigee::apps::add_commands(program);
+  return program.main(argc, argv);
+}

@@ -1,0 +1,219 @@
+// perigee doctor: looks at the machine and the configuration, and says what to do about what it finds.
+#include <fmt/format.h>
+#include <sched.h>
+#include <sqlite3.h>
+#include <sys/statvfs.h>
+#include <unicode/uversion.h>
+#include <unistd.h>
+#include <xxhash.h>
+#include <zmq.h>
+#include <zstd.h>
+
+#include <cstdio>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "apps/commands.h"
+#include "apps/environment.h"
+#include "apps/output.h"
+#include "base/text.h"
+#include "kernels/simd/simd.h"
+
+namespace perigee::apps {
+namespace {
+
+enum class Verdict { kOk, kWarning, kFailure };
+
+struct Finding {
+  std::string name, value;
+  Verdict verdict = Verdict::kOk;
+  std::string fix;  // what to do; empty when all is well
+};
+
+// The text after "key" and a colon in a file of such lines, as in /proc/cpuinfo; "" when absent.
+std::string field_of(const char* file, std::string_view key) {
+  std::ifstream in(file);
+  for (std::string line; std::getline(in, line);) {
+    if (!line.starts_with(key)) continue;
+    const size_t colon = line.find(':');
+    if (colon == std::string::npos) continue;
+    const size_t begin = line.find_first_not_of(" \t", colon + 1);
+    return begin == std::string::npos ? "" : line.substr(begin);
+  }
+  return "";
+}
+
+Finding check_cpu() {
+  const std::string name = field_of("/proc/cpuinfo", "model name");
+  return {"processor", name.empty() ? "unknown" : name};
+}
+
+Finding check_simd() {
+#if defined(PERIGEE_PORTABLE)
+  const std::string built = "portable";
+#elif defined(__AVX512F__)
+  const std::string built = "AVX-512";
+#elif defined(__AVX2__)
+  const std::string built = "AVX2";
+#else
+  const std::string built = "portable";
+#endif
+#if defined(__x86_64__)
+  const bool has512 = __builtin_cpu_supports("avx512f"), has2 = __builtin_cpu_supports("avx2");
+  const std::string here = has512 ? "AVX-512" : has2 ? "AVX2" : "no AVX2";
+  Finding f{"vectors", fmt::format("built for {}, the processor has {}", built, here)};
+  if (built != here && (has512 || has2)) {
+    f.verdict = Verdict::kWarning;
+    f.fix =
+        "same results, but slower than this processor can: remove build/release and start ./perigee again";
+  } else if (!has2) {
+    f.verdict = Verdict::kWarning;
+    f.fix = "results are the same and everything is slow: use a processor with AVX2";
+  }
+  return f;
+#else
+  return {"vectors", "built for " + built};
+#endif
+}
+
+Finding check_cores() {
+  cpu_set_t set;
+  const int usable = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+  Finding f{"cores",
+            fmt::format("{} usable of {}", usable, std::max(1u, std::thread::hardware_concurrency()))};
+  if (usable < 2) {
+    f.verdict = Verdict::kWarning;
+    f.fix = "the roles of a run share one core: give it two or more";
+  }
+  return f;
+}
+
+Finding check_memory() {
+  auto kib = [](const char* key) {
+    const std::string text = field_of("/proc/meminfo", key);
+    return text.empty() ? uint64_t{0} : std::stoull(text);
+  };
+  const uint64_t total = kib("MemTotal") << 10;
+  uint64_t available = kib("MemAvailable") << 10;
+  std::string limit;
+  uint64_t cgroup = 0;
+  if (std::ifstream in("/sys/fs/cgroup/memory.max"); in >> cgroup && cgroup < total) {
+    available = std::min(available, cgroup);
+    limit = fmt::format(", limited to {} by the control group", human_bytes(cgroup));
+  }
+  Finding f{"memory", fmt::format("{} available of {}{}", human_bytes(available), human_bytes(total), limit)};
+  if (available < (uint64_t{2} << 30)) {
+    f.verdict = Verdict::kWarning;
+    f.fix =
+        "the quickstart wants about 2 GiB: close other programs, or lower engine.memory_mib and "
+        "train.micro_batch_tokens";
+  }
+  return f;
+}
+
+Finding check_space(const std::string& name, const std::string& path, uint64_t wanted,
+                    const std::string& fix) {
+  struct statvfs s {};
+  if (statvfs(path.c_str(), &s) != 0) return {name, path + " is not there", Verdict::kFailure, fix};
+  const uint64_t free = uint64_t{s.f_bavail} * s.f_frsize;
+  Finding f{name, fmt::format("{} free at {}", human_bytes(free), path)};
+  if (access(path.c_str(), W_OK) != 0) {
+    f.verdict = Verdict::kFailure;
+    f.value += ", not writable";
+    f.fix = fix;
+  } else if (free < wanted) {
+    f.verdict = Verdict::kWarning;
+    f.fix = fix;
+  }
+  return f;
+}
+
+Finding check_sqlite() {
+  // 3.51.3 fixed a bug by which a reset of the write-ahead log could lose pages when several connections
+  // write. Perigee writes through one connection only, which does not meet it.
+  return {"SQLite",
+          fmt::format("{}{}", sqlite3_libversion(),
+                      sqlite3_libversion_number() < 3051003 ? " (WAL-reset bug; one writer avoids it)" : "")};
+}
+
+Finding check_libraries() {
+  int major = 0, minor = 0, patch = 0;
+  zmq_version(&major, &minor, &patch);
+  Finding f{"libraries",
+            fmt::format("ZeroMQ {}.{}.{}, ICU {}, zstd {}, xxHash {}.{}.{}, fmt {}.{}", major, minor, patch,
+                        U_ICU_VERSION, ZSTD_versionString(), XXH_versionNumber() / 10000,
+                        XXH_versionNumber() / 100 % 100, XXH_versionNumber() % 100, FMT_VERSION / 10000,
+                        FMT_VERSION / 100 % 100)};
+  if (zmq_has("ipc") == 0) {
+    f.verdict = Verdict::kFailure;
+    f.fix = "this libzmq has no ipc transport: install Debian's libzmq3-dev, or train with --in-process";
+  }
+  return f;
+}
+
+Finding check_files_open() {
+  const long files = sysconf(_SC_OPEN_MAX);
+  Finding f{"open files", fmt::format("at most {}", files)};
+  if (files < 256) {
+    f.verdict = Verdict::kWarning;
+    f.fix = "raise it: ulimit -n 1024";
+  }
+  return f;
+}
+
+const char* verdict_name(Verdict v) {
+  constexpr const char* names[] = {"ok", "warning", "failure"};
+  return names[static_cast<int>(v)];
+}
+
+int report(const std::vector<Finding>& findings, bool json) {
+  bool failed = false;
+  for (const Finding& f : findings) failed = failed || f.verdict == Verdict::kFailure;
+  if (json) {
+    nlohmann::json out = {{"ok", !failed}, {"findings", nlohmann::json::array()}};
+    for (const Finding& f : findings)
+      out["findings"].push_back(
+          {{"name", f.name}, {"value", f.value}, {"verdict", verdict_name(f.verdict)}, {"fix", f.fix}});
+    print_json(out);
+  } else {
+    for (const Finding& f : findings) {
+      const char* mark = f.verdict == Verdict::kOk        ? "ok  "
+                         : f.verdict == Verdict::kWarning ? "warn"
+                                                          : "FAIL";
+      fmt::print("{}  {:<14} {}\n", mark, f.name, printable(f.value));
+      if (!f.fix.empty()) fmt::print("      {:<14} -> {}\n", "", f.fix);
+    }
+  }
+  return failed ? 1 : 0;
+}
+
+}  // namespace
+
+void add_doctor(Program& program) {
+  struct Options {
+    bool json = false;
+    std::string config;
+  };
+  auto o = std::make_shared<Options>();
+  Command command = program.command("doctor", "Look at this machine and say what to mend", kGroupMachine);
+  command.flag("--json", o->json, "print one JSON object").example("doctor").example("doctor --json");
+  command.action([o] {
+    std::vector<Finding> findings = {check_cpu(), check_simd(), check_cores(), check_memory()};
+    findings.push_back(check_space("disk", ".", uint64_t{1} << 30,
+                                   "runs are written here: free 1 GiB, or set run.dir elsewhere"));
+    findings.push_back(
+        check_space("shared memory", "/dev/shm", uint64_t{256} << 20,
+                    "weights pass between processes here: mount a tmpfs of 256 MiB or more (in a container: "
+                    "--shm-size), or train with --in-process"));
+    findings.push_back(check_files_open());
+    findings.push_back(check_sqlite());
+    findings.push_back(check_libraries());
+    for (const EnvironmentVariable& v : environment_table())
+      if (const char* value = std::getenv(std::string(v.name).c_str()))
+        findings.push_back({std::string(v.name), value});
+    return report(findings, o->json);
+  });
+}
+
+}  // namespace perigee::apps
