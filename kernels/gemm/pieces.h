@@ -26,8 +26,8 @@ struct Piece {
 
 // A loop of less than this runs on the caller: waking a thread costs more.
 inline constexpr int64_t kTinyWork = 20'000;
-// Pieces are not made smaller than this many multiply-adds, nor fewer than this many per thread when the work
-// allows.
+// Pieces are about this many per thread, so that a thread that the system holds up delays a loop by little,
+// but not smaller than this many multiply-adds.
 inline constexpr int64_t kLeastPieceWork = 60'000;
 inline constexpr int64_t kPiecesPerThread = 16;
 
