@@ -1,0 +1,426 @@
+#include "policy/learn/trainer.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/vocab/vocab.h"
+#include "policy/learn/packing.h"
+#include "policy/model/forward.h"
+
+namespace perigee::policy {
+namespace {
+
+using namespace kernels;
+
+// What the head says about the entries of a micro-batch. Memory: scratch.
+struct Predictions {
+  float* hidden = nullptr;  // [entries, D] gathered rows
+  float *logprob = nullptr, *lse = nullptr, *entropy = nullptr;  // [entries]
+};
+
+float inv_temperature(float temperature) { return temperature > 0 ? 1.0f / temperature : 1.0f; }
+
+Predictions predict(Context& ctx, const Weights& weights, const MicroBatch& b, const float* hidden) {
+  const int64_t D = weights.layout->config().hidden_size, n = b.entries();
+  Predictions p;
+  p.hidden = ctx.scratch.take<float>(n * D);
+  p.logprob = ctx.scratch.take<float>(n);
+  p.lse = ctx.scratch.take<float>(n);
+  p.entropy = ctx.scratch.take<float>(n);
+  for (int64_t i = 0; i < n; ++i) std::copy_n(hidden + b.rows[static_cast<size_t>(i)] * D, D, p.hidden + i * D);
+  vocab_logprob_forward(ctx, n, p.hidden, D, weights.matrix(weights.layout->head()), inv_temperature(b.temperature), b.targets.data(), p.logprob, p.lse,
+                        p.entropy);
+  return p;
+}
+
+// A stretch of the flat arenas that the optimiser walks in one call.
+struct Range {
+  int64_t begin, count;
+};
+
+}  // namespace
+
+struct Trainer::Impl {
+  Context& ctx;
+  const ParamLayout& layout;
+  TrainerConfig config;
+  ScheduleParams schedule;
+  int64_t schedule_start = 0;
+  int64_t steps = 0;
+  std::vector<float> m, v, gradient;
+  std::vector<float> masters;  // bfloat16 weights only; empty until the first step
+  std::vector<Range> trained;  // elements changed by gradients
+
+  Impl(Context& c, const ParamLayout& l, const TrainerConfig& t) : ctx(c), layout(l), config(t), schedule(t.schedule) {
+    const auto n = static_cast<size_t>(layout.elements());
+    m.assign(n, 0);
+    v.assign(n, 0);
+    gradient.assign(n, 0);
+    for (const TensorSpec& t2 : layout.tensors()) {
+      if (!t2.trained) continue;
+      const int64_t end = t2.element_offset + (t2.elements + 15) / 16 * 16;
+      if (!trained.empty() && trained.back().begin + trained.back().count == t2.element_offset) {
+        trained.back().count = end - trained.back().begin;
+      } else {
+        trained.push_back({t2.element_offset, end - t2.element_offset});
+      }
+    }
+  }
+
+  struct Totals {
+    LossStats stats;
+    double ptx = 0;
+    int64_t ptx_tokens = 0, tokens = 0, trained_tokens = 0, sequences = 0;
+    std::vector<int64_t> expert_load;
+  };
+
+  // Entries' log-probabilities under other weights, for micro-batches packed the same way.
+  std::vector<std::vector<float>> frozen_logprobs(const std::byte* weights, const std::vector<MicroBatch>& batches) {
+    std::vector<std::vector<float>> out;
+    for (const MicroBatch& b : batches) {
+      TrainPass pass(ctx, {&layout, weights}, true);
+      const Predictions p = predict(ctx, {&layout, weights}, b, pass.forward(b.tokens, b.lengths));
+      out.emplace_back(p.logprob, p.logprob + b.entries());
+    }
+    return out;
+  }
+
+  void accumulate(const std::byte* weights, const std::vector<MicroBatch>& batches, const std::vector<std::vector<float>>& old,
+                  const std::vector<std::vector<float>>& ref, float* grad, Totals& totals);
+  void backward(const MicroBatch& b, const std::byte* weights, const Predictions& p, const float* dlogprob, const float* dentropy, TrainPass& pass,
+                float* grad);
+  void require_finite(const MicroBatch& b, const std::byte* weights, const Predictions& p);
+  void require_finite_gradient(const float* grad);
+  StepMetrics metrics(const Totals& totals, const float* grad);
+  void apply(const std::byte* weights_in, std::byte* weights_out, const StepMetrics& metrics, const Totals& totals);
+  void balance_router(std::byte* weights, const std::vector<int64_t>& load);
+};
+
+void Trainer::Impl::require_finite(const MicroBatch& b, const std::byte* weights, const Predictions& p) {
+  const int64_t bad = first_nonfinite(ctx, b.entries(), p.logprob);
+  if (bad < 0) return;
+  const int64_t row = b.rows[static_cast<size_t>(bad)];
+  int64_t sequence = 0, begin = 0;
+  while (begin + b.lengths[static_cast<size_t>(sequence)] <= row) begin += b.lengths[static_cast<size_t>(sequence++)];
+  // Run it again and look at the residual stream after each layer.
+  int64_t layer_found = -1;
+  const int64_t D = layout.config().hidden_size;
+  TrainPass pass(ctx, {&layout, weights}, true);
+  pass.forward(b.tokens, b.lengths, [&](int64_t layer, const float* x, const int32_t*) {
+    if (layer_found < 0 && first_nonfinite(ctx, static_cast<int64_t>(b.tokens.size()) * D, x) >= 0) layer_found = layer;
+  });
+  const std::string where = layer_found >= 0 ? fmt::format("first in layer {}", layer_found) : std::string("in the head");
+  throw_environment("NaN or infinity in the forward pass, {} (sequence {} of the micro-batch, token {}); weights and optimiser state are unchanged", where,
+                    sequence, row - begin + 1);
+}
+
+void Trainer::Impl::require_finite_gradient(const float* grad) {
+  const int64_t bad = first_nonfinite(ctx, layout.elements(), grad);
+  if (bad < 0) return;
+  for (const TensorSpec& t : layout.tensors())
+    if (bad >= t.element_offset && bad < t.element_offset + t.elements)
+      throw_environment("NaN or infinity in the gradient of {}; weights and optimiser state are unchanged", t.name);
+  throw_environment("NaN or infinity in the gradient; weights and optimiser state are unchanged");
+}
+
+void Trainer::Impl::backward(const MicroBatch& b, const std::byte* weights, const Predictions& p, const float* dlogprob, const float* dentropy,
+                             TrainPass& pass, float* grad) {
+  const Weights w{&layout, weights};
+  const int64_t D = layout.config().hidden_size, n = b.entries(), rows = static_cast<int64_t>(b.tokens.size());
+  Scratch::Mark mark(ctx.scratch);
+  float* dentry = ctx.scratch.take<float>(n * D);
+  float* dhidden = ctx.scratch.take<float>(rows * D);
+  vocab_logprob_backward(ctx, n, p.hidden, D, w.matrix(layout.head()), inv_temperature(b.temperature), b.targets.data(), p.lse, p.entropy, dlogprob,
+                         dentropy, dentry, D, grad + layout.tensor(layout.head()).element_offset);
+  std::memset(dhidden, 0, static_cast<size_t>(rows * D) * sizeof(float));
+  for (int64_t i = 0; i < n; ++i) std::copy_n(dentry + i * D, D, dhidden + b.rows[static_cast<size_t>(i)] * D);
+  pass.backward(dhidden, grad);
+}
+
+void Trainer::Impl::accumulate(const std::byte* weights, const std::vector<MicroBatch>& batches, const std::vector<std::vector<float>>& old,
+                               const std::vector<std::vector<float>>& ref, float* grad, Totals& totals) {
+  Normalizer norm;
+  int64_t curated_tokens = 0, policy_sequences = 0;
+  for (const MicroBatch& b : batches) {
+    if (b.curated) {
+      curated_tokens += b.entries();
+    } else {
+      policy_sequences += static_cast<int64_t>(b.sequences.size());
+      norm.tokens += b.entries();
+    }
+  }
+  norm.sequences = policy_sequences;
+  const double ptx_coef = policy_sequences > 0 ? config.ptx_coef : 1.0;
+  const bool wants_entropy = config.loss.entropy_coef != 0;
+  for (size_t i = 0; i < batches.size(); ++i) {
+    const MicroBatch& b = batches[i];
+    const int64_t n = b.entries();
+    TrainPass pass(ctx, {&layout, weights}, config.recompute);
+    const Predictions p = predict(ctx, {&layout, weights}, b, pass.forward(b.tokens, b.lengths));
+    require_finite(b, weights, p);
+    float* dlogprob = ctx.scratch.take<float>(n);
+    float* dentropy = wants_entropy && !b.curated ? ctx.scratch.take<float>(n) : nullptr;
+    if (b.curated) {
+      totals.ptx += ptx_loss<float>(ptx_coef, curated_tokens, n, p.logprob, nullptr, dlogprob);
+      totals.ptx_tokens += n;
+      if (policy_sequences == 0)
+        for (int64_t t = 0; t < n; ++t) totals.stats.entropy_sum += p.entropy[t];
+    } else {
+      std::vector<float> mu(static_cast<size_t>(n));
+      std::vector<double> advantage;
+      for (size_t s = 0, at = 0; s < b.sequences.size(); ++s) {
+        const TrainSequence& q = *b.sequences[s];
+        advantage.push_back(q.advantage);
+        for (size_t t = 1; t < q.tokens.size(); ++t)
+          if (q.mask[t] != 0) mu[at++] = q.mu[t];
+      }
+      LossBatch<float> loss;
+      loss.sequences = static_cast<int64_t>(b.sequences.size());
+      loss.offsets = b.offsets.data();
+      loss.logprob = p.logprob;
+      loss.old = old.empty() ? nullptr : old[i].data();
+      loss.mu = mu.data();
+      loss.ref = ref.empty() ? nullptr : ref[i].data();
+      loss.entropy = p.entropy;
+      loss.advantage = advantage.data();
+      policy_loss<float>(config.loss, norm, loss, dlogprob, dentropy, totals.stats);
+    }
+    backward(b, weights, p, dlogprob, dentropy, pass, grad);
+    totals.tokens += static_cast<int64_t>(b.tokens.size());
+    totals.trained_tokens += n;
+    totals.sequences += static_cast<int64_t>(b.sequences.size());
+    const std::vector<int64_t>& load = pass.expert_load();
+    totals.expert_load.resize(load.size());
+    for (size_t e = 0; e < load.size(); ++e) totals.expert_load[e] += load[e];
+  }
+}
+
+StepMetrics Trainer::Impl::metrics(const Totals& t, const float* grad) {
+  StepMetrics out;
+  const LossStats& s = t.stats;
+  out.loss = s.loss + t.ptx;
+  out.policy_loss = s.policy_loss;
+  out.ptx_loss = t.ptx;
+  out.kl = s.mean_kl();
+  out.entropy = s.kept_tokens() > 0 ? s.mean_entropy() : t.ptx_tokens > 0 ? s.entropy_sum / static_cast<double>(t.ptx_tokens) : 0;
+  out.clip_fraction = s.clip_fraction();
+  out.ratio_mean = s.kept_tokens() > 0 ? s.mean_ratio() : 1;
+  out.mismatch_kl = s.mean_mismatch();
+  out.mismatch_max = s.mismatch_max;
+  out.mismatch_share = s.mismatch_share();
+  out.tokens = t.tokens;
+  out.trained_tokens = t.trained_tokens;
+  out.sequences = t.sequences;
+  out.dropped_sequences = s.dropped_sequences;
+  if (!std::isfinite(out.loss)) throw_environment("NaN or infinity in the loss; weights and optimiser state are unchanged");
+  require_finite_gradient(grad);
+  out.grad_norm = std::sqrt(sum_of_squares(ctx, layout.elements(), grad));
+  const auto experts = static_cast<size_t>(std::max<int64_t>(layout.config().num_experts, 1));
+  for (size_t first = 0; first + experts <= t.expert_load.size(); first += experts) {
+    int64_t sum = 0, most = 0;
+    for (size_t e = first; e < first + experts; ++e) {
+      sum += t.expert_load[e];
+      most = std::max(most, t.expert_load[e]);
+    }
+    if (sum > 0) out.router_max_load = std::max(out.router_max_load, static_cast<double>(most) * static_cast<double>(experts) / static_cast<double>(sum));
+  }
+  return out;
+}
+
+void Trainer::Impl::apply(const std::byte* weights_in, std::byte* weights_out, const StepMetrics& metrics, const Totals& totals) {
+  const bool narrow = layout.dtype() == Dtype::kBf16;
+  if (narrow && masters.empty()) {
+    masters.resize(static_cast<size_t>(layout.elements()));
+    layout.weights_to_flat(weights_in, masters.data());
+  }
+  AdamWParams p;
+  p.lr = static_cast<float>(metrics.lr);
+  p.beta1 = static_cast<float>(config.beta1);
+  p.beta2 = static_cast<float>(config.beta2);
+  p.eps = static_cast<float>(config.eps);
+  p.weight_decay = static_cast<float>(config.weight_decay);
+  p.step = steps + 1;
+  if (config.grad_clip > 0 && metrics.grad_norm > config.grad_clip) p.grad_scale = static_cast<float>(config.grad_clip / metrics.grad_norm);
+  // In float32 the weights arena has the flat layout: it is its own master.
+  if (!narrow && weights_out != weights_in) std::memcpy(weights_out, weights_in, static_cast<size_t>(layout.weight_bytes()));
+  float* to = narrow ? masters.data() : reinterpret_cast<float*>(weights_out);
+  for (const Range& r : trained)
+    adamw_step(ctx, p, r.count, to + r.begin, to + r.begin, gradient.data() + r.begin, m.data() + r.begin, v.data() + r.begin);
+  if (config.router_bias_rate > 0) balance_router(reinterpret_cast<std::byte*>(to), totals.expert_load);
+  if (narrow) layout.flat_to_weights(masters.data(), weights_out);
+  ++steps;
+}
+
+// Auxiliary-loss-free balancing (DeepSeek-V3, arXiv 2412.19437 section 2.1.2): an expert that got less than its share is
+// made a little easier to choose. `flat` is a flat f32 arena.
+void Trainer::Impl::balance_router(std::byte* flat, const std::vector<int64_t>& load) {
+  const ModelConfig& c = layout.config();
+  size_t first = 0;
+  for (int64_t i = 0; i < c.num_layers; ++i) {
+    if (!c.is_moe(i)) continue;
+    const auto experts = static_cast<size_t>(c.num_experts);
+    if (first + experts > load.size()) return;
+    int64_t sum = 0;
+    for (size_t e = 0; e < experts; ++e) sum += load[first + e];
+    float* bias = reinterpret_cast<float*>(flat) + layout.tensor(layout.layer(i).router_bias).element_offset;
+    for (size_t e = 0; e < experts; ++e) {
+      const int64_t difference = sum - load[first + e] * static_cast<int64_t>(experts);
+      bias[e] += static_cast<float>(config.router_bias_rate) * static_cast<float>((difference > 0) - (difference < 0));
+    }
+    first += experts;
+  }
+}
+
+Trainer::Trainer(Context& ctx, const ParamLayout& layout, const TrainerConfig& config) : impl_(std::make_unique<Impl>(ctx, layout, config)) {
+  check_config(config.loss);
+  PERIGEE_CHECK(config.micro_batch_tokens > 0 && config.minibatches > 0);
+}
+Trainer::~Trainer() = default;
+
+namespace {
+
+// Part `part` of `parts`, plain and curated sequences cut alike, in order.
+std::vector<const TrainSequence*> minibatch(const std::vector<TrainSequence>& batch, int64_t part, int64_t parts) {
+  std::vector<const TrainSequence*> out;
+  for (const bool curated : {false, true}) {
+    std::vector<const TrainSequence*> kind;
+    for (const TrainSequence& s : batch)
+      if (s.curated == curated) kind.push_back(&s);
+    const auto n = static_cast<int64_t>(kind.size());
+    for (int64_t i = n * part / parts; i < n * (part + 1) / parts; ++i) out.push_back(kind[static_cast<size_t>(i)]);
+  }
+  return out;
+}
+
+}  // namespace
+
+StepMetrics Trainer::step(const std::byte* weights_in, std::byte* weights_out, const std::vector<TrainSequence>& batch, const std::byte* reference) {
+  Impl& s = *impl_;
+  PERIGEE_CHECK(weights_in != weights_out && !batch.empty());
+  PERIGEE_CHECK(s.config.loss.kl_coef == 0 || reference != nullptr, "a KL term needs a reference policy");
+  const int64_t parts = s.config.minibatches;
+  std::vector<std::vector<MicroBatch>> minibatches;
+  std::vector<std::vector<std::vector<float>>> old, ref;
+  for (int64_t part = 0; part < parts; ++part) {
+    minibatches.push_back(pack(minibatch(batch, part, parts), s.config.micro_batch_tokens, false));
+    // With one optimiser step per batch the snapshot is the policy itself, and the ratio exactly 1.
+    old.push_back(parts > 1 ? s.frozen_logprobs(weights_in, minibatches.back()) : std::vector<std::vector<float>>{});
+    ref.push_back(s.config.loss.kl_coef != 0 ? s.frozen_logprobs(reference, minibatches.back()) : std::vector<std::vector<float>>{});
+  }
+  // Only a failure after the first of several optimiser steps has anything to undo.
+  std::vector<std::byte> saved;
+  if (parts > 1) {
+    saved.resize(static_cast<size_t>(state_bytes()));
+    save_state(saved.data());
+  }
+  StepMetrics sum;
+  const std::byte* current = weights_in;
+  int64_t done = 0;
+  try {
+    for (int64_t part = 0; part < parts; ++part) {
+      if (minibatches[static_cast<size_t>(part)].empty()) continue;
+      std::fill(s.gradient.begin(), s.gradient.end(), 0.0f);
+      Impl::Totals totals;
+      s.accumulate(current, minibatches[static_cast<size_t>(part)], old[static_cast<size_t>(part)], ref[static_cast<size_t>(part)], s.gradient.data(), totals);
+      StepMetrics m = s.metrics(totals, s.gradient.data());
+      m.lr = scheduled_lr(s.schedule, s.steps - s.schedule_start);
+      s.apply(current, weights_out, m, totals);
+      current = weights_out;
+      ++done;
+      const double share = 1.0 / static_cast<double>(done);
+      const auto mean = [&](double StepMetrics::*f) { sum.*f += (m.*f - sum.*f) * share; };
+      for (auto f : {&StepMetrics::loss, &StepMetrics::policy_loss, &StepMetrics::kl, &StepMetrics::entropy, &StepMetrics::ptx_loss, &StepMetrics::grad_norm,
+                     &StepMetrics::lr, &StepMetrics::clip_fraction, &StepMetrics::mismatch_kl, &StepMetrics::mismatch_share, &StepMetrics::ratio_mean})
+        mean(f);
+      sum.mismatch_max = std::max(sum.mismatch_max, m.mismatch_max);
+      sum.router_max_load = std::max(sum.router_max_load, m.router_max_load);
+      sum.tokens += m.tokens;
+      sum.trained_tokens += m.trained_tokens;
+      sum.sequences += m.sequences;
+      sum.dropped_sequences += m.dropped_sequences;
+    }
+  } catch (...) {
+    if (!saved.empty()) load_state(saved.data());
+    throw;
+  }
+  return sum;
+}
+
+StepMetrics Trainer::gradients(const std::byte* weights, const std::vector<TrainSequence>& batch, float* gradient, const std::byte* reference) {
+  Impl& s = *impl_;
+  const auto batches = pack(minibatch(batch, 0, 1), s.config.micro_batch_tokens, false);
+  std::vector<std::vector<float>> ref;
+  if (s.config.loss.kl_coef != 0) ref = s.frozen_logprobs(reference, batches);
+  std::fill(gradient, gradient + s.layout.elements(), 0.0f);
+  Impl::Totals totals;
+  s.accumulate(weights, batches, {}, ref, gradient, totals);
+  return s.metrics(totals, gradient);
+}
+
+std::vector<float> Trainer::logprobs(const std::byte* weights, const std::vector<TrainSequence>& batch, std::vector<float>* entropy) {
+  Impl& s = *impl_;
+  std::vector<const TrainSequence*> all;
+  for (const TrainSequence& q : batch) all.push_back(&q);
+  std::vector<float> out;
+  if (entropy != nullptr) entropy->clear();
+  for (const MicroBatch& b : pack(all, s.config.micro_batch_tokens, true)) {
+    TrainPass pass(s.ctx, {&s.layout, weights}, true);
+    const Predictions p = predict(s.ctx, {&s.layout, weights}, b, pass.forward(b.tokens, b.lengths));
+    for (size_t i = 0; i < b.sequences.size(); ++i) {
+      out.push_back(0);
+      out.insert(out.end(), p.logprob + b.offsets[i], p.logprob + b.offsets[i + 1]);
+      if (entropy != nullptr) {
+        entropy->push_back(0);
+        entropy->insert(entropy->end(), p.entropy + b.offsets[i], p.entropy + b.offsets[i + 1]);
+      }
+    }
+  }
+  return out;
+}
+
+int64_t Trainer::steps_done() const { return impl_->steps; }
+
+void Trainer::set_schedule(const ScheduleParams& schedule, int64_t first_step) {
+  impl_->schedule = schedule;
+  impl_->schedule_start = first_step;
+}
+
+// State: steps | whether masters follow | m | v | masters.
+int64_t Trainer::state_bytes() const {
+  const Impl& s = *impl_;
+  const bool narrow = s.layout.dtype() == Dtype::kBf16;
+  return 16 + s.layout.elements() * static_cast<int64_t>(sizeof(float)) * (narrow ? 3 : 2);
+}
+
+void Trainer::save_state(std::byte* out) const {
+  const Impl& s = *impl_;
+  const auto bytes = static_cast<size_t>(s.layout.elements()) * sizeof(float);
+  const int64_t head[2] = {s.steps, s.masters.empty() ? 0 : 1};
+  std::memcpy(out, head, 16);
+  std::memcpy(out + 16, s.m.data(), bytes);
+  std::memcpy(out + 16 + bytes, s.v.data(), bytes);
+  if (s.layout.dtype() != Dtype::kBf16) return;
+  if (s.masters.empty()) {
+    std::memset(out + 16 + 2 * bytes, 0, bytes);
+  } else {
+    std::memcpy(out + 16 + 2 * bytes, s.masters.data(), bytes);
+  }
+}
+
+void Trainer::load_state(const std::byte* in) {
+  Impl& s = *impl_;
+  const auto bytes = static_cast<size_t>(s.layout.elements()) * sizeof(float);
+  int64_t head[2];
+  std::memcpy(head, in, 16);
+  s.steps = head[0];
+  std::memcpy(s.m.data(), in + 16, bytes);
+  std::memcpy(s.v.data(), in + 16 + bytes, bytes);
+  s.masters.clear();
+  if (head[1] != 0) {
+    s.masters.resize(static_cast<size_t>(s.layout.elements()));
+    std::memcpy(s.masters.data(), in + 16 + 2 * bytes, bytes);
+  }
+}
+
+}  // namespace perigee::policy
