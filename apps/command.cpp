@@ -48,6 +48,18 @@ Command& Command::option(const std::string& names, double& value, const std::str
   return *this;
 }
 
+Command& Command::option(const std::string& names, std::optional<int64_t>& value, const std::string& label,
+                         const std::string& help) {
+  impl_->app->add_option(names, value, help)->type_name(label);
+  return *this;
+}
+
+Command& Command::option(const std::string& names, std::optional<double>& value, const std::string& label,
+                         const std::string& help) {
+  impl_->app->add_option(names, value, help)->type_name(label);
+  return *this;
+}
+
 Command& Command::list(const std::string& names, std::vector<std::string>& values, const std::string& label,
                        const std::string& help) {
   impl_->app->add_option(names, values, help)

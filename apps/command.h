@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -23,14 +24,17 @@ class Command {
   Command& option(const std::string& names, int64_t& value, const std::string& label,
                   const std::string& help);
   Command& option(const std::string& names, double& value, const std::string& label, const std::string& help);
+  // Stay empty when the option is not given.
+  Command& option(const std::string& names, std::optional<int64_t>& value, const std::string& label,
+                  const std::string& help);
+  Command& option(const std::string& names, std::optional<double>& value, const std::string& label,
+                  const std::string& help);
   // May be given several times, one value each.
   Command& list(const std::string& names, std::vector<std::string>& values, const std::string& label,
                 const std::string& help);
   Command& flag(const std::string& names, bool& value, const std::string& help);
   Command& required(const std::string& name);  // an option declared before must be given
   Command& example(const std::string& line);   // after "perigee "
-  // given("--step"): was the option on the command line? For options whose absence means something.
-  bool given(const std::string& name) const;
 
   // What the command does; its result is the exit code. Called after the options hold their values.
   void action(std::function<int()> run);

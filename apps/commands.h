@@ -9,9 +9,13 @@ inline constexpr char kGroupLook[] = "What a run left";
 inline constexpr char kGroupModel[] = "A model";
 inline constexpr char kGroupMachine[] = "This machine";
 
+void add_runs(Program&);
+void add_rollouts(Program&);
 void add_doctor(Program&);
 
 inline void add_commands(Program& program) {
+  add_runs(program);
+  add_rollouts(program);
   add_doctor(program);
 }
 
