@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
-#include <functional>
+#include <cstring>
 #include <limits>
 
 #include "base/error.h"
