@@ -1,0 +1,157 @@
+#include "reward/rubric.h"
+
+#include <algorithm>
+#include <cmath>
+#include <exception>
+
+#include "base/error.h"
+#include "base/json.h"
+#include "base/text.h"
+#include "reward/verifiers.h"
+
+namespace perigee::reward {
+namespace {
+
+constexpr size_t kMaxDetailBytes = 200;
+constexpr double kMaxWeight = 1e6;
+
+// What ended the sample before it was finished, so that no verifier can judge it.
+bool finished(FinishReason finish) {
+  return finish == FinishReason::kStop || finish == FinishReason::kLength;
+}
+
+// One line of well-formed text, whatever the policy wrote.
+std::string shown(const std::string& detail) {
+  if (detail.empty()) return detail;
+  const std::string quoted = quote(detail, kMaxDetailBytes);
+  return quoted.substr(1, quoted.rfind('"') - 1);
+}
+
+}  // namespace
+
+Rubric Rubric::parse(const nlohmann::json& list, std::string_view where) {
+  if (!list.is_array() || list.empty())
+    throw_input("{}: a list of verifiers is expected, such as [{{\"verifier\": \"exact\"}}], not {}", where,
+                json_brief(list));
+  Rubric rubric;
+  for (size_t i = 0; i < list.size(); ++i) {
+    JsonReader entry(list[i], where, fmt::format("[{}]", i));
+    const std::string kind = entry.string("verifier");
+    const double weight = entry.number("weight", -kMaxWeight, kMaxWeight, 1);
+    const std::string name = entry.string("name", kind);
+    const int64_t limit_ms = entry.integer("time_limit_ms", 1, 3'600'000, kDefaultTimeLimit.count());
+    auto verifier = make_verifier(kind, entry);
+    entry.finish();
+    for (const auto& other : rubric.components_)
+      if (other.name == name)
+        entry.fail("name", fmt::format("{} stands twice; give one of them another \"name\"", quote(name)));
+    rubric.add(name, weight, std::move(verifier), std::chrono::milliseconds(limit_ms));
+  }
+  if (rubric.needs_group() && rubric.judge() < 0)
+    throw_input("{}: length_k15 needs a verifier beside it that says which answers are right, such as exact",
+                where);
+  return rubric;
+}
+
+void Rubric::add(std::string name, double weight, std::unique_ptr<Verifier> verifier,
+                 std::chrono::milliseconds time_limit) {
+  PERIGEE_CHECK(verifier != nullptr && std::isfinite(weight), "{} weight {}", name, weight);
+  components_.push_back({std::move(name), weight, std::move(verifier), time_limit});
+}
+
+int Rubric::judge() const {
+  for (size_t i = 0; i < components_.size(); ++i)
+    if (components_[i].verifier->judges()) return static_cast<int>(i);
+  return -1;
+}
+
+bool Rubric::needs_group() const {
+  return std::any_of(components_.begin(), components_.end(),
+                     [](const Component& c) { return c.verifier->needs_group(); });
+}
+
+RewardComponent Rubric::run(const Component& c, const RewardInput& input, const GroupContext* group) const {
+  RewardComponent result{c.name, 0, c.weight, "ok", {}};
+  const auto fail = [&](std::string_view status, const std::string& why) {
+    result.value = 0;
+    result.status = status;
+    result.detail = shown(why);
+  };
+  try {
+    if (!finished(input.finish)) {
+      fail("failed", fmt::format("the sample ended as {}", finish_name(input.finish)));
+    } else if (c.verifier->needs_group() && group == nullptr) {
+      fail("failed", "it compares the samples of a group and got one sample alone");
+    } else {
+      Budget budget(c.time_limit);
+      const Verdict verdict = c.verifier->verify(input, group, budget);
+      if (!std::isfinite(verdict.value) || verdict.value < c.verifier->lowest() ||
+          verdict.value > c.verifier->highest()) {
+        fail("failed", fmt::format("the verifier returned {}, outside [{}, {}]", verdict.value,
+                                   c.verifier->lowest(), c.verifier->highest()));
+      } else {
+        result.value = verdict.value;
+        result.detail = shown(verdict.detail);
+      }
+    }
+  } catch (const TimedOut&) {
+    fail("timeout", fmt::format("no verdict within {} ms", c.time_limit.count()));
+  } catch (const std::exception& e) {
+    fail("failed", e.what());
+  } catch (...) {
+    fail("failed", "the verifier threw something that is not an exception");
+  }
+  return result;
+}
+
+void Rubric::add_up(Reward& reward) {
+  reward.total = 0;
+  reward.failed = false;
+  for (const auto& c : reward.components) {
+    reward.failed |= c.status != "ok";
+    reward.total += c.weight * c.value;
+  }
+  if (reward.failed) reward.total = 0;
+}
+
+Reward Rubric::score(const RewardInput& input) const {
+  Reward reward;
+  for (const auto& c : components_) reward.components.push_back(run(c, input, nullptr));
+  add_up(reward);
+  return reward;
+}
+
+std::vector<Reward> Rubric::score_group(std::span<const RewardInput> inputs) const {
+  std::vector<Reward> rewards(inputs.size());
+  GroupContext group;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    group.min_tokens =
+        i == 0 ? inputs[i].response_tokens : std::min(group.min_tokens, inputs[i].response_tokens);
+    group.max_tokens = std::max(group.max_tokens, inputs[i].response_tokens);
+    rewards[i].components.resize(components_.size());
+  }
+  // What judges one sample alone first: the others compare by it.
+  const int judge_index = judge();
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    auto& results = rewards[i].components;
+    for (size_t c = 0; c < components_.size(); ++c)
+      if (!components_[c].verifier->needs_group()) results[c] = run(components_[c], inputs[i], nullptr);
+    const bool judged = judge_index >= 0 && results[static_cast<size_t>(judge_index)].status == "ok";
+    group.correct = judged && results[static_cast<size_t>(judge_index)].value >= 1;
+    for (size_t c = 0; c < components_.size(); ++c)
+      if (components_[c].verifier->needs_group())
+        results[c] = run(components_[c], inputs[i], judged ? &group : nullptr);
+    add_up(rewards[i]);
+  }
+  return rewards;
+}
+
+bool Rubric::correct(const Reward& reward) const {
+  const int index = judge();
+  if (index < 0 || reward.failed) return false;
+  PERIGEE_CHECK(reward.components.size() == components_.size(), "{} of {} components",
+                reward.components.size(), components_.size());
+  return reward.components[static_cast<size_t>(index)].value >= 1;
+}
+
+}  // namespace perigee::reward
