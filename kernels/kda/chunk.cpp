@@ -8,12 +8,14 @@ namespace {
 
 using simd::F16;
 
-// Register tiles: as many accumulators as the registers of the build hold. The tile never changes a result.
+// Register tiles: as many accumulators as the registers of the build hold, so that enough chains are in
+// flight to cover the latency of a multiply-add. The tile never changes a result.
 #if defined(PERIGEE_SIMD_AVX512)
-constexpr int kTileRows = 8, kTileVectors = 2, kUpdateRows = 4, kUpdateVectors = 4, kInnerRows = 8;
+constexpr int kAccumulators = 16, kInnerRows = 8;
 #else
-constexpr int kTileRows = 4, kTileVectors = 1, kUpdateRows = 2, kUpdateVectors = 2, kInnerRows = 2;
+constexpr int kAccumulators = 4, kInnerRows = 2;
 #endif
+constexpr int kMaxVectors = kAccumulators / 2, kMaxRows = kAccumulators / 2;
 
 template <int R, int V>
 void multiply_tile(int64_t depth, int width, const float* a, int64_t lda, int64_t step, const float* b,
@@ -40,19 +42,29 @@ void multiply_tile(int64_t depth, int width, const float* a, int64_t lda, int64_
     for (int v = 0; v < V; ++v) simd::store(c + r * ldc + 16 * v, sum[r][v]);
 }
 
-// All rows against one block of columns, which stays in the nearest cache meanwhile.
+template <int R, int V>
+int64_t multiply_rows(int64_t i, int64_t m, int64_t depth, int width, const float* a, int64_t lda,
+                      int64_t step, const float* b, int64_t ldb, float* c, int64_t ldc) {
+  for (; i + R <= m; i += R)
+    multiply_tile<R, V>(depth, width, a + i * lda, lda, step, b, ldb, c + i * ldc, ldc);
+  if constexpr (R > 1) i = multiply_rows<R / 2, V>(i, m, depth, width, a, lda, step, b, ldb, c, ldc);
+  return i;
+}
+
+// Blocks of V registers of columns, then narrower ones. All rows go over one block, which stays in the
+// nearest cache.
 template <int V>
-void multiply_columns(int64_t m, int64_t depth, int width, const float* a, int64_t lda, int64_t step,
+void multiply_columns(int64_t m, int64_t depth, int64_t n, const float* a, int64_t lda, int64_t step,
                       const float* b, int64_t ldb, float* c, int64_t ldc) {
-  int64_t i = 0;
-  for (; i + kTileRows <= m; i += kTileRows)
-    multiply_tile<kTileRows, V>(depth, width, a + i * lda, lda, step, b, ldb, c + i * ldc, ldc);
-  if (kTileRows > 4)
-    for (; i + 4 <= m; i += 4)
-      multiply_tile<4, V>(depth, width, a + i * lda, lda, step, b, ldb, c + i * ldc, ldc);
-  for (; i + 2 <= m; i += 2)
-    multiply_tile<2, V>(depth, width, a + i * lda, lda, step, b, ldb, c + i * ldc, ldc);
-  for (; i < m; ++i) multiply_tile<1, V>(depth, width, a + i * lda, lda, step, b, ldb, c + i * ldc, ldc);
+  constexpr int kRows = std::min(kMaxRows, kAccumulators / V);
+  int64_t j = 0;
+  for (; j + 16 * V <= n; j += 16 * V)
+    multiply_rows<kRows, V>(0, m, depth, 16 * V, a, lda, step, b + j, ldb, c + j, ldc);
+  if constexpr (V > 1) {
+    if (j < n) multiply_columns<V / 2>(m, depth, n - j, a, lda, step, b + j, ldb, c + j, ldc);
+  } else if (j < n) {
+    multiply_rows<kRows, 1>(0, m, depth, static_cast<int>(n - j), a, lda, step, b + j, ldb, c + j, ldc);
+  }
 }
 
 template <int X, int V>
@@ -85,17 +97,29 @@ void update_tile(int width, int64_t count, const float* gamma, const float* left
   }
 }
 
+// As multiply_columns; the rows of s are walked once per block of columns, so the widest block comes first.
 template <int V>
-void update_columns(int64_t dk, int width, int64_t count, const float* gamma, const float* left,
+void update_columns(int64_t dk, int64_t n, int64_t count, const float* gamma, const float* left,
                     int64_t step_x, int64_t step_r, const float* right, int64_t ldright, float* s,
                     int64_t lds) {
-  int64_t x = 0;
-  for (; x + kUpdateRows <= dk; x += kUpdateRows)
-    update_tile<kUpdateRows, V>(width, count, gamma + x, left + x * step_x, step_x, step_r, right, ldright,
-                                s + x * lds, lds);
-  for (; x < dk; ++x)
-    update_tile<1, V>(width, count, gamma + x, left + x * step_x, step_x, step_r, right, ldright, s + x * lds,
-                      lds);
+  constexpr int kRows = std::min(kMaxRows, kAccumulators / V);
+  const auto rows = [&](int width, const float* right_j, float* s_j) {
+    int64_t x = 0;
+    for (; x + kRows <= dk; x += kRows)
+      update_tile<kRows, V>(width, count, gamma + x, left + x * step_x, step_x, step_r, right_j, ldright,
+                            s_j + x * lds, lds);
+    for (; x < dk; ++x)
+      update_tile<1, V>(width, count, gamma + x, left + x * step_x, step_x, step_r, right_j, ldright,
+                        s_j + x * lds, lds);
+  };
+  int64_t j = 0;
+  for (; j + 16 * V <= n; j += 16 * V) rows(16 * V, right + j, s + j);
+  if constexpr (V > 1) {
+    if (j < n)
+      update_columns<V / 2>(dk, n - j, count, gamma, left, step_x, step_r, right + j, ldright, s + j, lds);
+  } else if (j < n) {
+    rows(static_cast<int>(n - j), right + j, s + j);
+  }
 }
 
 // One 1 in lane i of row i.
@@ -177,24 +201,18 @@ void inner_products(int64_t first, int64_t n, int64_t dk, float* k_decayed, Rows
 
 void multiply(int64_t m, int64_t depth, int64_t n, const float* a, int64_t lda, int64_t step, const float* b,
               int64_t ldb, float* c, int64_t ldc) {
-  int64_t j = 0;
-  for (; j + 16 * kTileVectors <= n; j += 16 * kTileVectors)
-    multiply_columns<kTileVectors>(m, depth, 16 * kTileVectors, a, lda, step, b + j, ldb, c + j, ldc);
-  for (; j < n; j += 16)
-    multiply_columns<1>(m, depth, static_cast<int>(std::min<int64_t>(16, n - j)), a, lda, step, b + j, ldb,
-                        c + j, ldc);
+  // Few rows (decoding) wait for b to come from far away: wide blocks read it in order. Many rows want a tall
+  // tile.
+  if (m <= 2)
+    multiply_columns<kMaxVectors>(m, depth, n, a, lda, step, b, ldb, c, ldc);
+  else
+    multiply_columns<kAccumulators / kMaxRows>(m, depth, n, a, lda, step, b, ldb, c, ldc);
 }
 
 void decay_and_add(int64_t dk, int64_t dv, int64_t count, const float* gamma, const float* left,
                    int64_t step_x, int64_t step_r, const float* right, int64_t ldright, float* s,
                    int64_t lds) {
-  int64_t j = 0;
-  for (; j + 16 * kUpdateVectors <= dv; j += 16 * kUpdateVectors)
-    update_columns<kUpdateVectors>(dk, 16 * kUpdateVectors, count, gamma, left, step_x, step_r, right + j,
-                                   ldright, s + j, lds);
-  for (; j < dv; j += 16)
-    update_columns<1>(dk, static_cast<int>(std::min<int64_t>(16, dv - j)), count, gamma, left, step_x, step_r,
-                      right + j, ldright, s + j, lds);
+  update_columns<kMaxVectors>(dk, dv, count, gamma, left, step_x, step_r, right, ldright, s, lds);
 }
 
 }  // namespace perigee::kernels::kda
