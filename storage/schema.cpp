@@ -1,5 +1,7 @@
 #include "storage/schema.h"
 
+#include <algorithm>
+
 #include "base/error.h"
 
 namespace perigee::storage {
@@ -212,11 +214,14 @@ void migrate(Database& db, std::span<const Migration> steps) {
 
 void require_sound(Database& db) {
   Query q = db.query_once("PRAGMA quick_check(1)");
-  if (q.step() && q.text(0) != "ok")
-    throw_environment(
-        "{}: the file is damaged ({}): restore a copy, or read what is left with the sqlite3 program's "
-        ".recover",
-        db.file().string(), q.text(0));
+  if (!q.step() || q.text(0) == "ok") return;
+  std::string finding = q.str(0);
+  // SQLite starts a new line after the database's name; a message to the user is one line.
+  std::replace(finding.begin(), finding.end(), '\n', ' ');
+  throw_environment(
+      "{}: the file is damaged ({}): restore a copy, or read what is left with the sqlite3 program's "
+      ".recover",
+      db.file().string(), finding);
 }
 
 }  // namespace perigee::storage

@@ -14,6 +14,7 @@ std::vector<std::string> StoreQueries::check(int limit) {
   std::vector<std::string> findings;
   const auto full = [&] { return static_cast<int>(findings.size()) >= limit; };
   const auto add = [&](std::string finding) {
+    std::replace(finding.begin(), finding.end(), '\n', ' ');
     if (!full()) findings.push_back(std::move(finding));
   };
 
