@@ -85,10 +85,6 @@ Command& Command::example(const std::string& line) {
   return *this;
 }
 
-bool Command::given(const std::string& name) const {
-  return impl_->app->count(name) > 0;
-}
-
 void Command::action(std::function<int()> run) {
   impl_->run = std::move(run);
   if (impl_->examples.empty()) return;
