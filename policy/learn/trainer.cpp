@@ -57,7 +57,7 @@ struct Trainer::Impl {
     m.assign(n, 0);
     v.assign(n, 0);
     gradient.assign(n, 0);
-    for (const TensorSpec& t2 : layout.tensors()) {
+    for (const ParamSpec& t2 : layout.tensors()) {
       if (!t2.trained) continue;
       const int64_t end = t2.element_offset + (t2.elements + 15) / 16 * 16;
       if (!trained.empty() && trained.back().begin + trained.back().count == t2.element_offset) {
@@ -118,7 +118,7 @@ void Trainer::Impl::require_finite(const MicroBatch& b, const std::byte* weights
 void Trainer::Impl::require_finite_gradient(const float* grad) {
   const int64_t bad = first_nonfinite(ctx, layout.elements(), grad);
   if (bad < 0) return;
-  for (const TensorSpec& t : layout.tensors())
+  for (const ParamSpec& t : layout.tensors())
     if (bad >= t.element_offset && bad < t.element_offset + t.elements)
       throw_environment("NaN or infinity in the gradient of {}; weights and optimiser state are unchanged", t.name);
   throw_environment("NaN or infinity in the gradient; weights and optimiser state are unchanged");

@@ -15,7 +15,7 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 bool in_panels(TensorForm form) { return form == TensorForm::kPanels || form == TensorForm::kPanelsF32; }
 
 // Position of element (i, j) inside a tensor's elements.
-int64_t element_index(const TensorSpec& t, int64_t i, int64_t j) {
+int64_t element_index(const ParamSpec& t, int64_t i, int64_t j) {
   if (in_panels(t.form)) return ((i / kernels::kPanel) * t.k + j) * kernels::kPanel + i % kernels::kPanel;
   return i * t.k + j;
 }
@@ -48,7 +48,7 @@ ParamLayout::ParamLayout(ModelConfig config, Dtype dtype) : config_(std::move(co
 }
 
 int ParamLayout::add(std::string name, TensorForm form, int64_t n, int64_t k, bool trained) {
-  TensorSpec t;
+  ParamSpec t;
   t.name = std::move(name);
   t.form = form;
   t.n = n;
@@ -167,7 +167,7 @@ void ParamLayout::add_feed_forward(int64_t i, LayerParams& p) {
 
 int64_t ParamLayout::parameter_count() const {
   int64_t sum = 0;
-  for (const TensorSpec& t : tensors_) sum += t.n * t.k;
+  for (const ParamSpec& t : tensors_) sum += t.n * t.k;
   return sum;
 }
 
@@ -180,8 +180,8 @@ void for_each_value(const ParamLayout& layout, const CheckpointTensor& t, Visit&
   if (t.piece == CheckpointTensor::Piece::kKvB) {
     const int64_t nope = c.qk_nope_head_dim, v = c.v_head_dim, latent = c.kv_lora_rank;
     for (int64_t h = 0; h < c.num_heads; ++h) {
-      const TensorSpec& key = layout.tensor(t.tensor + static_cast<int>(h));
-      const TensorSpec& value = layout.tensor(t.tensor2 + static_cast<int>(h));
+      const ParamSpec& key = layout.tensor(t.tensor + static_cast<int>(h));
+      const ParamSpec& value = layout.tensor(t.tensor2 + static_cast<int>(h));
       const int64_t row0 = h * (nope + v);
       for (int64_t i = 0; i < nope; ++i)
         for (int64_t j = 0; j < latent; ++j) visit((row0 + i) * latent + j, key.element_offset + element_index(key, j, i));
@@ -191,7 +191,7 @@ void for_each_value(const ParamLayout& layout, const CheckpointTensor& t, Visit&
     }
     return;
   }
-  const TensorSpec& spec = layout.tensor(t.tensor);
+  const ParamSpec& spec = layout.tensor(t.tensor);
   int64_t count = 1;
   for (int64_t s : t.shape) count *= s;
   const int64_t rows = count / spec.k;
@@ -212,7 +212,7 @@ void ParamLayout::write_flat(float* flat, const CheckpointTensor& t, const float
 
 void ParamLayout::flat_to_weights(const float* flat, std::byte* weights) const {
   std::memset(weights, 0, static_cast<size_t>(weight_bytes_));  // the gaps between tensors too: the arena is hashed
-  for (const TensorSpec& t : tensors_) {
+  for (const ParamSpec& t : tensors_) {
     const float* from = flat + t.element_offset;
     const bool narrow = dtype_ == Dtype::kBf16 && (t.form == TensorForm::kPanels || t.form == TensorForm::kTable);
     if (narrow) {
@@ -226,7 +226,7 @@ void ParamLayout::flat_to_weights(const float* flat, std::byte* weights) const {
 
 void ParamLayout::weights_to_flat(const std::byte* weights, float* flat) const {
   std::memset(flat, 0, static_cast<size_t>(elements_) * 4);
-  for (const TensorSpec& t : tensors_) {
+  for (const ParamSpec& t : tensors_) {
     float* to = flat + t.element_offset;
     const bool narrow = dtype_ == Dtype::kBf16 && (t.form == TensorForm::kPanels || t.form == TensorForm::kTable);
     if (narrow) {
@@ -243,7 +243,7 @@ namespace {
 // Fills tensor `index` (all n rows) from draw().
 template <class Draw>
 void fill(const ParamLayout& layout, int index, float* flat, Draw&& draw) {
-  const TensorSpec& t = layout.tensor(index);
+  const ParamSpec& t = layout.tensor(index);
   for (int64_t i = 0; i < t.n; ++i)
     for (int64_t j = 0; j < t.k; ++j) flat[t.element_offset + element_index(t, i, j)] = static_cast<float>(draw());
 }

@@ -28,7 +28,7 @@ enum class TensorForm {
   kVector,     // float32, n values (k = 1) or [n, k] row-major
 };
 
-struct TensorSpec {
+struct ParamSpec {
   std::string name;  // "layers.3.q_proj"
   TensorForm form;
   int64_t n = 0, k = 1;
@@ -73,8 +73,8 @@ class ParamLayout {
 
   const ModelConfig& config() const { return config_; }
   Dtype dtype() const { return dtype_; }
-  const std::vector<TensorSpec>& tensors() const { return tensors_; }
-  const TensorSpec& tensor(int i) const { return tensors_[static_cast<size_t>(i)]; }
+  const std::vector<ParamSpec>& tensors() const { return tensors_; }
+  const ParamSpec& tensor(int i) const { return tensors_[static_cast<size_t>(i)]; }
   const LayerParams& layer(int64_t i) const { return layers_[static_cast<size_t>(i)]; }
   const std::vector<CheckpointTensor>& checkpoint() const { return checkpoint_; }
   int embed() const { return embed_; }
@@ -101,7 +101,7 @@ class ParamLayout {
 
   ModelConfig config_;
   Dtype dtype_;
-  std::vector<TensorSpec> tensors_;
+  std::vector<ParamSpec> tensors_;
   std::vector<LayerParams> layers_;
   std::vector<CheckpointTensor> checkpoint_;
   int embed_ = -1, head_ = -1, final_norm_ = -1;
@@ -114,7 +114,7 @@ struct Weights {
   const std::byte* data = nullptr;
 
   kernels::Weight matrix(int i) const {
-    const TensorSpec& t = layout->tensor(i);
+    const ParamSpec& t = layout->tensor(i);
     return {data + t.byte_offset, t.form == TensorForm::kPanels ? layout->dtype() : Dtype::kF32, t.n, t.k};
   }
   const float* vector(int i) const { return reinterpret_cast<const float*>(data + layout->tensor(i).byte_offset); }
