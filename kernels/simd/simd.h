@@ -207,14 +207,14 @@ inline F16 exp(F16 x) {
   return mul(mul(p, s1), s2);
 }
 
-// Natural logarithm to about 1 ulp. x must be positive and normal, or +0 (gives -inf is NOT promised: REQUIRES x > 0).
-inline F16 log(F16 x) {
+// log(x) + extra * ln 2 for positive normal x, extra an integer.
+inline F16 log_normal(F16 x, F16 extra) {
   const I16 b = bits(x);
   // Split so that the mantissa lies in [sqrt(1/2), sqrt(2)).
   const I16 shifted = isub(b, iset1(0x3f3504f3));
   const I16 e = sra<23>(shifted);
   const F16 m = from_bits(isub(b, shl<23>(e)));
-  const F16 ef = to_float(e);
+  const F16 ef = add(to_float(e), extra);
   const F16 f = sub(m, set1(1.0f));
   // log(1+f) = f - f^2/2 + f^3 P(f)
   F16 p = set1(7.0376836292e-2f);
@@ -234,15 +234,33 @@ inline F16 log(F16 x) {
   return fma(ef, set1(0.693359375f), y);
 }
 
-// 1 / (1 + e^-x)
-inline F16 sigmoid(F16 x) { return div(set1(1.0f), add(set1(1.0f), exp(neg(x)))); }
-inline F16 silu(F16 x) { return div(x, add(set1(1.0f), exp(neg(x)))); }
-// log(1 + e^x), accurate for large |x|: max(x,0) + log1p(e^-|x|)
+// Natural logarithm to 1 ulp, subnormals included; -inf at 0, NaN below, +inf stays, NaN stays NaN.
+inline F16 log(F16 x) {
+  const F16 least_normal = set1(0x1p-126f), infinity = set1(__builtin_inff());
+  const F16 scaled = select_lt(x, least_normal, mul(x, set1(0x1p23f)), x);
+  F16 y = log_normal(scaled, select_lt(x, least_normal, set1(-23.0f), zero()));
+  y = select_lt(x, infinity, y, x);
+  const F16 at_most_zero = select_lt(x, zero(), set1(__builtin_nanf("")), sub(x, infinity));
+  return select_lt(zero(), x, y, at_most_zero);
+}
+
+// 1 / (1 + e^-x) to 3 ulp, with e^x on top for negative x so that small results keep their accuracy.
+inline F16 sigmoid(F16 x) {
+  const F16 e = exp(min(x, neg(x)));  // e^-|x|, in [0, 1]
+  return div(select_lt(x, zero(), e, set1(1.0f)), add(set1(1.0f), e));
+}
+// x sigmoid(x) to 3 ulp down to -87.3, where e^x becomes subnormal; -0 at -inf.
+inline F16 silu(F16 x) {
+  const F16 e = exp(min(x, neg(x)));
+  const F16 clamped = max(set1(-128.0f), x);  // there e^x is already 0; in this operand order a NaN passes through
+  return div(mul(clamped, select_lt(x, zero(), e, set1(1.0f))), add(set1(1.0f), e));
+}
+// log(1 + e^x) to 2 ulp: max(x,0) + log1p(e^-|x|)
 inline F16 softplus(F16 x) {
-  const F16 y = exp(min(x, neg(x)));  // e^-|x|, in (0, 1]
+  const F16 y = exp(min(x, neg(x)));  // e^-|x|, in [0, 1]
   const F16 u = add(set1(1.0f), y);
   // log1p(y) = log(u) + (y - (u - 1)) / u restores what the rounding of 1 + y lost.
-  const F16 l = add(log(u), div(sub(y, sub(u, set1(1.0f))), u));
+  const F16 l = add(log_normal(u, zero()), div(sub(y, sub(u, set1(1.0f))), u));
   return add(max(x, zero()), l);
 }
 
