@@ -316,6 +316,23 @@ TEST(Store, WhatIsNotCommittedIsNotThere) {
   EXPECT_THROW(store.append_segment(segment(id, 1, 1)), std::logic_error);
 }
 
+// Half a group cannot be committed, however the caller deals with the exception.
+TEST(Store, AWriteThatFailedHalfWayLosesItsTransaction) {
+  TempDir dir;
+  Store store(dir / "s");
+  const int64_t id = lease_group(store, 1)[0];
+  auto tx = store.begin();
+  EXPECT_EQ(store.append_segment(segment(id, 1, 0)), Append::kAppended);
+  GroupRecord group;
+  auto members = specs(2);
+  members[0].episode_id = members[1].episode_id = 50;
+  EXPECT_THROW(store.open_group("r", group, members), std::logic_error);
+  expect_error(Error::Kind::kEnvironment, "failed before", [&] { store.append_segment(segment(id, 1, 1)); });
+  expect_error(Error::Kind::kEnvironment, "nothing of it is kept", [&] { tx.commit(); });
+  EXPECT_EQ(store.count_episodes({}), 1);
+  EXPECT_EQ(store.episode(id).segment_count, 0);
+}
+
 // Any order of arrival, any repeats: the store ends with each segment once, as if they had come in order.
 TEST(Store, ShuffledAndRepeatedMessagesEndTheSame) {
   for (uint64_t seed = 0; seed < 10; ++seed) {
