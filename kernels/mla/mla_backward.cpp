@@ -58,10 +58,8 @@ struct SliceWork {
     const float* const tile_q = q + first * width;
     const float* const tile_dout = dout + first * latent;
     const float* const block_c = c + block * kLatentPage * width;
-    tile_product<Start::kZero>({width, tile_q, width, 1, b.turned, 16, 16 * width, b.p, kLatentPage, nullptr}, count,
-                               lanes);
-    tile_product<Start::kZero>({latent, tile_dout, latent, 1, b.turned, 16, 16 * width, b.ds, kLatentPage, nullptr},
-                               count, lanes);
+    mla::long_product(tile_q, width, width, b.turned, 16 * width, b.p, count, lanes);
+    mla::long_product(tile_dout, latent, latent, b.turned, 16 * width, b.ds, count, lanes);
     for (int64_t i = 0; i < count; ++i) {
       float* const p = b.p + i * kLatentPage;
       float* const ds = b.ds + i * kLatentPage;

@@ -20,8 +20,8 @@ using mla::tile_product;
 using simd::F16;
 
 constexpr int64_t kSpan = 8 * kLatentPage;
-// Queries that share one turned block: turning it is then about 3 % of the work at the widths of interest.
-constexpr int64_t kTileQueries = 96;
+// Queries that share one turned block: turning it is then a few percent of the work.
+constexpr int64_t kTileQueries = 192;
 // A tile this small is worth cutting along the keys: its partial results are small.
 constexpr int64_t kSplitQueries = 64;
 
@@ -115,8 +115,7 @@ class TileWork {
     const int64_t lanes = mla::round_up_16(present);
     const float* const block = tile_.slice->pages[key / kLatentPage];
     mla::turn_block(block, present, width, buffers.turned);
-    tile_product<Start::kZero>({width, q_ + first * width, width, 1, buffers.turned, 16, 16 * width, buffers.scores,
-                                kLatentPage, nullptr}, count, lanes);
+    mla::long_product(q_ + first * width, width, width, buffers.turned, 16 * width, buffers.scores, count, lanes);
     for (int64_t i = 0; i < count; ++i)
       softmax_step(buffers.scores + i * kLatentPage, std::min(kLatentPage, keys(first + i) - key), lanes,
                    to.maximum[first + i], to.sum[first + i], buffers.alpha[i]);

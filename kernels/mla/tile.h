@@ -96,4 +96,15 @@ void tile_product(const TileArgs& t, int64_t rows, int64_t columns) {
   if (c < columns) column_strip<1, kStart, true>(t, rows, c, static_cast<int>(columns - c));
 }
 
+// C [rows, columns <= 64] = A [rows, nk] times a turned block, C's rows 64 apart. The chain over nk is taken in runs whose
+// part of the block (32 KiB at most) stays in the L1 cache while the rows pass by.
+inline void long_product(const float* a, int64_t nk, int64_t a_row, const float* turned, int64_t panel, float* c,
+                         int64_t rows, int64_t columns) {
+  constexpr int64_t kRun = 112;
+  for (int64_t k = 0; k < nk; k += kRun) {
+    const TileArgs args = {std::min(kRun, nk - k), a + k, a_row, 1, turned + 16 * k, 16, panel, c, 64, nullptr};
+    k == 0 ? tile_product<Start::kZero>(args, rows, columns) : tile_product<Start::kLoad>(args, rows, columns);
+  }
+}
+
 }  // namespace perigee::kernels::mla

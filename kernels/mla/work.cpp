@@ -3,21 +3,34 @@
 #include "kernels/gemm/transpose.h"
 
 namespace perigee::kernels::mla {
+namespace {
+
+template <bool kPartial>
+inline void turn_square(const float* from, int64_t width, int64_t rows, int lanes, float* to) {
+  simd::F16 square[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if constexpr (kPartial)
+      square[i] = i < rows ? simd::load_partial(from + i * width, lanes) : simd::zero();
+    else
+      square[i] = simd::load(from + i * width);
+  }
+  gemm::transpose16(square, to);
+}
+
+}  // namespace
 
 void turn_block(const float* block, int64_t rows, int64_t width, float* turned) {
   for (int64_t i0 = 0; i0 < rows; i0 += 16) {
     const int64_t n = std::min<int64_t>(16, rows - i0);
-    for (int64_t j = 0; j < width; j += 16) {
-      const int lanes = static_cast<int>(std::min<int64_t>(16, width - j));
-      const float* const from = block + i0 * width + j;
-      simd::F16 square[16];
-      for (int64_t i = 0; i < 16; ++i)
-        square[i] = i >= n         ? simd::zero()
-                    : lanes == 16 ? simd::load(from + i * width)
-                                  : simd::load_partial(from + i * width, lanes);
-      // With fewer than 16 columns left the square runs into the next panel, which is written after this one.
-      gemm::transpose16(square, turned + i0 * width + j * 16);
-    }
+    const float* const from = block + i0 * width;
+    float* const to = turned + i0 * width;
+    int64_t j = 0;
+    if (n == 16)
+      for (; j + 16 <= width; j += 16) turn_square<false>(from + j, width, 16, 16, to + j * 16);
+    // With fewer than 16 columns left the square runs into the next panel, which is written after this one.
+    for (; j < width; j += 16)
+      turn_square<true>(from + j, width, n, static_cast<int>(std::min<int64_t>(16, width - j)), to + j * 16);
   }
 }
 
