@@ -135,48 +135,56 @@ void apply_penalties(std::vector<float>& z, const SamplingParams& params, std::s
   }
 }
 
+// Of the keys before `kept`, brings to the front the fewest of the most likely whose weights together reach `goal`, at
+// least one; returns their end.
+std::vector<uint64_t>::iterator keep_top_p(std::vector<uint64_t>& keys, std::vector<uint64_t>::iterator kept,
+                                           const std::vector<float>& weights, double goal) {
+  double sum = 0;
+  auto sorted = keys.begin(), next = keys.begin();
+  // Sorted from the most likely on, only as far as needed: a few hundred tokens, then four times as many.
+  for (int64_t more = 256; next != kept; more *= 4) {
+    sorted = kept - next > more ? next + more : kept;
+    std::nth_element(next, sorted, kept);
+    std::sort(next, sorted);
+    while (next != sorted && (next == keys.begin() || sum < goal))
+      sum += static_cast<double>(weights[static_cast<size_t>(token_of(*next++))]);
+    if (next != sorted || sum >= goal) break;
+  }
+  return next;
+}
+
 // Sets the z of tokens that a filter drops to -inf. z: scaled by the temperature.
 void apply_filters(std::vector<float>& z, const SamplingParams& params) {
   const auto vocab = static_cast<int64_t>(z.size());
   const float top = maximum(z.data(), vocab, 1.0f);
+  std::vector<float> weights(z.size());
+  for (int64_t i = 0; i < vocab; i += 16)
+    simd::store_partial(weights.data() + i,
+                        simd::exp(simd::sub(load_scaled(z.data(), vocab, i, 1.0f), simd::set1(top))),
+                        static_cast<int>(std::min<int64_t>(16, vocab - i)));
   const bool cut_k = params.top_k > 0 && params.top_k < vocab;
   if (cut_k || params.top_p < 1.0f) {
     std::vector<uint64_t> keys(z.size());
     for (size_t i = 0; i < z.size(); ++i) keys[i] = rank_key(z[i], static_cast<int64_t>(i));
-    auto kept = keys.begin() + (cut_k ? params.top_k : vocab);
-    if (cut_k) std::nth_element(keys.begin(), kept, keys.end());
-    if (params.top_p < 1.0f) {
-      const auto weight = [&](uint64_t key) {
-        return static_cast<double>(simd::exp(z[static_cast<size_t>(token_of(key))] - top));
-      };
-      // The total in order of tokens, which does not depend on how nth_element leaves them.
-      std::vector<uint32_t> order;
-      double total = 0;
-      if (cut_k) {
-        for (auto k = keys.begin(); k != kept; ++k) order.push_back(static_cast<uint32_t>(token_of(*k)));
-        std::sort(order.begin(), order.end());
-        for (const uint32_t t : order) total += static_cast<double>(simd::exp(z[t] - top));
-      } else {
-        for (const float v : z) total += static_cast<double>(simd::exp(v - top));
+    auto kept = keys.end();
+    if (cut_k) {
+      kept = keys.begin() + params.top_k;
+      std::nth_element(keys.begin(), kept, keys.end());
+      for (auto k = kept; k != keys.end(); ++k) {
+        z[static_cast<size_t>(token_of(*k))] = -kInfinity;
+        weights[static_cast<size_t>(token_of(*k))] = 0;
       }
-      // Sort from the most likely on, only as far as needed: a few hundred tokens, then four times as many.
-      const double goal = static_cast<double>(params.top_p) * total;
-      double sum = 0;
-      auto sorted = keys.begin(), next = keys.begin();
-      for (int64_t more = 256; next != kept; more *= 4) {
-        sorted = kept - next > more ? next + more : kept;
-        std::nth_element(next, sorted, kept);
-        std::sort(next, sorted);
-        while (next != sorted && (next == keys.begin() || sum < goal)) sum += weight(*next++);
-        if (next != sorted || sum >= goal) break;
-      }
-      kept = next;
     }
-    for (auto k = kept; k != keys.end(); ++k) z[static_cast<size_t>(token_of(*k))] = -kInfinity;
+    if (params.top_p < 1.0f) {
+      double total = 0;  // in the order of tokens
+      for (const float w : weights) total += static_cast<double>(w);
+      const auto end = keep_top_p(keys, kept, weights, static_cast<double>(params.top_p) * total);
+      for (auto k = end; k != kept; ++k) z[static_cast<size_t>(token_of(*k))] = -kInfinity;
+    }
   }
   if (params.min_p > 0)
-    for (float& v : z)
-      if (simd::exp(v - top) < params.min_p) v = -kInfinity;
+    for (size_t i = 0; i < z.size(); ++i)
+      if (weights[i] < params.min_p) z[i] = -kInfinity;
 }
 
 }  // namespace
