@@ -23,16 +23,14 @@ constexpr std::array<Entry, 9> kVerifiers{{{"exact", make_exact},
                                            {"length_k15", make_length_k15},
                                            {"repetition", make_repetition},
                                            {"task", make_task}}};
-// A task brings an answer and no options, so it may name these.
-constexpr std::array<std::string_view, 3> kForTasks = {"exact", "numeric", "countdown"};
 
 class OfTheTask : public Verifier {
  public:
   explicit OfTheTask(JsonReader& options) : default_(options.string("default", "exact")) {
-    for (const auto name : kForTasks) {
+    for (const auto& name : task_verifier_names()) {
       const nlohmann::json none = nlohmann::json::object();
       JsonReader defaults(none, "task");
-      verifiers_.emplace(name, make_verifier(std::string(name), defaults));
+      verifiers_.emplace(name, make_verifier(name, defaults));
     }
     if (!verifiers_.contains(default_))
       options.fail("default", fmt::format("one of {} is expected, not {}", names(), quote(default_)));
@@ -48,10 +46,7 @@ class OfTheTask : public Verifier {
   }
 
  private:
-  static std::string names() {
-    const std::vector<std::string> list(kForTasks.begin(), kForTasks.end());
-    return join(list);
-  }
+  static std::string names() { return join(task_verifier_names()); }
   std::string default_;
   std::map<std::string, std::unique_ptr<Verifier>, std::less<>> verifiers_;
 };
@@ -64,6 +59,11 @@ const std::vector<std::string>& verifier_names() {
     for (const auto& entry : kVerifiers) list.emplace_back(entry.name);
     return list;
   }();
+  return names;
+}
+
+const std::vector<std::string>& task_verifier_names() {
+  static const std::vector<std::string> names = {"exact", "numeric", "countdown"};
   return names;
 }
 

@@ -37,6 +37,8 @@ namespace perigee::reward {
 
 // In the order of the list above.
 const std::vector<std::string>& verifier_names();
+// Those that a task may name: they need an answer and no options.
+const std::vector<std::string>& task_verifier_names();
 // Reads the verifier's options; the caller finishes the reader. ERRORS (input): an unknown name with the
 // nearest suggestion.
 std::unique_ptr<Verifier> make_verifier(const std::string& name, JsonReader& options);
