@@ -1,0 +1,162 @@
+#include "rollout/tasks.h"
+
+#include <array>
+#include <cmath>
+
+#include "base/error.h"
+#include "base/hash.h"
+#include "base/json.h"
+#include "base/text.h"
+#include "rollout/tasks_detail.h"
+
+namespace perigee::rollout {
+namespace {
+
+constexpr uint64_t kHeldOutShare = 8;
+// A side is met within this many draws unless the level has next to no problems on it.
+constexpr int kMaxDraws = 4096;
+
+using MakeGenerator = std::unique_ptr<Generator> (*)(JsonReader&, const WorkedStyle&);
+struct Kind {
+  std::string_view name;
+  MakeGenerator make;
+};
+constexpr std::array<Kind, 3> kGenerators{
+    {{"arithmetic", make_arithmetic}, {"countdown", make_countdown_tasks}, {"sort", make_sort}}};
+
+enum class Side : uint64_t { kTrain = 1, kHeldOut = 2 };
+
+class Generated : public TaskSource {
+ public:
+  Generated(const Kind& kind, const nlohmann::json& config, JsonReader& reader, std::string_view where,
+            uint64_t seed) {
+    seed_ = seed;
+    const WorkedStyle style{reader.string("think_open", "<think>"), reader.string("think_close", "</think>")};
+    read_curriculum(reader);
+    const nlohmann::json* levels = reader.find("levels");
+    if (levels == nullptr) {
+      names_ = {std::string(kind.name)};
+      generators_.push_back(kind.make(reader, style));
+      reader.finish();
+    } else {
+      if (!levels->is_array() || levels->empty() || levels->size() > kMaxLevels)
+        reader.fail("levels", fmt::format("a list of 1 to {} objects is expected", kMaxLevels));
+      weights_.clear();
+      names_.clear();
+      for (size_t i = 0; i < levels->size(); ++i) add_level(kind, config, (*levels)[i], i, where, style);
+      double sum = 0;
+      for (const double w : weights_) sum += w;
+      if (!(sum > 0)) reader.fail("levels", "at least one level needs a weight above 0");
+    }
+    // Both sides of every level have problems, or the run would find out late.
+    for (uint64_t level = 0; level < this->levels(); ++level) {
+      draw(level, Side::kTrain);
+      draw(level, Side::kHeldOut);
+    }
+  }
+
+  Task train(uint64_t index) const override { return draw(index, Side::kTrain); }
+  Task held_out(uint64_t index) const override { return draw(index, Side::kHeldOut); }
+
+ private:
+  static constexpr size_t kMaxLevels = 100;
+
+  void read_curriculum(JsonReader& reader) {
+    const nlohmann::json* curriculum = reader.find("curriculum");
+    if (curriculum == nullptr || curriculum->is_null()) return;
+    JsonReader options(*curriculum, reader.where(), reader.path("curriculum"));
+    floor_ = options.number("floor", 0, 1, floor_);
+    options.finish();
+    curriculum_ = true;
+  }
+
+  void add_level(const Kind& kind, const nlohmann::json& config, const nlohmann::json& level, size_t i,
+                 std::string_view where, const WorkedStyle& style) {
+    const std::string prefix = fmt::format("levels[{}]", i);
+    JsonReader own(level, where, prefix);
+    weights_.push_back(own.number("weight", 0, 1e6, 1));
+    names_.push_back(own.string("name", fmt::format("{} {}", kind.name, i + 1)));
+    nlohmann::json merged = config;
+    for (const char* key : {"kind", "levels", "curriculum", "think_open", "think_close"}) merged.erase(key);
+    for (const auto& [key, value] : level.items())
+      if (key != "weight" && key != "name") merged[key] = value;
+    JsonReader options(merged, where, prefix);
+    generators_.push_back(kind.make(options, style));
+    options.finish();
+  }
+
+  Task draw(uint64_t index, Side side) const {
+    const uint64_t level = level_of(index);
+    Random random(derive_seed(seed_, index, static_cast<uint64_t>(side)));
+    for (int i = 0; i < kMaxDraws; ++i) {
+      Problem problem = generators_[level]->draw(random);
+      if (is_held_out(problem.canonical) != (side == Side::kHeldOut)) continue;
+      problem.task.index = index;
+      problem.task.difficulty = names_[level];
+      return std::move(problem.task);
+    }
+    throw_input(
+        "tasks: level {} has too few different problems to keep some out of training; widen its options",
+        quote(names_[level]));
+  }
+
+  std::vector<std::unique_ptr<Generator>> generators_;  // by level
+};
+
+}  // namespace
+
+uint64_t TaskSource::train_index(uint64_t ordinal, std::span<const double> weights) const {
+  PERIGEE_CHECK(weights.size() == levels(), "{} weights for {} levels", weights.size(), levels());
+  double sum = 0;
+  for (const double w : weights) {
+    PERIGEE_CHECK(w >= 0 && std::isfinite(w), "weight {}", w);
+    sum += w;
+  }
+  PERIGEE_CHECK(sum > 0, "weights sum to {}", sum);
+  const double point = uniform_float(philox(derive_seed(seed_, 0x6c6576656cull), ordinal)[0]) * sum;
+  uint64_t level = 0, chosen = 0;
+  double below = 0;
+  for (; level < levels(); ++level) {
+    if (weights[level] == 0) continue;
+    chosen = level;  // rounding may put the point at the very end: the last level with a weight takes it
+    below += weights[level];
+    if (point < below) break;
+  }
+  return ordinal * levels() + chosen;
+}
+
+std::vector<double> curriculum_weights(std::span<const double> base, std::span<const LevelRecord> records,
+                                       double floor) {
+  PERIGEE_CHECK(base.size() == records.size(), "{} weights, {} records", base.size(), records.size());
+  PERIGEE_CHECK(floor >= 0 && floor <= 1, "floor {}", floor);
+  std::vector<double> weights(base.size());
+  for (size_t i = 0; i < base.size(); ++i) {
+    const double p = (records[i].successes + 1) / (records[i].attempts + 2);
+    weights[i] = base[i] * (floor + (1 - floor) * 4 * p * (1 - p));
+  }
+  return weights;
+}
+
+bool is_held_out(std::string_view canonical_problem) {
+  return hash128(canonical_problem).low % kHeldOutShare == 0;
+}
+
+std::unique_ptr<TaskSource> make_task_source(const nlohmann::json& config, std::string_view where,
+                                             uint64_t seed) {
+  JsonReader reader(config, where);
+  const std::string name = reader.string("kind");
+  if (name == "jsonl") {
+    auto source = make_jsonl(reader, seed);
+    reader.finish();
+    return source;
+  }
+  std::vector<std::string> names = {"jsonl"};
+  for (const auto& kind : kGenerators) {
+    if (kind.name == name) return std::make_unique<Generated>(kind, config, reader, where, seed);
+    names.emplace_back(kind.name);
+  }
+  reader.fail("kind", fmt::format("one of {} is expected, not {}{}", join(names), quote(name),
+                                  did_you_mean(name, names)));
+}
+
+}  // namespace perigee::rollout

@@ -1,0 +1,31 @@
+// Between tasks.cpp and the generators.
+#pragma once
+#include <memory>
+#include <string>
+
+#include "base/json.h"
+#include "base/random.h"
+#include "rollout/tasks.h"
+
+namespace perigee::rollout {
+
+// A problem with the text that decides its side: equal for problems that are the same in another order.
+struct Problem {
+  std::string canonical;
+  Task task;
+};
+
+// One level of a generator. Thread safety: const calls from several threads at once.
+class Generator {
+ public:
+  virtual ~Generator() = default;
+  virtual Problem draw(Random& random) const = 0;
+};
+
+// Read their options; the caller finishes the reader.
+std::unique_ptr<Generator> make_arithmetic(JsonReader& options, const WorkedStyle& style);
+std::unique_ptr<Generator> make_countdown_tasks(JsonReader& options, const WorkedStyle& style);
+std::unique_ptr<Generator> make_sort(JsonReader& options, const WorkedStyle& style);
+std::unique_ptr<TaskSource> make_jsonl(JsonReader& options, uint64_t seed);
+
+}  // namespace perigee::rollout

@@ -1,0 +1,148 @@
+// Tasks from files with one JSON object per line:
+//   {"prompt": "..." | "messages": [{"role": "user", "content": "..."}], "answer": "...", "verifier":
+//   "numeric", "worked_example": "..."}
+// verifier and worked_example may be absent; id, source and metadata may stand there and mean nothing. Empty
+// lines are skipped.
+#include <algorithm>
+#include <bit>
+#include <set>
+
+#include "base/error.h"
+#include "base/file.h"
+#include "base/text.h"
+#include "reward/verifiers.h"
+#include "rollout/tasks_detail.h"
+
+namespace perigee::rollout {
+namespace {
+
+// A permutation of [0, n) that needs no memory: a Feistel network over the next even power of two, walked
+// until it lands inside.
+uint64_t permuted(uint64_t i, uint64_t n, uint64_t key) {
+  const int half = std::max(1, (static_cast<int>(std::bit_width(n - 1)) + 1) / 2);
+  const uint64_t mask = (uint64_t{1} << half) - 1;
+  do {
+    uint64_t left = i >> half, right = i & mask;
+    for (uint64_t round = 0; round < 4; ++round) {
+      const uint64_t next = left ^ (philox(key, right, round)[0] & mask);
+      left = right;
+      right = next;
+    }
+    i = left << half | right;
+  } while (i >= n);
+  return i;
+}
+
+std::vector<Message> read_messages(JsonReader& line) {
+  std::vector<Message> messages;
+  const nlohmann::json* list = line.find("messages");
+  if (!list->is_array() || list->empty()) line.fail("messages", "a list of messages is expected");
+  for (size_t i = 0; i < list->size(); ++i) {
+    JsonReader message((*list)[i], line.where(), fmt::format("messages[{}]", i));
+    messages.push_back({message.string("role"), message.string("content")});
+    message.finish();
+  }
+  return messages;
+}
+
+Task read_task(std::string_view text, const std::string& where) {
+  const nlohmann::json value = parse_json(text, where);
+  JsonReader line(value, where);
+  Task task;
+  if (line.has("prompt") == line.has("messages"))
+    throw_input("{}: either \"prompt\" or \"messages\" is expected", where);
+  if (line.has("prompt"))
+    task.prompt = line.string("prompt");
+  else
+    task.messages = read_messages(line);
+  const nlohmann::json* answer = line.find("answer");
+  if (answer != nullptr && answer->is_number())
+    task.answer = answer->dump();
+  else
+    task.answer = line.string("answer");
+  task.verifier = line.string("verifier", "");
+  task.worked_example = line.string("worked_example", "");
+  for (const char* key : {"id", "source", "metadata"}) line.ignore(key);
+  line.finish();
+  const auto& known = reward::task_verifier_names();
+  if (!task.verifier.empty() && std::find(known.begin(), known.end(), task.verifier) == known.end())
+    line.fail("verifier", fmt::format("one of {} is expected, not {}{}", join(known), quote(task.verifier),
+                                      did_you_mean(task.verifier, known)));
+  return task;
+}
+
+std::string canonical(const Task& task) {
+  std::string text = "jsonl " + task.prompt;
+  for (const auto& m : task.messages) text += '\x1e' + m.role + '\x1f' + m.content;
+  return text;
+}
+
+std::vector<Task> read_tasks(const std::string& path) {
+  const std::string text = read_file(path);
+  std::vector<Task> tasks;
+  int64_t number = 0;
+  for (size_t begin = 0; begin < text.size();) {
+    size_t end = text.find('\n', begin);
+    if (end == text.npos) end = text.size();
+    const std::string_view line = std::string_view(text).substr(begin, end - begin);
+    begin = end + 1;
+    ++number;
+    if (line.find_first_not_of(" \t\r") == line.npos) continue;
+    tasks.push_back(read_task(line, fmt::format("{}:{}", path, number)));
+    tasks.back().difficulty = "jsonl";
+  }
+  if (tasks.empty()) throw_input("{}: it holds no tasks", path);
+  return tasks;
+}
+
+class Jsonl : public TaskSource {
+ public:
+  Jsonl(JsonReader& options, uint64_t seed) {
+    seed_ = seed;
+    names_ = {"jsonl"};
+    const std::string path = options.string("path"), held_out_path = options.string("held_out_path", "");
+    if (held_out_path.empty()) {
+      for (auto& task : read_tasks(path))
+        (is_held_out(canonical(task)) ? held_out_ : train_).push_back(std::move(task));
+      if (train_.empty() || held_out_.empty())
+        throw_input("{}: {} tasks are too few to hold one in eight out; name a held_out_path", path,
+                    train_.size() + held_out_.size());
+      return;
+    }
+    train_ = read_tasks(path);
+    held_out_ = read_tasks(held_out_path);
+    std::set<std::string> seen;
+    for (const auto& task : train_) seen.insert(canonical(task));
+    for (const auto& task : held_out_)
+      if (seen.contains(canonical(task)))
+        throw_input("{}: the prompt {} is in {} too; training must not see it", held_out_path,
+                    quote(task.messages.empty() ? task.prompt : task.messages.back().content), path);
+  }
+
+  // Every task once, in an order of its own, then all again in another.
+  Task train(uint64_t index) const override {
+    const uint64_t n = train_.size(), pass = index / n;
+    Task task = train_[permuted(index % n, n, derive_seed(seed_, pass, 0x6a736f6eull))];
+    task.index = index;
+    return task;
+  }
+  // In the order of the file.
+  Task held_out(uint64_t index) const override {
+    Task task = held_out_[index % held_out_.size()];
+    task.index = index;
+    return task;
+  }
+  uint64_t train_count() const override { return train_.size(); }
+  uint64_t held_out_count() const override { return held_out_.size(); }
+
+ private:
+  std::vector<Task> train_, held_out_;
+};
+
+}  // namespace
+
+std::unique_ptr<TaskSource> make_jsonl(JsonReader& options, uint64_t seed) {
+  return std::make_unique<Jsonl>(options, seed);
+}
+
+}  // namespace perigee::rollout
