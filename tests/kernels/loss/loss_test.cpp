@@ -68,8 +68,11 @@ void expect_matches_reference(const LossConfig& c, const std::vector<reference::
 }
 
 TEST(Loss, EveryLossAndCorrectionMatchesItsFiniteDifferences) {
+  // Several seeds, so that every branch of every correction is taken: products of rho on both sides of the
+  // cap too.
   for (const auto& c : every_config())
-    for (const double spread : {0.02, 0.3}) expect_matches_reference(c, random_batch(7, spread));
+    for (const uint64_t seed : {7, 8, 9})
+      for (const double spread : {0.02, 0.3, 0.6}) expect_matches_reference(c, random_batch(seed, spread));
 }
 
 TEST(Loss, KlEntropyAndVetoMatchTheirFiniteDifferences) {
