@@ -16,7 +16,7 @@ void few_rows(const MatmulTask& t, int64_t panel, int64_t panel_end, int64_t row
   const int64_t k = t.w.k, step = kFewRowsPanels[rows - 1];
   for (; panel < panel_end; panel += step) {
     const int64_t end = std::min(panel + step, panel_end);
-    run_tile<Layout::kRowsApart, T>(
+    run_tile<Layout::kRowsApartStreamed, T>(
         rows, static_cast<int>(end - panel),
         {w + panel * k * kPanel, k * kPanel, t.x + row * t.ldx, t.ldx, k, t.y + row * t.ldy + panel * kPanel,
          t.ldy, kPanel, last_lanes(end, t.w.n), Start::kZero});
