@@ -54,7 +54,7 @@ struct AppendCounts {
 struct StoreOptions {
   enum class Open : uint8_t { kOpenOrCreate, kCreate, kExisting };
   Open open = Open::kOpenOrCreate;
-  bool quick_check = true;  // look for damage when opening an existing file (reads all of it: 1 GB/s or so)
+  bool quick_check = true;  // look for damage when opening an existing file (reads all of it)
   int busy_timeout_ms = 5000;
   std::string vfs;  // name of a registered SQLite VFS; empty: the default
 };
