@@ -1,0 +1,76 @@
+// The hub: the one writer of a run's store. It takes messages of workers, applies them and commits them together, and
+// only then answers.
+//
+//   receive what is there -> one transaction -> advance the schedule -> commit -> acknowledge, hand out work
+//
+// Invariants:
+//  H1  What is acknowledged, leased or commanded was committed before.
+//  H2  A message is applied at most once: repeats are known by their peer's sequence number, and across restarts by
+//      (episode, attempt, index), (step), (version) in the store.
+//  H3  A message of another run, another hub epoch or a peer that never said hello is refused and counted; its sender is
+//      asked who it is.
+//
+// Not thread safe. Hub knows no sockets: run_hub connects it to a Router; tests talk to it directly.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "base/net/bus.h"
+#include "rollout/schedule.h"
+
+namespace perigee::rollout {
+
+struct HubCounts {
+  int64_t messages = 0, duplicates = 0, strangers = 0, wrong_run = 0, unreadable = 0, commits = 0;
+};
+
+class Hub {
+ public:
+  // epoch: unique to this hub object. keep_leases: workers of a former hub may still hold theirs.
+  Hub(const RunConfig& config, const std::string& run_id, const std::string& run_dir, Store& store, TaskFeed feed,
+      uint64_t epoch, bool keep_leases, int64_t now_ms);
+
+  // One round: begin, handle any number of messages, commit. Throws what the store throws; then nothing of the round
+  // was acknowledged and the Hub is not to be used any more.
+  void begin();
+  void handle(const net::Inbound& in, int64_t now_ms);
+  // Advances, commits and returns what may be sent now.
+  std::vector<Outgoing> commit(int64_t now_ms);
+
+  bool done() const { return done_; }  // finished, failed or stopped: the loop may end once the last messages went out
+  const std::string& failure() const { return failure_; }
+  const Schedule& schedule() const { return schedule_; }
+  EpisodeBook& book() { return book_; }
+  const HubCounts& counts() const { return counts_; }
+
+ private:
+  struct Peer {
+    std::string role, name;
+    int64_t last_seq = 0, acked_seq = 0;
+  };
+  void hello(const net::Inbound& in, int64_t now_ms);
+  void forget_peer(const std::string& id);
+  void apply(const std::string& peer_id, Peer& peer, const BusMessage& message, int64_t now_ms);
+  void apply_learner(const BusMessage& message);
+  void end(const std::string& state, const Json& event);
+  void report_rate(int64_t now_ms);
+
+  const RunConfig& config_;
+  std::string run_id_, run_dir_;
+  Store& store_;
+  uint64_t epoch_;
+  EpisodeBook book_;
+  Schedule schedule_;
+  std::map<std::string, Peer> peers_;
+  std::vector<Outgoing> out_;
+  std::vector<Json> events_;
+  std::optional<Store::Transaction> transaction_;
+  HubCounts counts_;
+  bool done_ = false;
+  std::string failure_;
+  int64_t rate_ms_ = 0, rate_tokens_ = 0;
+};
+
+}  // namespace perigee::rollout

@@ -1,0 +1,219 @@
+#include "rollout/run.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstring>
+#include <ctime>
+#include <filesystem>
+
+#include "base/error.h"
+#include "base/file.h"
+#include "base/json.h"
+#include "reward/rubric.h"
+#include "rollout/roles.h"
+#include "rollout/setup.h"
+#include "rollout/supervisor.h"
+#include "storage/store.h"
+
+namespace perigee::rollout {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kStore = "store.sqlite";
+constexpr const char* kConfig = "config.json";
+
+std::string join(const std::string& directory, const char* name) { return (fs::path(directory) / name).string(); }
+
+// Holds a run directory for one supervisor; the kernel lets go when the process dies.
+class RunLock {
+ public:
+  explicit RunLock(const std::string& run_dir) {
+    const std::string path = join(run_dir, "run.lock");
+    fd_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+    if (fd_ < 0) throw_environment("cannot write {}: {}", path, std::strerror(errno));
+    if (::flock(fd_, LOCK_EX | LOCK_NB) != 0) {
+      ::close(fd_);
+      throw_input("{} is being run by another process; wait for it, or choose another run.dir", run_dir);
+    }
+  }
+  ~RunLock() { ::close(fd_); }
+  RunLock(const RunLock&) = delete;
+  RunLock& operator=(const RunLock&) = delete;
+
+ private:
+  int fd_;
+};
+
+std::string new_run_dir(const RunConfig& config) {
+  if (!config.run.dir.empty()) return config.run.dir;
+  const std::time_t now = std::time(nullptr);
+  std::tm utc{};
+  ::gmtime_r(&now, &utc);
+  char stamp[32];
+  std::strftime(stamp, sizeof stamp, "%Y%m%d-%H%M%S", &utc);
+  const std::string base = fmt::format("runs/{}-{}", config.run.name, stamp);
+  std::string dir = base;
+  for (int n = 2; fs::exists(dir); ++n) dir = fmt::format("{}-{}", base, n);
+  return dir;
+}
+
+// Everything that can be wrong with a configuration is found here, before anything is written.
+void check_everything(const RunConfig& config) {
+  const auto layout = make_layout(config);
+  const auto tokenizer = make_tokenizer(config, layout->config());
+  const RunTasks tasks(config, layout->config(), *tokenizer);
+  const auto rubric = reward::Rubric::parse(config.reward, "reward");
+  const int64_t limit = layout->config().max_length;
+  for (const auto& task : {tasks.train(0), tasks.held_out(0)}) {
+    const auto prompt = static_cast<int64_t>(task.prompt.size());
+    if (prompt + config.rollout.max_new_tokens > limit)
+      throw_input("rollout.max_new_tokens: {} after a prompt of {} tokens exceed the model's {}", config.rollout.max_new_tokens,
+                  prompt, limit);
+  }
+}
+
+RunOutcome supervised(const RunConfig& config, const std::string& run_dir, const std::string& run_id,
+                      const TrainOptions& options) {
+  const SupervisedEnd end = supervise(config, run_dir, run_id, options);
+  RunOutcome outcome = read_outcome(run_dir);
+  outcome.state = end.state;
+  outcome.failure = end.failure;
+  outcome.restarts = end.restarts;
+  return outcome;
+}
+
+}  // namespace
+
+RunConfig run_config_of(const std::string& run_dir) {
+  const std::string path = join(run_dir, kConfig);
+  if (!file_exists(path)) throw_input("{} holds no run: there is no {}", run_dir, kConfig);
+  return load_run_config(path);
+}
+
+RunOutcome train(RunConfig config, const TrainOptions& options) {
+  const std::string run_dir = new_run_dir(config);
+  std::error_code ec;
+  if (fs::exists(run_dir, ec) && !(fs::is_directory(run_dir, ec) && fs::is_empty(run_dir, ec))) {
+    const bool run = file_exists(join(run_dir, kStore)) || file_exists(join(run_dir, kConfig));
+    if (run) throw_input("{} holds another run; choose another run.dir, or go on with it: perigee resume {}", run_dir, run_dir);
+    throw_input("{} is there already and is no empty directory; choose another run.dir", run_dir);
+  }
+  check_everything(config);
+  if (config.model.config.is_string()) {
+    // The run keeps what it was made from: the file may change.
+    config.model.config = policy::to_json(policy::load_model_config(config.model.config.get<std::string>()));
+    config.effective["model"]["config"] = config.model.config;
+  }
+  config.effective["model"]["path"] = config.model.path;
+  config.effective["tokenizer"]["path"] = config.tokenizer.path;
+  config.run.dir = fs::absolute(run_dir).lexically_normal().string();
+  config.effective["run"]["dir"] = config.run.dir;
+
+  make_directories(config.run.dir);
+  RunLock lock(config.run.dir);
+  {
+    StoreOptions store_options;
+    store_options.open = StoreOptions::Open::kCreate;
+    Store store(join(config.run.dir, kStore), store_options);
+    auto transaction = store.begin();
+    RunRecord record;
+    record.id = config.run.name;
+    record.config = config.effective.dump();
+    store.create_run(record);
+    transaction.commit();
+  }
+  write_file_atomic(join(config.run.dir, kConfig), config.effective.dump(2) + "\n");
+  return supervised(config, config.run.dir, config.run.name, options);
+}
+
+RunOutcome resume(const std::string& run_dir, const TrainOptions& options) {
+  const RunConfig config = run_config_of(run_dir);
+  RunLock lock(run_dir);
+  RunOutcome outcome = read_outcome(run_dir);
+  if (outcome.state == "finished") return outcome;
+  const std::string dir = fs::absolute(run_dir).lexically_normal().string();
+  {
+    Store store(join(dir, kStore));
+    auto transaction = store.begin();
+    store.set_run_state(config.run.name, "running");
+    transaction.commit();
+  }
+  return supervised(config, dir, config.run.name, options);
+}
+
+RunOutcome read_outcome(const std::string& run_dir) {
+  StoreReader reader(join(run_dir, kStore));
+  const auto runs = reader.runs();
+  if (runs.empty()) throw_input("{} holds no run: its store is empty", run_dir);
+  RunOutcome outcome;
+  outcome.run_dir = run_dir;
+  outcome.run_id = runs.front().id;
+  outcome.state = runs.front().state;
+  for (const auto& e : reader.evaluations(outcome.run_id)) {
+    if (e.phase == "warmup") outcome.accuracy_before = e.accuracy;
+    if (e.phase == "rl") outcome.accuracy_after = e.accuracy;
+  }
+  const auto versions = reader.versions(outcome.run_id);
+  if (!versions.empty()) {
+    outcome.version = versions.back().version;
+    outcome.weights_hash = versions.back().weights_hash;
+  }
+  for (const int64_t step : reader.train_steps(outcome.run_id)) outcome.steps = std::max(outcome.steps, step);
+  return outcome;
+}
+
+int role_main(const std::string& role, const std::vector<std::string>& args) {
+  // Ctrl-C in a terminal reaches every process of the run: the supervisor decides what it means.
+  ::signal(SIGINT, SIG_IGN);
+  ::signal(SIGPIPE, SIG_IGN);
+  try {
+    std::string run_dir, name, endpoint;
+    bool keep_leases = false;
+    for (size_t i = 0; i < args.size(); ++i) {
+      const auto value = [&]() -> std::string {
+        if (i + 1 >= args.size()) throw_input("role {}: {} lacks its value", role, args[i]);
+        return args[++i];
+      };
+      if (args[i] == "--run")
+        run_dir = value();
+      else if (args[i] == "--name")
+        name = value();
+      else if (args[i] == "--endpoint")
+        endpoint = value();
+      else if (args[i] == "--keep-leases")
+        keep_leases = true;
+      else
+        throw_input("role {}: unknown argument {}", role, args[i]);
+    }
+    if (run_dir.empty() || name.empty() || endpoint.empty())
+      throw_input("role {}: --run, --name and --endpoint are needed; the supervisor of a run starts its roles", role);
+    const RunConfig config = run_config_of(run_dir);
+    zmq::context_t zmq(1);
+    const RoleContext context{config, run_dir, config.run.name, endpoint, name, zmq, {}};
+    if (role == "hub") {
+      run_hub(context, keep_leases);
+    } else if (role == "learner") {
+      run_learner(context);
+    } else if (role == "policy") {
+      run_policy_worker(context);
+    } else if (role == "reward") {
+      run_reward_worker(context);
+    } else {
+      throw_input("there is no role {}; the roles are hub, learner, policy and reward", role);
+    }
+    return 0;
+  } catch (const Error& e) {
+    fmt::print(stderr, "{}\n", e.what());
+    return e.exit_code();
+  } catch (const std::exception& e) {
+    fmt::print(stderr, "internal error: {}\n", e.what());
+    return 1;
+  }
+}
+
+}  // namespace perigee::rollout

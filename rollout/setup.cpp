@@ -1,0 +1,143 @@
+#include "rollout/setup.h"
+
+#include <algorithm>
+#include <filesystem>
+
+#include "base/error.h"
+#include "base/random.h"
+#include "policy/tokenizer/chat.h"
+#include "policy/weights/checkpoint.h"
+
+namespace perigee::rollout {
+namespace {
+
+constexpr uint64_t kTaskSeeds = 0x7461736Bu;
+// Worked examples are drawn far from the tasks of reinforcement learning, so that the two see different problems where
+// there are enough of them.
+constexpr int64_t kWorkedOffset = int64_t{1} << 32;
+
+policy::ModelConfig model_config(const RunConfig& config) {
+  if (!config.model.path.empty()) return policy::load_model_config(config.model.path);
+  if (config.model.config.is_string()) return policy::load_model_config(config.model.config.get<std::string>());
+  return policy::parse_model_config(config.model.config, "model.config");
+}
+
+std::string text_of(const Task& task) {
+  if (task.messages.empty()) return task.prompt;
+  std::string text;
+  for (const auto& m : task.messages) text += fmt::format("{}: {}\n", m.role, m.content);
+  return text;
+}
+
+}  // namespace
+
+std::shared_ptr<const policy::ParamLayout> make_layout(const RunConfig& config) {
+  const auto dtype = config.model.dtype == "bfloat16" ? policy::Dtype::kBf16 : policy::Dtype::kF32;
+  return std::make_shared<const policy::ParamLayout>(model_config(config), dtype);
+}
+
+std::vector<float> initial_weights(const RunConfig& config, const policy::ParamLayout& layout) {
+  if (!config.model.path.empty()) return policy::load_model(config.model.path, layout.dtype()).flat;
+  std::vector<float> flat(static_cast<size_t>(layout.elements()));
+  policy::initialize(layout, config.seed(), flat.data());
+  return flat;
+}
+
+std::unique_ptr<policy::Tokenizer> make_tokenizer(const RunConfig& config, const policy::ModelConfig& model) {
+  if (!config.tokenizer.path.empty()) {
+    const std::filesystem::path path(config.tokenizer.path);
+    return policy::load_tokenizer(std::filesystem::is_directory(path) ? path.string() : path.parent_path().string(), model);
+  }
+  if (!config.model.path.empty()) return policy::load_tokenizer(config.model.path, model);
+  if (model.vocab_size < policy::ByteTokenizer::kMinVocab)
+    throw_input("model.config: vocab_size {} is below the {} of the byte tokenizer", model.vocab_size,
+                policy::ByteTokenizer::kMinVocab);
+  return std::make_unique<policy::ByteTokenizer>(model.vocab_size);
+}
+
+std::vector<int32_t> stop_tokens(const policy::ModelConfig& model, const policy::Tokenizer& tokenizer) {
+  std::vector<int32_t> ids{model.eos_id};
+  for (const auto name : {policy::special::kImEnd, policy::special::kEot})
+    if (const auto id = tokenizer.find_special(name); id && std::find(ids.begin(), ids.end(), *id) == ids.end())
+      ids.push_back(*id);
+  return ids;
+}
+
+RunTasks::RunTasks(const RunConfig& config, const policy::ModelConfig& model, const policy::Tokenizer& tokenizer)
+    : tokenizer_(tokenizer),
+      source_(make_task_source(config.tasks, "tasks", derive_seed(config.seed(), kTaskSeeds))),
+      bos_(model.bos_id),
+      eos_(model.eos_id),
+      stop_tokens_(rollout::stop_tokens(model, tokenizer)),
+      records_(source_->levels()) {
+  if (config.warmup.steps > 0 || config.learn.ptx_batch > 0) worked_example(0);
+}
+
+std::vector<int32_t> RunTasks::prompt_tokens(const Task& task) const {
+  if (task.messages.empty()) {
+    std::vector<int32_t> ids{bos_};
+    tokenizer_.append_plain(task.prompt, ids);
+    return ids;
+  }
+  std::vector<policy::Message> messages;
+  for (const auto& m : task.messages) {
+    policy::Message message;
+    message.role = policy::parse_role(m.role);
+    message.content = m.content;
+    messages.push_back(std::move(message));
+  }
+  return policy::render_chat(tokenizer_, messages, "", true);
+}
+
+PreparedTask RunTasks::prepare(const Task& task) const {
+  PreparedTask prepared;
+  prepared.index = static_cast<int64_t>(task.index);
+  prepared.prompt = prompt_tokens(task);
+  prepared.prompt_text = text_of(task);
+  prepared.task = {{"prompt", prepared.prompt_text}, {"answer", task.answer}, {"verifier", task.verifier}};
+  if (!task.difficulty.empty()) prepared.task["difficulty"] = task.difficulty;
+  return prepared;
+}
+
+PreparedTask RunTasks::train(int64_t ordinal) const {
+  const auto n = static_cast<uint64_t>(ordinal);
+  if (!source_->has_curriculum()) return prepare(source_->train(source_->train_index(n)));
+  const auto weights = curriculum_weights(source_->level_weights(), records_, source_->curriculum_floor());
+  return prepare(source_->train(source_->train_index(n, weights)));
+}
+
+PreparedTask RunTasks::held_out(int64_t index) const { return prepare(source_->held_out(static_cast<uint64_t>(index))); }
+
+policy::TrainSequence RunTasks::worked_example(int64_t index) const {
+  const Task task = source_->train(source_->train_index(static_cast<uint64_t>(kWorkedOffset + index)));
+  if (task.worked_example.empty())
+    throw_input("tasks: there are no worked examples for the warm-up (task {}); set warmup.steps and learn.ptx_batch to 0",
+                task.index);
+  policy::TrainSequence s;
+  s.tokens = prompt_tokens(task);
+  s.mask.assign(s.tokens.size(), 0);
+  tokenizer_.append_plain(task.worked_example, s.tokens);
+  s.tokens.push_back(task.messages.empty() ? eos_ : tokenizer_.special(policy::special::kImEnd));
+  s.mask.resize(s.tokens.size(), 1);
+  s.curated = true;
+  return s;
+}
+
+void RunTasks::feedback(int64_t task_index, const std::vector<double>& totals) {
+  LevelRecord& record = records_[source_->level_of(static_cast<uint64_t>(task_index))];
+  for (const double total : totals) {
+    record.attempts += 1;
+    record.successes += std::clamp(total, 0.0, 1.0);
+  }
+}
+
+TaskFeed RunTasks::feed() {
+  TaskFeed feed;
+  feed.train = [this](int64_t ordinal) { return train(ordinal); };
+  feed.held_out = [this](int64_t index) { return held_out(index); };
+  if (source_->has_curriculum())
+    feed.feedback = [this](int64_t task_index, const std::vector<double>& totals) { feedback(task_index, totals); };
+  return feed;
+}
+
+}  // namespace perigee::rollout

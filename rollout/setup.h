@@ -1,0 +1,51 @@
+// What the roles of a run make from its configuration: layout, first weights, tokenizer, tasks.
+#pragma once
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "policy/learn/trainer.h"
+#include "policy/tokenizer/tokenizer.h"
+#include "rollout/run_config.h"
+#include "rollout/schedule.h"
+#include "rollout/tasks.h"
+
+namespace perigee::rollout {
+
+std::shared_ptr<const policy::ParamLayout> make_layout(const RunConfig& config);
+// The weights that a run starts from, flat float32: random from run.seed, or those at model.path.
+std::vector<float> initial_weights(const RunConfig& config, const policy::ParamLayout& layout);
+// ERRORS (input): no tokenizer fits the model's vocabulary.
+std::unique_ptr<policy::Tokenizer> make_tokenizer(const RunConfig& config, const policy::ModelConfig& model);
+
+// Tasks as token ids. Thread safety: none (the curriculum has a state).
+class RunTasks {
+ public:
+  // tokenizer outlives it.
+  RunTasks(const RunConfig& config, const policy::ModelConfig& model, const policy::Tokenizer& tokenizer);
+
+  PreparedTask train(int64_t ordinal) const;
+  PreparedTask held_out(int64_t index) const;
+  // The index-th worked example: prompt, example and stop token. ERRORS (input): the source has none.
+  policy::TrainSequence worked_example(int64_t index) const;
+  void feedback(int64_t task_index, const std::vector<double>& totals);
+  // The feed of a hub, borrowing this object.
+  TaskFeed feed();
+  const std::vector<int32_t>& stop_tokens() const { return stop_tokens_; }
+
+ private:
+  PreparedTask prepare(const Task& task) const;
+  std::vector<int32_t> prompt_tokens(const Task& task) const;
+
+  const policy::Tokenizer& tokenizer_;
+  std::unique_ptr<TaskSource> source_;
+  int32_t bos_ = 0, eos_ = 0;
+  std::vector<int32_t> stop_tokens_;
+  std::vector<LevelRecord> records_;
+};
+
+// The tokens that end a generation: the end of text and, in a conversation, of a turn.
+std::vector<int32_t> stop_tokens(const policy::ModelConfig& model, const policy::Tokenizer& tokenizer);
+
+}  // namespace perigee::rollout
