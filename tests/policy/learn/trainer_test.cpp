@@ -1,0 +1,213 @@
+#include "policy/learn/trainer.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "base/random.h"
+#include "tests/policy/small_model.h"
+
+namespace perigee::policy {
+namespace {
+
+using testing::Arena;
+using testing::SmallModel;
+
+std::vector<TrainSequence> random_batch(uint64_t seed, int sequences, bool curated, Trainer* on_policy = nullptr, const std::byte* weights = nullptr) {
+  Random random(seed);
+  std::vector<TrainSequence> batch;
+  for (int i = 0; i < sequences; ++i) {
+    TrainSequence q;
+    const int64_t n = random.next_int(2, 50);
+    for (int64_t t = 0; t < n; ++t) {
+      q.tokens.push_back(static_cast<int32_t>(random.next_int(0, 96)));
+      q.mask.push_back(t > n / 3 ? 1 : 0);
+      q.mu.push_back(-3.0f + random.next_float());
+    }
+    q.mask[0] = 0;
+    q.advantage = random.next_float() - 0.5f;
+    q.group = i / 4;
+    q.curated = curated;
+    batch.push_back(q);
+  }
+  if (on_policy != nullptr) {
+    const auto logprobs = on_policy->logprobs(weights, batch);
+    size_t at = 0;
+    for (auto& q : batch)
+      for (auto& mu : q.mu) mu = logprobs[at++];
+  }
+  return batch;
+}
+
+TrainerConfig config_of(kernels::LossKind kind) {
+  TrainerConfig c;
+  c.loss = kernels::loss_defaults(kind);
+  if (kind == kernels::LossKind::kDrGrpo) c.loss.max_length = 64;
+  c.schedule.lr = 1e-2;
+  return c;
+}
+
+TEST(Trainer, ThreadsRecomputationAndAccumulationOfOneSequenceDoNotChangeTheStep) {
+  SmallModel model(1);
+  Arena a(model.layout), b(model.layout);
+  kernels::Context one(1), two(2);
+  TrainerConfig keep = config_of(kernels::LossKind::kGrpo), recompute = keep;
+  recompute.recompute = true;
+  Trainer first(one, model.layout, keep), second(two, model.layout, recompute);
+  const auto batch = random_batch(3, 12, false);
+  const StepMetrics m = first.step(model.weights(), a.data(), batch);
+  second.step(model.weights(), b.data(), batch);
+  EXPECT_EQ(std::memcmp(a.data(), b.data(), static_cast<size_t>(model.layout.weight_bytes())), 0);
+  EXPECT_NE(std::memcmp(a.data(), model.weights(), static_cast<size_t>(model.layout.weight_bytes())), 0);
+  EXPECT_GT(m.grad_norm, 0);
+}
+
+// Micro-batches only change the order in which gradients are summed.
+TEST(Trainer, MicroBatchesGiveTheGradientOfTheWhole) {
+  SmallModel model(2);
+  kernels::Context ctx(2);
+  for (auto kind : {kernels::LossKind::kGrpo, kernels::LossKind::kDapo, kernels::LossKind::kGspo, kernels::LossKind::kK15}) {
+    TrainerConfig whole = config_of(kind), cut = whole;
+    cut.micro_batch_tokens = 60;
+    Trainer t1(ctx, model.layout, whole), t2(ctx, model.layout, cut);
+    const auto batch = random_batch(4, 12, false, &t1, model.weights());
+    std::vector<float> g1(static_cast<size_t>(model.layout.elements())), g2(g1);
+    const StepMetrics m1 = t1.gradients(model.weights(), batch, g1.data()), m2 = t2.gradients(model.weights(), batch, g2.data());
+    double difference = 0, norm = 0;
+    for (size_t i = 0; i < g1.size(); ++i) {
+      difference += (static_cast<double>(g1[i]) - g2[i]) * (static_cast<double>(g1[i]) - g2[i]);
+      norm += static_cast<double>(g1[i]) * g1[i];
+    }
+    EXPECT_LT(std::sqrt(difference / norm), 1e-5) << static_cast<int>(kind);
+    EXPECT_NEAR(m1.loss, m2.loss, 1e-9 + 1e-6 * std::abs(m1.loss));
+    EXPECT_EQ(m1.mismatch_share, 0) << "on-policy: the learner's log-probabilities are the recorded ones";
+    EXPECT_EQ(m1.ratio_mean, 1);
+  }
+}
+
+// Along a random direction, the loss changes as the gradient says.
+TEST(Trainer, GradientMatchesFiniteDifferencesOfTheLoss) {
+  SmallModel model(3);
+  kernels::Context ctx(2);
+  Trainer trainer(ctx, model.layout, config_of(kernels::LossKind::kDapo));
+  const auto batch = random_batch(5, 8, true);
+  const auto n = static_cast<size_t>(model.layout.elements());
+  std::vector<float> gradient(n), flat(n), moved(n), scratch(n);
+  trainer.gradients(model.weights(), batch, gradient.data());
+  model.layout.weights_to_flat(model.weights(), flat.data());
+  double slope = 0;
+  for (size_t i = 0; i < n; ++i) slope += static_cast<double>(gradient[i]) * gradient[i];
+  // Small: a router that changes its mind between the two sides would not be a derivative.
+  const double step = 1e-4 / std::sqrt(slope);
+  Arena arena(model.layout);
+  double loss[2];
+  for (int side : {0, 1}) {
+    for (size_t i = 0; i < n; ++i) moved[i] = static_cast<float>(flat[i] + (side == 0 ? -step : step) * gradient[i]);
+    model.layout.flat_to_weights(moved.data(), arena.data());
+    loss[side] = trainer.gradients(arena.data(), batch, scratch.data()).loss;
+  }
+  EXPECT_NEAR((loss[1] - loss[0]) / (2 * step), slope, 0.02 * slope);
+}
+
+TEST(Trainer, SupervisedStepsLowerTheLossInBothDtypes) {
+  for (Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+    SmallModel model(4, dtype);
+    kernels::Context ctx(2);
+    TrainerConfig config = config_of(kernels::LossKind::kGrpo);
+    config.router_bias_rate = 1e-3;
+    Trainer trainer(ctx, model.layout, config);
+    const auto batch = random_batch(6, 8, true);
+    Arena a(model.layout), b(model.layout);
+    std::memcpy(a.data(), model.weights(), static_cast<size_t>(model.layout.weight_bytes()));
+    double first = 0, last = 0;
+    for (int i = 0; i < 40; ++i) {
+      const double loss = trainer.step(a.data(), b.data(), batch).loss;
+      if (i == 0) first = loss;
+      last = loss;
+      std::swap(a, b);
+    }
+    EXPECT_LT(last, 0.4 * first);
+    EXPECT_EQ(trainer.steps_done(), 40);
+  }
+}
+
+TEST(Trainer, SavedStateContinuesWithTheSameBits) {
+  for (Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
+    SmallModel model(5, dtype);
+    const auto bytes = static_cast<size_t>(model.layout.weight_bytes());
+    kernels::Context ctx(2);
+    TrainerConfig config = config_of(kernels::LossKind::kGrpo);
+    config.minibatches = 2;
+    Trainer whole(ctx, model.layout, config), resumed(ctx, model.layout, config);
+    const auto batch = random_batch(7, 8, false);
+    Arena a(model.layout), b(model.layout), c(model.layout);
+    whole.step(model.weights(), a.data(), batch);
+    std::vector<std::byte> state(static_cast<size_t>(whole.state_bytes()));
+    whole.save_state(state.data());
+    whole.step(a.data(), b.data(), batch);
+    resumed.load_state(state.data());
+    resumed.step(a.data(), c.data(), batch);
+    EXPECT_EQ(std::memcmp(b.data(), c.data(), bytes), 0);
+    EXPECT_EQ(resumed.steps_done(), whole.steps_done());
+  }
+}
+
+TEST(Trainer, NanIsLocatedAndLeavesTheStateAsItWas) {
+  SmallModel model(6);
+  kernels::Context ctx(2);
+  Trainer trainer(ctx, model.layout, config_of(kernels::LossKind::kGrpo));
+  const auto batch = random_batch(8, 6, false);
+  Arena a(model.layout), b(model.layout);
+  trainer.step(model.weights(), a.data(), batch);
+  std::vector<std::byte> before(static_cast<size_t>(trainer.state_bytes())), after(before);
+  trainer.save_state(before.data());
+  auto* o = reinterpret_cast<float*>(a.data() + model.layout.tensor(model.layout.layer(3).o).byte_offset);
+  o[5] = std::numeric_limits<float>::quiet_NaN();
+  try {
+    trainer.step(a.data(), b.data(), batch);
+    FAIL() << "a NaN weight passed";
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("layer 3"), std::string::npos) << e.what();
+  }
+  trainer.save_state(after.data());
+  EXPECT_EQ(before, after);
+}
+
+TEST(Trainer, KlTermNeedsAndUsesTheReference) {
+  SmallModel model(7), other(8);
+  kernels::Context ctx(2);
+  TrainerConfig config = config_of(kernels::LossKind::kGrpo);
+  config.loss.kl_coef = 0.1;
+  Trainer trainer(ctx, model.layout, config);
+  const auto batch = random_batch(9, 6, false, &trainer, model.weights());
+  Arena out(model.layout);
+  EXPECT_THROW(trainer.step(model.weights(), out.data(), batch), std::logic_error);
+  EXPECT_EQ(trainer.step(model.weights(), out.data(), batch, model.weights()).kl, 0);
+  EXPECT_GT(trainer.step(model.weights(), out.data(), batch, other.weights()).kl, 0);
+}
+
+TEST(Trainer, RouterBiasMovesTowardsTheUnderused) {
+  SmallModel model(9);
+  kernels::Context ctx(2);
+  TrainerConfig config = config_of(kernels::LossKind::kGrpo);
+  config.router_bias_rate = 0.01;
+  Trainer trainer(ctx, model.layout, config);
+  const auto batch = random_batch(10, 8, true);
+  Arena a(model.layout), b(model.layout);
+  std::memcpy(a.data(), model.weights(), static_cast<size_t>(model.layout.weight_bytes()));
+  const double before = trainer.step(a.data(), b.data(), batch).router_max_load;
+  const auto* bias = reinterpret_cast<const float*>(b.data() + model.layout.tensor(model.layout.layer(1).router_bias).byte_offset);
+  bool up = false, down = false;
+  for (int e = 0; e < 8; ++e) {
+    EXPECT_TRUE(bias[e] == 0.0f || std::abs(std::abs(bias[e]) - 0.01f) < 1e-9f);
+    up |= bias[e] > 0;
+    down |= bias[e] < 0;
+  }
+  EXPECT_TRUE(up && down);
+  EXPECT_GT(before, 1);
+}
+
+}  // namespace
+}  // namespace perigee::policy
