@@ -77,6 +77,24 @@ void check_everything(const RunConfig& config) {
   }
 }
 
+// Makes the store or opens it; the run in it is "running" from here on unless it is finished. Returns its state.
+std::string open_run(const RunConfig& config, const std::string& run_dir) {
+  Store store(join(run_dir, kStore));
+  auto transaction = store.begin();
+  std::string state = "running";
+  if (!store.has_run(config.run.name)) {
+    RunRecord record;
+    record.id = config.run.name;
+    record.config = config.effective.dump();
+    store.create_run(record);
+  } else {
+    state = store.run(config.run.name).state;
+    if (state != "finished") store.set_run_state(config.run.name, "running");
+  }
+  transaction.commit();
+  return state;
+}
+
 RunOutcome supervised(const RunConfig& config, const std::string& run_dir, const std::string& run_id,
                       const TrainOptions& options) {
   const SupervisedEnd end = supervise(config, run_dir, run_id, options);
@@ -116,33 +134,17 @@ RunOutcome train(RunConfig config, const TrainOptions& options) {
 
   make_directories(config.run.dir);
   RunLock lock(config.run.dir);
-  {
-    StoreOptions store_options;
-    store_options.open = StoreOptions::Open::kCreate;
-    Store store(join(config.run.dir, kStore), store_options);
-    auto transaction = store.begin();
-    RunRecord record;
-    record.id = config.run.name;
-    record.config = config.effective.dump();
-    store.create_run(record);
-    transaction.commit();
-  }
+  // The configuration first: a run that was killed between the two can be gone on with.
   write_file_atomic(join(config.run.dir, kConfig), config.effective.dump(2) + "\n");
+  open_run(config, config.run.dir);
   return supervised(config, config.run.dir, config.run.name, options);
 }
 
 RunOutcome resume(const std::string& run_dir, const TrainOptions& options) {
   const RunConfig config = run_config_of(run_dir);
   RunLock lock(run_dir);
-  RunOutcome outcome = read_outcome(run_dir);
-  if (outcome.state == "finished") return outcome;
   const std::string dir = fs::absolute(run_dir).lexically_normal().string();
-  {
-    Store store(join(dir, kStore));
-    auto transaction = store.begin();
-    store.set_run_state(config.run.name, "running");
-    transaction.commit();
-  }
+  if (open_run(config, dir) == "finished") return read_outcome(dir);
   return supervised(config, dir, config.run.name, options);
 }
 

@@ -190,7 +190,9 @@ TEST(Bus, AnOversizedMessageNeverArrives) {
   dealer.send(big);
   const auto until = Clock::now() + std::chrono::milliseconds(500);
   while (Clock::now() < until)
-    if (auto in = router.receive(50)) EXPECT_NE(in->message.type(), "segment");
+    if (auto in = router.receive(50)) {
+      EXPECT_NE(in->message.type(), "segment");
+    }
 }
 
 TEST(Bus, TwoRoutersOnOneEndpointAreOneClearError) {

@@ -1,0 +1,304 @@
+// Whole runs with the real model, engine and trainer, tiny: as threads, as processes, twice, killed and resumed.
+#include "rollout/run.h"
+
+#include <gtest/gtest.h>
+#include <signal.h>
+
+#include <chrono>
+#include <fstream>
+#include <mutex>
+#include <thread>
+
+#include "base/error.h"
+#include "base/process.h"
+#include "base/random.h"
+#include "base/shm.h"
+#include "rollout/weights_channel.h"
+#include "storage/store.h"
+#include "tests/rollout/cluster.h"
+
+namespace perigee::rollout {
+namespace {
+
+nlohmann::json tiny_model() {
+  return nlohmann::json::parse(R"({"architectures": ["KimiLinearForCausalLM"], "model_type": "kimi_linear", "vocab_size": 288,
+    "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 16, "num_hidden_layers": 4,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "q_lora_rank": null,
+    "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 4, "v_head_dim": 16, "mla_use_nope": true,
+    "num_experts": 4, "num_experts_per_token": 2, "num_shared_experts": 1, "first_k_dense_replace": 1,
+    "moe_layer_freq": 1, "num_expert_group": 1, "topk_group": 1, "moe_renormalize": true,
+    "moe_router_activation_func": "sigmoid", "routed_scaling_factor": 1.0, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "rope_scaling": null, "tie_word_embeddings": false,
+    "model_max_length": 512, "bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258,
+    "initializer_range": 0.1, "num_nextn_predict_layers": 0, "dtype": "float32",
+    "linear_attn_config": {"full_attn_layers": [4], "kda_layers": [1, 2, 3], "head_dim": 16, "num_heads": 2,
+                           "short_conv_kernel_size": 4}})");
+}
+
+// The rewards of a policy this small are all zero; its lengths differ.
+nlohmann::json tiny_config() {
+  return {{"run", {{"name", "tiny"}, {"seed", 3}}},
+          {"model", {{"config", tiny_model()}}},
+          {"tasks", {{"kind", "arithmetic"}, {"min_digits", 1}, {"max_digits", 1}, {"operators", "+"}}},
+          {"reward", {{{"verifier", "numeric"}}, {{"verifier", "repetition"}, {"unit", "byte"}, {"n", 2}, {"weight", 0.5}}}},
+          {"warmup", {{"steps", 12}, {"batch", 8}, {"eval_every", 6}, {"lr", 3e-3}}},
+          {"rollout",
+           {{"groups_per_step", 2}, {"group_size", 4}, {"max_new_tokens", 20}, {"segment_tokens", 6}, {"lease_seconds", 10}}},
+          {"learn", {{"steps", 4}, {"lr", 1e-3}, {"kl_coef", 0.01}, {"ptx_coef", 0.1}, {"ptx_batch", 2}}},
+          {"eval", {{"every", 2}, {"tasks", 4}}},
+          {"checkpoint", {{"every", 3}}},
+          {"workers", {{"threads", 1}}},
+          {"bus", {{"heartbeat_ms", 100}}}};
+}
+
+TrainOptions quiet(bool in_process) {
+  TrainOptions options;
+  options.in_process = in_process;
+  options.program = PERIGEE_PROGRAM;
+  options.quiet = true;
+  options.handle_signals = false;
+  return options;
+}
+
+RunOutcome run(const nlohmann::json& config, const TempDir& dir, const TrainOptions& options, const char* name = "run") {
+  return train(parse_run_config(config, "test", {"run.dir=" + (dir.path / name).string()}), options);
+}
+
+// The hash that the tiny configuration leads to, computed once.
+const std::string& expected_hash() {
+  static const std::string hash = [] {
+    TempDir dir;
+    const auto outcome = run(tiny_config(), dir, quiet(true));
+    EXPECT_EQ(outcome.state, "finished") << outcome.failure;
+    return outcome.weights_hash;
+  }();
+  return hash;
+}
+
+void expect_sound(const RunOutcome& outcome) {
+  EXPECT_EQ(outcome.state, "finished") << outcome.failure;
+  StoreReader reader(outcome.run_dir + "/store.sqlite");
+  EXPECT_TRUE(reader.check().empty());
+  EXPECT_EQ(reader.run("tiny").state, "finished");
+  EXPECT_TRUE(reader.resume_state("tiny").pending.empty());
+  EXPECT_TRUE(SharedMemory::list(shm_prefix(outcome.run_dir)).empty()) << "shared memory was left behind";
+}
+
+TEST(Run, TwiceTheSameConfigurationGivesTheSameWeights) {
+  TempDir dir;
+  const auto outcome = run(tiny_config(), dir, quiet(true));
+  expect_sound(outcome);
+  EXPECT_EQ(outcome.version, 16u);
+  EXPECT_EQ(outcome.steps, 4);
+  EXPECT_GE(outcome.accuracy_before, 0);
+  EXPECT_GE(outcome.accuracy_after, 0);
+  EXPECT_EQ(outcome.weights_hash, expected_hash());
+  auto other = tiny_config();
+  other["run"]["seed"] = 4;
+  EXPECT_NE(run(other, dir, quiet(true), "other").weights_hash, expected_hash());
+}
+
+TEST(Run, ProcessesAndThreadsAndMoreWorkersGiveTheSameWeights) {
+  TempDir dir;
+  auto config = tiny_config();
+  config["workers"] = {{"threads", 2}, {"policy", 2}, {"reward", 2}};
+  const auto outcome = run(config, dir, quiet(false));
+  expect_sound(outcome);
+  EXPECT_EQ(outcome.restarts, 0);
+  EXPECT_EQ(outcome.weights_hash, expected_hash());
+}
+
+TEST(Run, SynchronousTokensAgreeWithTheLearnerToTheBit) {
+  TempDir dir;
+  const auto outcome = run(tiny_config(), dir, quiet(true));
+  StoreReader reader(outcome.run_dir + "/store.sqlite");
+  const auto steps = reader.metrics("tiny", "rl");
+  ASSERT_EQ(steps.size(), 4u);
+  for (const auto& step : steps)
+    for (const auto& [name, value] : step.values)
+      if (name == "mismatch_share" || name == "mismatch_max") {
+        EXPECT_EQ(value, 0.0) << name << " of step " << step.step;
+      }
+}
+
+// Long enough for twenty deaths.
+nlohmann::json longer_config() {
+  auto config = tiny_config();
+  config["learn"]["steps"] = 60;
+  config["eval"]["every"] = 20;
+  config["checkpoint"]["every"] = 10;
+  return config;
+}
+
+const std::string& longer_hash() {
+  static const std::string hash = [] {
+    TempDir dir;
+    const auto outcome = run(longer_config(), dir, quiet(true));
+    EXPECT_EQ(outcome.state, "finished") << outcome.failure;
+    return outcome.weights_hash;
+  }();
+  return hash;
+}
+
+TEST(Run, RolesKilledAtTwentyRandomMomentsEndWithTheSameWeights) {
+  TempDir dir;
+  const std::string expected = longer_hash();
+  std::mutex mutex;
+  std::map<std::string, int> pids;
+  Random random(static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count()));
+  auto options = quiet(false);
+  options.max_restarts = 100;
+  options.on_start = [&](const std::string& name, int pid) {
+    const std::lock_guard lock(mutex);
+    pids[name] = pid;
+  };
+  int kills = 0;
+  std::jthread killer([&](std::stop_token stop) {
+    while (kills < 20 && !stop.stop_requested()) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(random.next_int(10, 150)));
+      const std::lock_guard lock(mutex);
+      if (pids.empty()) continue;
+      // One of them, or all at once.
+      const auto n = static_cast<int64_t>(pids.size());
+      const int64_t pick = random.next_int(0, n);
+      int64_t at = 0;
+      for (const auto& [name, pid] : pids)
+        if (pick == n || at++ == pick) ::kill(pid, SIGKILL);
+      // A pid is killed once: the supervisor reaps it, and it may become another's.
+      if (pick == n)
+        pids.clear();
+      else
+        pids.erase(std::next(pids.begin(), pick));
+      ++kills;
+    }
+  });
+  const auto outcome = run(longer_config(), dir, options);
+  killer.request_stop();
+  killer.join();
+  expect_sound(outcome);
+  EXPECT_GT(outcome.restarts, 0);
+  EXPECT_EQ(outcome.weights_hash, expected) << "after " << kills << " kills";
+}
+
+TEST(Run, KilledWithItsSupervisorItIsResumedToTheSameWeights) {
+  TempDir dir;
+  const std::string expected = longer_hash(), run_dir = (dir.path / "run").string(), file = (dir.path / "config.json").string();
+  {
+    std::ofstream out(file);
+    out << longer_config().dump();
+  }
+  Random random(static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count()));
+  for (int i = 0; i < 6; ++i) {
+    const bool begun = std::filesystem::exists(run_dir + "/config.json");
+    std::vector<std::string> args{"train", file, "--set", "run.dir=" + run_dir};
+    if (begun) args = {"resume", run_dir};
+    auto program = Child::start(PERIGEE_PROGRAM, args, (dir.path / "log").string());
+    program.wait(static_cast<int>(random.next_int(20, 500)));
+    program.signal(SIGKILL);
+    program.wait(5000);
+  }
+  // Its children die with it: nobody holds the store.
+  const auto outcome = resume(run_dir, quiet(true));
+  expect_sound(outcome);
+  EXPECT_EQ(outcome.weights_hash, expected);
+}
+
+TEST(Run, StoppedAndResumedItEndsWithTheSameWeights) {
+  TempDir dir;
+  std::stop_source source;
+  auto options = quiet(true);
+  options.stop = source.get_token();
+  options.on_event = [&](const nlohmann::json& e) {
+    if (e.value("event", "") == "step" && e.value("phase", "") == "rl" && e.value("step", 0) == 2) source.request_stop();
+  };
+  const auto stopped = run(tiny_config(), dir, options);
+  EXPECT_EQ(stopped.state, "stopped");
+  EXPECT_LT(stopped.steps, 4);
+  const auto outcome = resume(stopped.run_dir, quiet(true));
+  expect_sound(outcome);
+  EXPECT_EQ(outcome.weights_hash, expected_hash());
+  EXPECT_EQ(resume(stopped.run_dir, quiet(true)).weights_hash, expected_hash());  // nothing to do
+}
+
+TEST(Run, AsynchronousTokensKeepTheirVersionsWithinTheLag) {
+  TempDir dir;
+  auto config = tiny_config();
+  config["rollout"]["mode"] = "async";
+  config["rollout"]["max_policy_lag"] = 1;
+  config["learn"]["correction"] = "tis";
+  config["learn"]["steps"] = 8;
+  const auto outcome = run(config, dir, quiet(true));
+  expect_sound(outcome);
+  StoreReader reader(outcome.run_dir + "/store.sqlite");
+  for (const int64_t step : reader.train_steps("tiny")) {
+    const auto batch = *reader.train_batch("tiny", step);
+    for (const auto& item : batch.items)
+      for (const auto& segment : reader.episode(item.episode_id).segments)
+        for (const uint32_t v : segment.versions) {
+          EXPECT_LE(v, batch.version_before);
+          EXPECT_LE(batch.version_before - v, 1u);
+        }
+  }
+}
+
+TEST(Run, ADirectoryThatHoldsSomethingIsRefusedAndLeftAlone) {
+  TempDir dir;
+  const auto outcome = run(tiny_config(), dir, quiet(true));
+  EXPECT_EQ(outcome.state, "finished") << outcome.failure;
+  try {
+    run(tiny_config(), dir, quiet(true));
+    FAIL() << "overwrote a run";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.exit_code(), 2);
+    EXPECT_NE(std::string(e.what()).find("holds another run"), std::string::npos) << e.what();
+  }
+  EXPECT_EQ(read_outcome(outcome.run_dir).weights_hash, outcome.weights_hash);
+}
+
+TEST(Run, AnImpossibleConfigurationWritesNothing) {
+  TempDir dir;
+  const auto refuse = [&](nlohmann::json patch, const std::string& word) {
+    auto config = tiny_config();
+    config.merge_patch(patch);
+    try {
+      run(config, dir, quiet(true));
+      ADD_FAILURE() << "accepted " << patch.dump();
+    } catch (const Error& e) {
+      EXPECT_EQ(e.exit_code(), 2) << e.what();
+      EXPECT_NE(std::string(e.what()).find(word), std::string::npos) << e.what();
+      EXPECT_EQ(std::string(e.what()).find('\n'), std::string::npos) << e.what();
+    }
+    EXPECT_TRUE(std::filesystem::is_empty(dir.path));
+  };
+  refuse({{"learn", {{"stepz", 3}}}}, "learn.steps");
+  refuse({{"rollout", {{"max_new_tokens", 600}}}}, "max_new_tokens");
+  refuse({{"rollout", {{"mode", "fast"}}}}, "rollout.mode");
+  refuse({{"run", {{"numerics", "fast"}}}}, "exact");
+  refuse({{"model", {{"path", "/tmp"}}}}, "model.path");
+  refuse({{"model", {{"config", {{"vocab_size", 270}}}}}}, "vocab_size");
+  refuse({{"learn", {{"ptx_batch", 0}}}}, "ptx");
+  refuse({{"learn", {{"loss", "gspo"}, {"correction", "tis"}}}}, "");
+  refuse({{"reward", {{{"verifier", "numerik"}}}}}, "numeric");
+  refuse({{"tasks", {{"kind", "arithmetik"}}}}, "arithmetic");
+}
+
+TEST(Run, ALearnerThatMeetsNanStopsTheRunWithOneLine) {
+  TempDir dir;
+  auto config = tiny_config();
+  config["learn"]["lr"] = 10;  // weights of 1e1 a step: the forward pass overflows before long
+  config["learn"]["grad_clip"] = 0;
+  config["learn"]["steps"] = 200;
+  config["learn"]["weight_decay"] = 10;
+  config["learn"]["ptx_coef"] = 1e6;
+  const auto outcome = run(config, dir, quiet(true));
+  EXPECT_EQ(outcome.state, "failed");
+  EXPECT_FALSE(outcome.failure.empty());
+  EXPECT_EQ(outcome.failure.find('\n'), std::string::npos) << outcome.failure;
+  // What was reached is there, with its hash.
+  StoreReader reader(outcome.run_dir + "/store.sqlite");
+  EXPECT_EQ(reader.run("tiny").state, "failed");
+  EXPECT_EQ(reader.versions("tiny").back().weights_hash, outcome.weights_hash);
+}
+
+}  // namespace
+}  // namespace perigee::rollout
