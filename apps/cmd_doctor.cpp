@@ -17,8 +17,10 @@
 #include "apps/commands.h"
 #include "apps/environment.h"
 #include "apps/output.h"
+#include "base/error.h"
 #include "base/text.h"
 #include "kernels/simd/simd.h"
+#include "rollout/run_config.h"
 
 namespace perigee::apps {
 namespace {
@@ -50,15 +52,7 @@ Finding check_cpu() {
 }
 
 Finding check_simd() {
-#if defined(PERIGEE_PORTABLE)
-  const std::string built = "portable";
-#elif defined(__AVX512F__)
-  const std::string built = "AVX-512";
-#elif defined(__AVX2__)
-  const std::string built = "AVX2";
-#else
-  const std::string built = "portable";
-#endif
+  const std::string built = simd::kSimdName;
 #if defined(__x86_64__)
   const bool has512 = __builtin_cpu_supports("avx512f"), has2 = __builtin_cpu_supports("avx2");
   const std::string here = has512 ? "AVX-512" : has2 ? "AVX2" : "no AVX2";
@@ -162,6 +156,15 @@ Finding check_files_open() {
   return f;
 }
 
+Finding check_configuration(const std::string& path) {
+  try {
+    rollout::load_run_config(path);
+    return {"configuration", path};
+  } catch (const Error& e) {
+    return {"configuration", path, Verdict::kFailure, e.what()};
+  }
+}
+
 const char* verdict_name(Verdict v) {
   constexpr const char* names[] = {"ok", "warning", "failure"};
   return names[static_cast<int>(v)];
@@ -197,7 +200,10 @@ void add_doctor(Program& program) {
   };
   auto o = std::make_shared<Options>();
   Command command = program.command("doctor", "Look at this machine and say what to mend", kGroupMachine);
-  command.flag("--json", o->json, "print one JSON object").example("doctor").example("doctor --json");
+  command.option("--config", o->config, "FILE", "check this run configuration too")
+      .flag("--json", o->json, "print one JSON object")
+      .example("doctor")
+      .example("doctor --config configs/quickstart.json");
   command.action([o] {
     std::vector<Finding> findings = {check_cpu(), check_simd(), check_cores(), check_memory()};
     findings.push_back(check_space("disk", ".", uint64_t{1} << 30,
@@ -209,6 +215,7 @@ void add_doctor(Program& program) {
     findings.push_back(check_files_open());
     findings.push_back(check_sqlite());
     findings.push_back(check_libraries());
+    if (!o->config.empty()) findings.push_back(check_configuration(o->config));
     for (const EnvironmentVariable& v : environment_table())
       if (const char* value = std::getenv(std::string(v.name).c_str()))
         findings.push_back({std::string(v.name), value});

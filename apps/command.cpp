@@ -48,6 +48,12 @@ Command& Command::option(const std::string& names, double& value, const std::str
   return *this;
 }
 
+Command& Command::option(const std::string& names, std::optional<std::string>& value,
+                         const std::string& label, const std::string& help) {
+  impl_->app->add_option(names, value, help)->type_name(label);
+  return *this;
+}
+
 Command& Command::option(const std::string& names, std::optional<int64_t>& value, const std::string& label,
                          const std::string& help) {
   impl_->app->add_option(names, value, help)->type_name(label);

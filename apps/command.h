@@ -25,6 +25,8 @@ class Command {
                   const std::string& help);
   Command& option(const std::string& names, double& value, const std::string& label, const std::string& help);
   // Stay empty when the option is not given.
+  Command& option(const std::string& names, std::optional<std::string>& value, const std::string& label,
+                  const std::string& help);
   Command& option(const std::string& names, std::optional<int64_t>& value, const std::string& label,
                   const std::string& help);
   Command& option(const std::string& names, std::optional<double>& value, const std::string& label,

@@ -9,14 +9,23 @@ inline constexpr char kGroupLook[] = "What a run left";
 inline constexpr char kGroupModel[] = "A model";
 inline constexpr char kGroupMachine[] = "This machine";
 
+void add_train(Program&);
+void add_resume(Program&);
+void add_config(Program&);
 void add_runs(Program&);
 void add_rollouts(Program&);
+void add_show(Program&);
+void add_verify(Program&);
+void add_init(Program&);
+void add_score(Program&);
+void add_generate(Program&);
+void add_eval(Program&);
 void add_doctor(Program&);
 
 inline void add_commands(Program& program) {
-  add_runs(program);
-  add_rollouts(program);
-  add_doctor(program);
+  for (const auto add : {add_train, add_resume, add_config, add_runs, add_rollouts, add_show, add_verify,
+                         add_init, add_score, add_generate, add_eval, add_doctor})
+    add(program);
 }
 
 }  // namespace perigee::apps

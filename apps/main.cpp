@@ -1,6 +1,12 @@
+#include <string_view>
+
 #include "apps/commands.h"
+#include "rollout/run.h"
 
 int main(int argc, char** argv) {
+  // How a run starts its own processes (rollout/run.h): not a command for people, and not listed.
+  if (argc >= 3 && std::string_view(argv[1]) == "role")
+    return perigee::rollout::role_main(argv[2], std::vector<std::string>(argv + 3, argv + argc));
   perigee::apps::Program program;
   perigee::apps::add_commands(program);
   return program.main(argc, argv);

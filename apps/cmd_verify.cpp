@@ -1,0 +1,287 @@
+// perigee verify RUN: the log-probability of every token that the run sampled, computed again with the
+// learner's forward pass under the version that made it.
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <cmath>
+#include <cstring>
+#include <map>
+
+#include "apps/commands.h"
+#include "apps/output.h"
+#include "apps/rebuild.h"
+#include "apps/run_argument.h"
+#include "base/error.h"
+#include "kernels/vocab/vocab.h"
+#include "policy/memory/state_pool.h"
+#include "rollout/run.h"
+
+namespace perigee::apps {
+namespace {
+
+// What one attempt at an episode sampled. Its worker computed everything before `first` anew, under the
+// version of the token at `first`; from there on, the row that predicts a token was computed by the version
+// of that token.
+struct Chain {
+  int64_t episode = 0;
+  float temperature = 1;
+  std::vector<int32_t> tokens;     // prompt, what earlier attempts had committed, and what this one sampled
+  size_t first = 0;                // index of the first token that this attempt sampled
+  std::vector<float> logprobs;     // [tokens.size() - first] of the sampler
+  std::vector<uint32_t> versions;  // likewise
+  std::vector<uint8_t> sampled;    // likewise; 0: came from a tool or a template
+
+  bool one_version() const { return versions.front() == versions.back(); }
+  bool ascending() const {
+    for (size_t i = 1; i < versions.size(); ++i)
+      if (versions[i] < versions[i - 1]) return false;
+    return true;
+  }
+};
+
+std::vector<Chain> chains_of(const EpisodeRecord& e) {
+  std::vector<Chain> out;
+  std::vector<int32_t> before = e.spec.prompt;
+  int32_t attempt = -1;
+  for (const Segment& s : e.segments) {
+    if (s.tokens.empty()) continue;
+    if (s.attempt != attempt) {
+      Chain chain;
+      chain.episode = e.spec.episode_id;
+      chain.temperature = e.spec.temperature > 0 ? e.spec.temperature : 1.0f;
+      chain.tokens = before;
+      chain.first = before.size();
+      out.push_back(std::move(chain));
+      attempt = s.attempt;
+    }
+    Chain& c = out.back();
+    for (size_t i = 0; i < s.tokens.size(); ++i) {
+      c.tokens.push_back(s.tokens[i]);
+      c.logprobs.push_back(s.logprobs[i]);
+      c.versions.push_back(s.versions[i]);
+      c.sampled.push_back(s.mask.empty() ? 1 : s.mask[i]);
+      before.push_back(s.tokens[i]);
+    }
+  }
+  return out;
+}
+
+struct Tally {
+  int64_t tokens = 0, differ = 0;
+  double largest = 0;
+  int64_t worst_episode = 0, worst_position = 0;
+
+  void compare(const Chain& c, size_t token, float again) {
+    const size_t i = token - c.first;
+    if (c.sampled[i] == 0) return;
+    ++tokens;
+    const float then = c.logprobs[i];
+    if (std::memcmp(&then, &again, sizeof then) == 0) return;
+    ++differ;
+    double difference = std::fabs(static_cast<double>(then) - static_cast<double>(again));
+    if (!(difference >= 0)) difference = INFINITY;
+    if (difference > largest || differ == 1) {
+      largest = difference;
+      worst_episode = c.episode;
+      worst_position = static_cast<int64_t>(token);
+    }
+  }
+};
+
+class Verifier {
+ public:
+  Verifier(kernels::Context& ctx, const policy::ParamLayout& layout)
+      : ctx_(ctx), layout_(layout), learner_(ctx, layout, {}), pool_(layout, int64_t{1} << 60) {}
+
+  // REQUIRES what Chain says of its versions.
+  void add(Chain chain) {
+    const auto index = chains_.size();
+    const uint32_t first = chain.versions.front();
+    chains_.push_back({std::move(chain), {}, 0});
+    due_[first].push_back(index);
+  }
+  bool empty() const { return due_.empty(); }
+  uint32_t first_version() const { return due_.begin()->first; }
+
+  void visit(uint32_t version, const std::byte* weights) {
+    const auto it = due_.find(version);
+    if (it == due_.end()) return;
+    std::vector<policy::TrainSequence> whole;
+    std::vector<size_t> whole_index;
+    for (const size_t index : it->second) {
+      Progress& p = chains_[index];
+      if (p.chain.one_version()) {
+        policy::TrainSequence s;
+        s.tokens = p.chain.tokens;
+        s.mask.assign(s.tokens.size(), 1.0f);
+        s.mask[0] = 0;  // nothing predicts it
+        s.mu.assign(s.tokens.size(), 0.0f);
+        s.temperature = p.chain.temperature;
+        whole.push_back(std::move(s));
+        whole_index.push_back(index);
+      } else {
+        advance(index, version, weights);
+      }
+    }
+    const std::vector<float> logprobs =
+        whole.empty() ? std::vector<float>{} : learner_.logprobs(weights, whole);
+    size_t begin = 0;
+    for (const size_t index : whole_index) {
+      Chain& c = chains_[index].chain;
+      for (size_t t = c.first; t < c.tokens.size(); ++t) tally_.compare(c, t, logprobs[begin + t]);
+      begin += c.tokens.size();
+      c = Chain();
+    }
+    due_.erase(it);
+  }
+
+  const Tally& tally() const { return tally_; }
+
+ private:
+  struct Progress {
+    Chain chain;
+    policy::SequenceState state;  // of one that several versions made
+    size_t row = 0;               // the next row to compute
+  };
+
+  // The rows that this version computed: those that predict its tokens, and before the first of them the
+  // whole prefix.
+  void advance(size_t index, uint32_t version, const std::byte* weights) {
+    Progress& p = chains_[index];
+    Chain& c = p.chain;
+    if (!p.state) p.state = pool_.create();
+    size_t end = std::max(p.row, c.first - 1);
+    while (end + 1 < c.tokens.size() && c.versions[end + 1 - c.first] == version) ++end;
+    const auto rows = static_cast<int64_t>(end - p.row);
+    const int64_t width = layout_.config().hidden_size;
+    const policy::Weights w{&layout_, weights};
+    std::vector<float> hidden(static_cast<size_t>(rows * width)), logprob(static_cast<size_t>(rows)),
+        lse(logprob);
+    const policy::SequenceSlice slice = p.state.extend(0, rows);
+    policy::forward(ctx_, w, pool_.layout(), std::span(c.tokens).subspan(p.row, end - p.row),
+                    std::span(&slice, 1), hidden.data());
+    p.state.advance(rows);
+    kernels::vocab_logprob_forward(ctx_, rows, hidden.data(), width, w.matrix(layout_.head()),
+                                   1.0f / c.temperature, c.tokens.data() + p.row + 1, logprob.data(),
+                                   lse.data(), nullptr);
+    for (size_t row = std::max(p.row, c.first - 1); row < end; ++row)
+      tally_.compare(c, row + 1, logprob[row - p.row]);
+    p.row = end;
+    if (end + 1 < c.tokens.size()) {
+      due_[c.versions[end + 1 - c.first]].push_back(index);
+    } else {
+      p.state.release();
+      c = Chain();
+    }
+  }
+
+  kernels::Context& ctx_;
+  const policy::ParamLayout& layout_;
+  policy::Trainer learner_;
+  policy::StatePool pool_;
+  std::vector<Progress> chains_;
+  std::map<uint32_t, std::vector<size_t>> due_;
+  Tally tally_;
+};
+
+struct Options {
+  RunArgument run;
+  std::optional<int64_t> episode;
+  int64_t threads = 0;
+  bool json = false;
+};
+
+int verify(const Options& o) {
+  if (o.threads < 0 || o.threads > 4096) throw_input("--threads {}: 0 to 4096 is expected", o.threads);
+  const RunPlace place = find_run(o.run);
+  const rollout::RunConfig config = rollout::run_config_of(place.directory.string());
+  const auto layout = rollout::make_layout(config);
+  const auto tokenizer = rollout::make_tokenizer(config, layout->config());
+  const rollout::RunTasks tasks(config, layout->config(), *tokenizer);
+  StoreReader store(place.store());
+  kernels::Context ctx(static_cast<int>(o.threads));
+  Verifier verifier(ctx, *layout);
+  int64_t episodes = 0, unordered = 0, spanning = 0;
+  uint32_t last = 0;
+  const auto take = [&](int64_t id) {
+    ++episodes;
+    for (Chain& c : chains_of(store.episode(id))) {
+      if (!c.ascending()) {
+        ++unordered;
+        continue;
+      }
+      last = std::max(last, c.versions.back());
+      if (!c.one_version()) ++spanning;
+      verifier.add(std::move(c));
+    }
+  };
+  if (o.episode) {
+    take(*o.episode);
+  } else {
+    EpisodeFilter filter;
+    filter.run = place.id;
+    filter.limit = -1;
+    for (const EpisodeRow& row : store.episodes(filter))
+      if (row.token_count > 0) take(row.episode_id);
+  }
+  Rebuilt rebuilt;
+  if (!verifier.empty()) {
+    const uint32_t first = verifier.first_version();
+    const bool live = isatty(STDERR_FILENO) != 0;
+    Rebuilder rebuilder(ctx, config, *layout, tasks, store, place.id, place.directory.string());
+    rebuilt = rebuilder.run(first, last, [&](uint32_t version, const std::byte* weights) {
+      verifier.visit(version, weights);
+      if (live)
+        fmt::print(stderr, "\r\033[Kversion {} of {}, {} tokens", version, last, verifier.tally().tokens);
+    });
+    if (live) fmt::print(stderr, "\r\033[K");
+  }
+  const Tally& t = verifier.tally();
+  const bool good = t.differ == 0 && unordered == 0 && rebuilt.other_hash == 0;
+  if (o.json) {
+    nlohmann::json out = {{"run", place.id},
+                          {"episodes", episodes},
+                          {"tokens", t.tokens},
+                          {"differ", t.differ},
+                          {"versions", rebuilt.versions},
+                          {"versions_with_other_hash", rebuilt.other_hash},
+                          {"attempts_over_several_versions", spanning},
+                          {"unordered_attempts", unordered},
+                          {"exact", good}};
+    out["largest_difference"] =
+        std::isfinite(t.largest) ? nlohmann::json(t.largest) : nlohmann::json("infinity");
+    if (t.differ > 0) out["worst"] = {{"episode", t.worst_episode}, {"position", t.worst_position}};
+    print_json(out);
+    return good ? 0 : 1;
+  }
+  fmt::print("{} tokens of {} episodes computed again under {} policy versions\n", t.tokens, episodes,
+             rebuilt.versions);
+  fmt::print("tokens that differ    {}\nlargest difference    {:g}\n", t.differ, t.largest);
+  if (t.differ > 0)
+    fmt::print("the worst             episode {}, position {}: perigee show {} {} --tokens\n",
+               t.worst_episode, t.worst_position, place.directory.string(), t.worst_episode);
+  if (rebuilt.other_hash > 0)
+    fmt::print(
+        "{} versions came out with another hash than recorded, the first of them {}: built by other code?\n",
+        rebuilt.other_hash, rebuilt.first_other);
+  if (unordered > 0)
+    fmt::print("{} attempts go back to an older version, which the run's rules exclude\n", unordered);
+  return good ? 0 : 1;
+}
+
+}  // namespace
+
+void add_verify(Program& program) {
+  auto o = std::make_shared<Options>();
+  Command command =
+      program.command("verify", "Compare the sampler with the learner, token by token", kGroupLook);
+  declare_run(command, o->run);
+  command.option("--episode", o->episode, "N", "only this one")
+      .option("--threads", o->threads, "N", "0: one per processor")
+      .flag("--json", o->json, "print one JSON object")
+      .example("verify --latest")
+      .example("verify runs/quickstart --episode 17");
+  command.action([o] { return verify(*o); });
+}
+
+}  // namespace perigee::apps

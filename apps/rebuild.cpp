@@ -1,0 +1,141 @@
+#include "apps/rebuild.h"
+
+#include <filesystem>
+#include <optional>
+
+#include "base/error.h"
+#include "base/hash.h"
+#include "rollout/checkpoints.h"
+
+namespace perigee::apps {
+namespace {
+
+// A weights arena on a 64-byte boundary.
+class Arena {
+ public:
+  explicit Arena(int64_t bytes) : memory_(static_cast<size_t>(bytes) + 64) {
+    data_ = memory_.data() + (64 - reinterpret_cast<uintptr_t>(memory_.data()) % 64) % 64;
+  }
+  std::byte* data() { return data_; }
+
+ private:
+  std::vector<std::byte> memory_;
+  std::byte* data_;
+};
+
+}  // namespace
+
+Rebuilder::Rebuilder(kernels::Context& ctx, const rollout::RunConfig& config,
+                     const policy::ParamLayout& layout, const rollout::RunTasks& tasks, StoreQueries& store,
+                     std::string run_id, std::string run_dir)
+    : ctx_(ctx),
+      config_(config),
+      layout_(layout),
+      tasks_(tasks),
+      store_(store),
+      run_id_(std::move(run_id)),
+      run_dir_(std::move(run_dir)) {
+  for (const int64_t step : store_.train_steps(run_id_)) {
+    std::optional<TrainBatch> batch = store_.train_batch(run_id_, step);
+    if (batch && batch->version_after != batch->version_before)
+      batches_.emplace(batch->version_after, std::move(*batch));
+  }
+}
+
+// As the hub sends it to the learner (rollout/schedule.cpp): the same tokens in the same order.
+policy::TrainSequence Rebuilder::sequence(const TrainItem& item, std::map<int64_t, int32_t>& group_index) {
+  const EpisodeRecord e = store_.episode(item.episode_id);
+  policy::TrainSequence s;
+  s.tokens = e.spec.prompt;
+  s.mask.assign(s.tokens.size(), 0.0f);
+  s.mu.assign(s.tokens.size(), 0.0f);
+  for (const Segment& segment : e.segments) {
+    s.tokens.insert(s.tokens.end(), segment.tokens.begin(), segment.tokens.end());
+    s.mu.insert(s.mu.end(), segment.logprobs.begin(), segment.logprobs.end());
+    if (segment.mask.empty()) s.mask.resize(s.tokens.size(), 1.0f);
+    s.mask.insert(s.mask.end(), segment.mask.begin(), segment.mask.end());
+  }
+  s.temperature = e.spec.temperature > 0 ? e.spec.temperature : 1.0f;
+  s.advantage = static_cast<float>(item.advantage);
+  s.reward = e.reward ? static_cast<float>(e.reward->total) : 0.0f;
+  s.group = group_index.try_emplace(e.spec.group_id, static_cast<int32_t>(group_index.size())).first->second;
+  return s;
+}
+
+// What the learner learnt from to make this version (rollout/learner.cpp).
+std::vector<policy::TrainSequence> Rebuilder::batch_for(const PolicyVersion& version) {
+  std::vector<policy::TrainSequence> batch;
+  const auto examples = [&](int64_t first, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) batch.push_back(tasks_.worked_example(first + i));
+  };
+  if (version.phase == "warmup") {
+    examples((version.step - 1) * config_.warmup.batch, config_.warmup.batch);
+    return batch;
+  }
+  const auto it = batches_.find(version.version);
+  if (it == batches_.end())
+    throw_environment("{}: the store has no batch for version {}", run_dir_, version.version);
+  std::map<int64_t, int32_t> group_index;
+  for (const TrainItem& item : it->second.items) batch.push_back(sequence(item, group_index));
+  examples(config_.warmup.steps * config_.warmup.batch + (it->second.step - 1) * config_.learn.ptx_batch,
+           config_.learn.ptx_batch);
+  return batch;
+}
+
+Rebuilt Rebuilder::run(uint32_t first, uint32_t last,
+                       const std::function<void(uint32_t, const std::byte*)>& visit) {
+  std::map<uint32_t, PolicyVersion> versions;
+  for (PolicyVersion& v : store_.versions(run_id_)) versions.emplace(v.version, std::move(v));
+  Arena current(layout_.weight_bytes()), next(layout_.weight_bytes());
+  std::vector<std::byte> reference;
+  std::optional<policy::Trainer> trainer;
+  std::string phase;
+  const auto enter = [&](const std::string& name) {
+    if (trainer && phase == name) return;
+    const auto& trainer_config = name == "warmup" ? config_.warmup.trainer : config_.learn.trainer;
+    // The reference of a KL term: the weights that reinforcement learning starts from.
+    if (name == "rl" && reference.empty() && config_.learn.trainer.loss.kl_coef != 0)
+      reference.assign(current.data(), current.data() + layout_.weight_bytes());
+    trainer.emplace(ctx_, layout_, trainer_config);
+    trainer->set_schedule(trainer_config.schedule, 0);
+    phase = name;
+  };
+
+  std::optional<Checkpoint> from;
+  // With a KL term only the start of reinforcement learning or what comes before it tells the reference.
+  for (const Checkpoint& c : store_.checkpoints(run_id_))
+    if (c.version <= first && (c.phase == "warmup" || c.step == 0 || config_.learn.trainer.loss.kl_coef == 0))
+      from = c;
+  uint32_t version = 0;
+  if (from) {
+    const std::string directory = (std::filesystem::path(run_dir_) / from->path).string();
+    rollout::load_checkpoint_weights(directory, layout_, current.data());
+    enter(from->phase);
+    rollout::load_checkpoint_state(directory, from->optimizer_hash, *trainer);
+    version = from->version;
+  } else {
+    const std::vector<float> flat = rollout::initial_weights(config_, layout_);
+    layout_.flat_to_weights(flat.data(), current.data());
+  }
+
+  Rebuilt rebuilt;
+  for (;; ++version) {
+    const auto known = versions.find(version);
+    if (known != versions.end() && !known->second.weights_hash.empty()) {
+      const std::string hash = hash128(current.data(), static_cast<size_t>(layout_.weight_bytes())).hex();
+      if (hash != known->second.weights_hash && rebuilt.other_hash++ == 0) rebuilt.first_other = version;
+    }
+    ++rebuilt.versions;
+    if (version >= first) visit(version, current.data());
+    if (version >= last) return rebuilt;
+    const auto following = versions.find(version + 1);
+    if (following == versions.end())
+      throw_environment("{}: the store does not know version {}", run_dir_, version + 1);
+    enter(following->second.phase);
+    trainer->step(current.data(), next.data(), batch_for(following->second),
+                  reference.empty() ? nullptr : reference.data());
+    std::swap(current, next);
+  }
+}
+
+}  // namespace perigee::apps

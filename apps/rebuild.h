@@ -1,0 +1,48 @@
+// The weights of every policy version of a run, made again from what the store keeps: a step is a pure
+// function of the weights, the optimiser state and the batch (policy/learn/trainer.h), so running the steps
+// again gives the same bits.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "kernels/context.h"
+#include "rollout/run_config.h"
+#include "rollout/setup.h"
+#include "storage/store.h"
+
+namespace perigee::apps {
+
+struct Rebuilt {
+  int64_t versions = 0;      // visited or passed on the way
+  int64_t other_hash = 0;    // with another hash than the run recorded
+  uint32_t first_other = 0;  // the first of those
+};
+
+class Rebuilder {
+ public:
+  // All outlive the object. run_dir: where the run's checkpoints lie.
+  Rebuilder(kernels::Context& ctx, const rollout::RunConfig& config, const policy::ParamLayout& layout,
+            const rollout::RunTasks& tasks, StoreQueries& store, std::string run_id, std::string run_dir);
+
+  // Calls visit(version, weights) for each version from first to last, ascending. Starts from the newest
+  // checkpoint before `first`, or the run's first weights. ERRORS (environment): what the store or a
+  // checkpoint lacks.
+  Rebuilt run(uint32_t first, uint32_t last, const std::function<void(uint32_t, const std::byte*)>& visit);
+
+ private:
+  policy::TrainSequence sequence(const TrainItem& item, std::map<int64_t, int32_t>& group_index);
+  std::vector<policy::TrainSequence> batch_for(const PolicyVersion& version);
+
+  kernels::Context& ctx_;
+  const rollout::RunConfig& config_;
+  const policy::ParamLayout& layout_;
+  const rollout::RunTasks& tasks_;
+  StoreQueries& store_;
+  std::string run_id_, run_dir_;
+  std::map<uint32_t, TrainBatch> batches_;  // by the version they make
+};
+
+}  // namespace perigee::apps

@@ -1,0 +1,149 @@
+// A small run from beginning to end through the program, and what its other commands say of it.
+#include <filesystem>
+
+#include "tests/apps/run_program.h"
+
+namespace perigee {
+namespace {
+
+namespace fs = std::filesystem;
+
+class WholeRun : public ::testing::Test {
+ protected:
+  static void SetUpTestSuite() {
+    place_ = new TempDirectory;
+    fs::create_directory(*place_ / "runs");
+    spill(*place_ / "run.json", small_run(directory()).dump());
+    trained_ = new Said(run_perigee({"train", *place_ / "run.json", "--in-process", "--json"}));
+  }
+  static void TearDownTestSuite() {
+    delete trained_;
+    delete place_;
+  }
+  static std::string directory() { return *place_ / "runs/small"; }
+  static RunOptions here() { return {place_->path(), {}}; }
+  void SetUp() override { ASSERT_EQ(trained_->code, 0) << trained_->err; }
+
+  static TempDirectory* place_;
+  static Said* trained_;
+};
+TempDirectory* WholeRun::place_ = nullptr;
+Said* WholeRun::trained_ = nullptr;
+
+TEST_F(WholeRun, TrainReportsItsOutcome) {
+  const nlohmann::json out = trained_->json();
+  EXPECT_EQ(out["state"], "finished");
+  EXPECT_EQ(out["weights_hash"].get<std::string>().size(), 32u);
+  EXPECT_TRUE(out["accuracy"].is_number());
+}
+
+TEST_F(WholeRun, IsListed) {
+  const nlohmann::json runs = run_perigee({"runs", "--json"}, here()).json();
+  ASSERT_EQ(runs.size(), 1u);
+  EXPECT_EQ(runs[0]["id"], "small");
+  EXPECT_EQ(runs[0]["state"], "finished");
+  EXPECT_GT(runs[0]["episodes"], 0);
+  EXPECT_NE(run_perigee({"runs"}, here()).out.find("finished"), std::string::npos);
+}
+
+// A path, an id and --latest name the same run.
+TEST_F(WholeRun, IsNamedInThreeWays) {
+  const std::string by_path = run_perigee({"rollouts", directory(), "--json"}).out;
+  EXPECT_EQ(by_path, run_perigee({"rollouts", "small", "--json"}, here()).out);
+  EXPECT_EQ(by_path, run_perigee({"rollouts", "--latest", "--json"}, here()).out);
+  expect_refused({"rollouts", "smal"}, "did you mean small?", here());
+  expect_refused({"rollouts", "small", "--latest"}, "not both", here());
+}
+
+TEST_F(WholeRun, RolloutsPageAndFilter) {
+  const nlohmann::json all = run_perigee({"rollouts", directory(), "--limit", "1000", "--json"}).json();
+  const int64_t total = all["total"];
+  ASSERT_EQ(all["episodes"].size(), static_cast<size_t>(total));
+  int64_t seen = 0;
+  for (int64_t page = 1; seen < total; ++page) {
+    const nlohmann::json part =
+        run_perigee({"rollouts", directory(), "--limit", "5", "--page", std::to_string(page), "--json"})
+            .json();
+    ASSERT_FALSE(part["episodes"].empty());
+    for (const auto& e : part["episodes"]) EXPECT_EQ(e, all["episodes"][static_cast<size_t>(seen++)]);
+  }
+  const nlohmann::json first = run_perigee({"rollouts", directory(), "--state", "trained", "--json"}).json();
+  for (const auto& e : first["episodes"]) EXPECT_EQ(e["state"], "trained");
+  expect_refused({"rollouts", directory(), "--state", "done"}, "trained");
+  expect_refused({"rollouts", directory(), "--page", "0"}, "--page 0");
+  EXPECT_EQ(run_perigee({"rollouts", directory()}).code, 0);
+}
+
+TEST_F(WholeRun, ShowsAnEpisode) {
+  const nlohmann::json list = run_perigee({"rollouts", directory(), "--json"}).json();
+  const std::string id = std::to_string(list["episodes"][0]["episode"].get<int64_t>());
+  const nlohmann::json e = run_perigee({"show", directory(), id, "--json"}).json();
+  EXPECT_EQ(e["tokens"].size(), list["episodes"][0]["tokens"].get<size_t>());
+  EXPECT_EQ(e["prompt"], list["episodes"][0]["prompt"]);
+  EXPECT_EQ(run_perigee({"show", "--latest", id, "--json"}, here()).json(), e);
+  const Said text = run_perigee({"show", directory(), id, "--tokens"});
+  EXPECT_EQ(text.code, 0);
+  // Whatever bytes an untrained policy writes, none of them commands the terminal.
+  for (const char c : text.out) EXPECT_TRUE(static_cast<unsigned char>(c) >= 0x20 || c == '\n' || c == '\t');
+  expect_refused({"show", directory(), "999999"}, "999999");
+  expect_refused({"show", directory(), "first"}, "first");
+}
+
+TEST_F(WholeRun, VerifiesToTheBit) {
+  const Said said = run_perigee({"verify", directory(), "--json"});
+  const nlohmann::json out = said.json();
+  EXPECT_EQ(said.code, 0) << said.out << said.err;
+  EXPECT_EQ(out["differ"], 0);
+  EXPECT_EQ(out["versions_with_other_hash"], 0);
+  EXPECT_EQ(out["largest_difference"], 0.0);
+  int64_t tokens = 0;
+  const nlohmann::json list = run_perigee({"rollouts", directory(), "--limit", "1000", "--json"}).json();
+  for (const auto& e : list["episodes"]) tokens += e["tokens"].get<int64_t>();
+  EXPECT_GT(tokens, 0);
+  EXPECT_EQ(out["tokens"], tokens);
+}
+
+TEST_F(WholeRun, EvaluatesItsNewestCheckpoint) {
+  const Said said = run_perigee({"eval", directory(), "--json"});
+  ASSERT_EQ(said.code, 0) << said.err;
+  EXPECT_EQ(said.json()["accuracy"], trained_->json()["accuracy"]);
+  EXPECT_EQ(said.json()["tasks"], 6);
+}
+
+TEST_F(WholeRun, AnotherRunIsNotWrittenOver) {
+  const auto size = fs::file_size(directory() + "/store.sqlite");
+  expect_refused({"train", *place_ / "run.json"}, "resume");
+  EXPECT_EQ(fs::file_size(directory() + "/store.sqlite"), size);
+  const Said again = run_perigee({"resume", directory(), "--json"});
+  EXPECT_EQ(again.code, 0) << again.err;
+  EXPECT_EQ(again.json()["weights_hash"], trained_->json()["weights_hash"]);
+}
+
+TEST_F(WholeRun, ProcessesAndThreadsEndWithTheSameWeights) {
+  const std::string other = *place_ / "processes";
+  const Said said = run_perigee({"train", *place_ / "run.json", "--set", "run.dir=" + other, "--json"});
+  ASSERT_EQ(said.code, 0) << said.err;
+  EXPECT_EQ(said.json()["weights_hash"], trained_->json()["weights_hash"]);
+  const nlohmann::json config = nlohmann::json::parse(slurp(other + "/config.json"));
+  EXPECT_EQ(config["run"]["dir"], other);  // what --set said is what the run keeps
+}
+
+// Weights change in the middle of episodes: each token still has the log-probability of the version that made
+// it.
+TEST_F(WholeRun, AsynchronousRunVerifiesToTheBit) {
+  nlohmann::json config = small_run(*place_ / "async");
+  config["rollout"].update(
+      {{"mode", "async"}, {"max_policy_lag", 4}, {"max_new_tokens", 60}, {"group_size", 8}});
+  config["learn"].update({{"steps", 12}, {"lr", 0.003}});
+  config["engine"] = {{"max_running", 24}};
+  spill(*place_ / "async.json", config.dump());
+  const Said trained = run_perigee({"train", *place_ / "async.json", "--in-process", "--json"});
+  ASSERT_EQ(trained.code, 0) << trained.err;
+  const Said said = run_perigee({"verify", *place_ / "async", "--json"});
+  EXPECT_EQ(said.code, 0) << said.out << said.err;
+  EXPECT_GT(said.json()["attempts_over_several_versions"], 0);
+  EXPECT_EQ(said.json()["differ"], 0);
+}
+
+}  // namespace
+}  // namespace perigee
