@@ -9,6 +9,7 @@
 #include <cstring>
 #include <ctime>
 #include <filesystem>
+#include <thread>
 
 #include "base/error.h"
 #include "base/file.h"
@@ -75,6 +76,15 @@ void check_everything(const RunConfig& config) {
       throw_input("rollout.max_new_tokens: {} after a prompt of {} tokens exceed the model's {}", config.rollout.max_new_tokens,
                   prompt, limit);
   }
+}
+
+// The hub of a supervisor that was killed dies a moment after it: waits until it has let go of the store's lock.
+void wait_for_former_hub(const std::string& run_dir) {
+  const int fd = ::open(join(run_dir, "store.sqlite.lock").c_str(), O_RDWR | O_CLOEXEC);
+  if (fd < 0) return;
+  for (int i = 0; i < 500 && ::flock(fd, LOCK_EX | LOCK_NB) != 0; ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  ::close(fd);
 }
 
 // Makes the store or opens it; the run in it is "running" from here on unless it is finished. Returns its state.
@@ -144,6 +154,7 @@ RunOutcome resume(const std::string& run_dir, const TrainOptions& options) {
   const RunConfig config = run_config_of(run_dir);
   RunLock lock(run_dir);
   const std::string dir = fs::absolute(run_dir).lexically_normal().string();
+  wait_for_former_hub(dir);
   if (open_run(config, dir) == "finished") return read_outcome(dir);
   return supervised(config, dir, config.run.name, options);
 }
