@@ -65,11 +65,11 @@ void Progress::event(const nlohmann::json& e) {
       } else if (e.value("skipped", false)) {
         note(fmt::format("step {}/{}  skipped: no group had a difference in reward", step_, config_.learn.steps));
       } else {
-        note(fmt::format("step {}/{}  reward {:.3f}  kl {:.5f}  mismatch {:.2g}  entropy {:.3f}  length {:.1f}  "
+        note(fmt::format("step {}/{}  reward {:.3f}  right {:.2f}  kl {:.5f}  mismatch {:.2g}  entropy {:.3f}  length {:.1f}  "
                          "{:.0f} tokens/s  lag {:.0f}  left {}",
-                         step_, config_.learn.steps, metric(metrics_, "reward_mean"), metric(metrics_, "kl"),
+                         step_, config_.learn.steps, metric(metrics_, "reward_mean"), metric(metrics_, "correct"), metric(metrics_, "kl"),
                          metric(metrics_, "mismatch_max"), metric(metrics_, "entropy"), metric(metrics_, "length_mean"),
-                         tokens_per_s_, metric(metrics_, "lag_max"), time_left()));
+                         metric(metrics_, "tokens_per_s"), metric(metrics_, "lag_max"), time_left()));
       }
     }
   } else if (kind == "evaluation") {

@@ -124,6 +124,10 @@ void Schedule::learner_stepped(const Stepped& s) {
     rl_step_ = s.step;
     pending_.reset();
     values.insert(values.end(), batch_metrics_.begin(), batch_metrics_.end());
+    const double seconds = static_cast<double>(std::max<int64_t>(now_ms_ - step_began_ms_, 1)) / 1000;
+    values.emplace_back("step_seconds", seconds);
+    values.emplace_back("tokens_per_s", static_cast<double>(batch_tokens_) / seconds);
+    step_began_ms_ = now_ms_;
     batch_metrics_.clear();
     dropped_equal_ = dropped_old_ = used_since_step_ = 0;
   }
@@ -375,6 +379,7 @@ BusMessage Schedule::train_message(const TrainBatch& batch, bool publish) {
 
 void Schedule::advance(int64_t now_ms, std::vector<Outgoing>& out, std::vector<Json>& events) {
   if (finished_ || !failure_.empty()) return;
+  now_ms_ = now_ms;
   events.insert(events.end(), stepped_events_.begin(), stepped_events_.end());
   stepped_events_.clear();
   take_completed(events);

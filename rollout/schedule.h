@@ -130,6 +130,8 @@ class Schedule {
   int64_t used_since_step_ = 0;     // asynchronous: groups completed since the last step
   int64_t dropped_equal_ = 0, dropped_old_ = 0, round_ = 0;
   Metrics batch_metrics_;  // of the pending step, from the hub's side
+  int64_t now_ms_ = 0, step_began_ms_ = 0;  // of the last step's end, or the first group's opening
+  int64_t batch_tokens_ = 0;
 
   // The learner.
   std::string learner_;

@@ -30,6 +30,8 @@ int64_t scored_members(const LiveGroup& group) {
 }  // namespace
 
 void Schedule::open_groups(int64_t count, int64_t step, int32_t round, int64_t version) {
+  // In synchronous mode a step is the time from here; evaluations between steps do not count.
+  if (round == 0 && (version >= 0 || step_began_ms_ == 0)) step_began_ms_ = now_ms_;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t ordinal = ordinal_++;
     PreparedTask task = feed_.train(ordinal);
@@ -201,6 +203,7 @@ void Schedule::make_batch(const std::vector<int64_t>& group_ids, std::vector<Jso
   for (const int64_t id : group_ids) book_.close(id);
   const double n = static_cast<double>(std::max<int64_t>(members, 1));
   const double mean = reward_sum / n;
+  batch_tokens_ = tokens;
   batch_metrics_ = {{"reward_mean", mean},
                     {"reward_std", std::sqrt(std::max(0.0, reward_squares / n - mean * mean))},
                     {"correct", static_cast<double>(correct) / n},

@@ -217,8 +217,10 @@ class Supervisor {
       const std::string why = ended->signal == 0 ? last_line(log_file(r)) : std::string();
       const std::string what = fmt::format("{} ended ({}){}", r.name, ended->text(), why.empty() ? "" : ": " + why);
       ++r.deaths;
-      // Exit code 2 is the user's input: it will not get better by trying again.
-      if ((ended->signal == 0 && ended->exit_code == 2) || r.deaths > options_.max_restarts) {
+      // Exit code 2 is the user's input: it will not get better by trying again. A role that says what it misses (a
+      // full disk) is tried a few times, one that was killed many.
+      const int most = ended->signal == 0 ? std::min(options_.max_restarts, 3) : options_.max_restarts;
+      if ((ended->signal == 0 && ended->exit_code == 2) || r.deaths > most) {
         end_.failure = what;
         return;
       }
