@@ -1,0 +1,121 @@
+// KDA in chunks against the token-by-token recurrence that it replaces.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "base/error.h"
+#include "base/random.h"
+#include "bench/rig.h"
+#include "kernels/kda/kda.h"
+#include "kernels/simd/simd.h"
+
+namespace perigee::bench {
+namespace {
+
+using namespace kernels;
+
+constexpr int64_t kRows = 2048, kHeads = 4, kDim = 128;
+
+struct Inputs {
+  std::vector<float> q, k, v, g, beta;
+  Inputs() {
+    Random random(7);
+    const auto fill = [&](std::vector<float>& x, int64_t n, auto&& draw) {
+      for (int64_t i = 0; i < n; ++i) x.push_back(static_cast<float>(draw()));
+    };
+    const int64_t n = kRows * kHeads * kDim;
+    fill(q, n, [&] { return random.next_normal(); });
+    fill(k, n, [&] { return random.next_normal(); });
+    fill(v, n, [&] { return random.next_normal(); });
+    fill(g, n, [&] { return -0.1 * random.next_float(); });
+    fill(beta, kRows * kHeads, [&] { return random.next_float(); });
+    for (int64_t i = 0; i < n; i += kDim)
+      for (float* x : {q.data() + i, k.data() + i}) {
+        double sum = 0;
+        for (int64_t j = 0; j < kDim; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+        const auto scale = static_cast<float>((x == k.data() + i ? 1.0 : 1 / std::sqrt(double{kDim})) / std::sqrt(sum));
+        for (int64_t j = 0; j < kDim; ++j) x[j] *= scale;
+      }
+  }
+};
+
+// The definition, vectorised over the values: decay, read, write, read. The state passes through the caches four times
+// a token.
+void recurrent_head(const Inputs& in, int64_t head, float* s, float* out) {
+  using namespace simd;
+  std::fill_n(s, kDim * kDim, 0.0f);
+  constexpr int64_t kVectors = kDim / 16;
+  for (int64_t t = 0; t < kRows; ++t) {
+    const int64_t at = (t * kHeads + head) * kDim;
+    F16 seen[kVectors], o[kVectors];
+    for (int64_t x = 0; x < kVectors; ++x) seen[x] = o[x] = zero();
+    for (int64_t i = 0; i < kDim; ++i) {
+      const F16 a = set1(simd::exp(in.g[static_cast<size_t>(at + i)])), k = set1(in.k[static_cast<size_t>(at + i)]);
+      for (int64_t x = 0; x < kVectors; ++x) {
+        const F16 row = mul(load(s + i * kDim + 16 * x), a);
+        store(s + i * kDim + 16 * x, row);
+        seen[x] = fma(row, k, seen[x]);
+      }
+    }
+    const F16 beta = set1(in.beta[static_cast<size_t>(t * kHeads + head)]);
+    for (int64_t x = 0; x < kVectors; ++x) seen[x] = mul(beta, sub(load(in.v.data() + at + 16 * x), seen[x]));
+    for (int64_t i = 0; i < kDim; ++i) {
+      const F16 k = set1(in.k[static_cast<size_t>(at + i)]), q = set1(in.q[static_cast<size_t>(at + i)]);
+      for (int64_t x = 0; x < kVectors; ++x) {
+        const F16 row = fma(k, seen[x], load(s + i * kDim + 16 * x));
+        store(s + i * kDim + 16 * x, row);
+        o[x] = fma(q, row, o[x]);
+      }
+    }
+    for (int64_t x = 0; x < kVectors; ++x) store(out + at + 16 * x, o[x]);
+  }
+}
+
+}  // namespace
+
+void bench_kda(Rig& rig) {
+  if (!rig.wants("kda-chunked") && !rig.wants("kda-recurrent")) return;
+  Context& ctx = rig.context();
+  const KdaShape shape{kHeads, kDim, kDim};
+  const Inputs in;
+  const auto floats = static_cast<size_t>(kRows * kHeads * kDim);
+  std::vector<float> chunked(floats), recurrent(floats);
+  std::vector<float> state(static_cast<size_t>(kda_state_floats(shape))), states(kHeads * kDim * kDim);
+  const auto run_chunked = [&] {
+    std::fill(state.begin(), state.end(), 0.0f);
+    const KdaSlice slice{{0, kRows, 0}, state.data()};
+    kda_forward(ctx, shape, in.q.data(), in.k.data(), in.v.data(), in.g.data(), in.beta.data(), {&slice, 1},
+                chunked.data());
+    return static_cast<double>(kRows);
+  };
+  const auto run_recurrent = [&] {
+    ctx.pool.parallel_for(kHeads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t h = begin; h < end; ++h) recurrent_head(in, h, states.data() + h * kDim * kDim, recurrent.data());
+    });
+    return static_cast<double>(kRows);
+  };
+  run_chunked();
+  run_recurrent();
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < floats; ++i) {
+    difference = std::max(difference, std::abs(static_cast<double>(chunked[i]) - static_cast<double>(recurrent[i])));
+    size = std::max(size, std::abs(static_cast<double>(recurrent[i])));
+  }
+  // Both are float32 and order their sums differently over a memory of a few hundred tokens.
+  PERIGEE_CHECK(difference < 1e-5 * size, "chunked and recurrent differ by {} of {}", difference, size);
+  Figure f;
+  f.unit = "tokens/s";
+  f.bound = Bound::kFma;
+  f.work = 2.0 * kHeads * 4 * kDim * kDim;  // the recurrence: decay, Sᵀk, the rank-one write and Sᵀq
+  f.note = "4 heads of 128, 2,048 tokens; FLOP of the recurrence";
+  if (rig.wants("kda-chunked")) {
+    f.name = "kda-chunked";
+    rig.measure(f, run_chunked);
+  }
+  if (rig.wants("kda-recurrent")) {
+    f.name = "kda-recurrent";
+    rig.measure(f, run_recurrent);
+  }
+}
+
+}  // namespace perigee::bench
