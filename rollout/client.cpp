@@ -88,7 +88,7 @@ std::optional<BusMessage> HubClient::receive(int timeout_ms) {
   for (;;) {
     on_time();
     const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(until - Clock::now()).count();
-    const int slice = static_cast<int>(std::clamp<int64_t>(left, 0, joined_ ? options_.heartbeat_ms : 100));
+    const int slice = static_cast<int>(std::clamp<int64_t>(left, 0, joined_ ? options_.heartbeat_ms : std::min(100, options_.hello_timeout_ms)));
     auto message = dealer_.receive(slice);
     if (message && handle(*message)) return message;
     if (!message && Clock::now() >= until) return std::nullopt;

@@ -1,0 +1,123 @@
+#include "rollout/run_config.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cstring>
+
+#include "base/error.h"
+#include "rollout/progress.h"
+#include "rollout/weights_channel.h"
+
+namespace perigee::rollout {
+namespace {
+
+nlohmann::json least() {
+  return {{"model", {{"config", {{"x", 1}}}}}, {"tasks", {{"kind", "arithmetic"}}}, {"reward", {{{"verifier", "numeric"}}}}};
+}
+
+RunConfig with(const nlohmann::json& patch, const std::vector<std::string>& overrides = {}) {
+  auto value = least();
+  if (patch.is_object()) value.merge_patch(patch);
+  return parse_run_config(value, "run.json", overrides);
+}
+
+TEST(RunConfig, WhatIsStoredReadsBackAsItWas) {
+  const auto first = with({{"learn", {{"loss", "dapo"}, {"steps", 7}}}, {"rollout", {{"mode", "async"}}}});
+  const auto again = parse_run_config(first.effective, "stored");
+  EXPECT_EQ(again.effective, first.effective);
+  EXPECT_EQ(again.learn.steps, 7);
+  EXPECT_EQ(again.rollout.mode, RunMode::kAsync);
+}
+
+TEST(RunConfig, ALossBringsItsPublishedConstantsUnlessGiven) {
+  const auto dapo = with({{"learn", {{"loss", "dapo"}}}});
+  EXPECT_EQ(dapo.learn.trainer.loss.clip_high, 0.28);
+  EXPECT_EQ(dapo.learn.advantage, kernels::AdvantageKind::kGrpo);
+  const auto given = with({{"learn", {{"loss", "dapo"}, {"clip_high", 0.2}}}});
+  EXPECT_EQ(given.learn.trainer.loss.clip_high, 0.2);
+  EXPECT_EQ(parse_run_config(dapo.effective, "stored").learn.trainer.loss.clip_high, 0.28);
+  const auto dr = with({{"learn", {{"loss", "dr_grpo"}}}, {"rollout", {{"max_new_tokens", 99}}}});
+  EXPECT_EQ(dr.learn.trainer.loss.max_length, 99);
+  EXPECT_EQ(dr.learn.advantage, kernels::AdvantageKind::kMean);
+}
+
+TEST(RunConfig, OverridesWinInOrderAndAreChecked) {
+  const auto c = with({}, {"learn.steps=3", "learn.steps=4", "rollout.mode=async", "run.name=x"});
+  EXPECT_EQ(c.learn.steps, 4);
+  EXPECT_EQ(c.run.name, "x");
+  EXPECT_THROW(with({}, {"learn.stepz=3"}), Error);
+  EXPECT_THROW(with({}, {"learn.steps=0"}), Error);
+}
+
+TEST(RunConfig, EveryKeyIsInTheDocumentation) {
+  const std::string text = run_config_markdown();
+  for (const auto* key : {"run.seed", "model.config", "rollout.max_policy_lag", "learn.icepop_high", "warmup.stop_accuracy", "bus.window"})
+    EXPECT_NE(text.find(key), std::string::npos) << key;
+}
+
+TEST(WeightsChannel, AVersionArrivesWithItsHashAndOldOnesGo) {
+  const std::string run = "/nowhere/run-" + std::to_string(::getpid());
+  WeightsSubscriber subscriber;
+  WeightsNotice first, second;
+  {
+    WeightsPublisher publisher(run, 1000);
+    std::memset(publisher.begin(1), 'a', 1000);
+    first = publisher.notice(1);
+    ASSERT_TRUE(subscriber.take(first, 1000));
+    EXPECT_EQ(static_cast<char>(subscriber.data()[999]), 'a');
+    std::memset(publisher.begin(2), 'b', 1000);
+    second = publisher.notice(2);
+    publisher.retire(2);
+    EXPECT_EQ(SharedMemory::list(shm_prefix(run)).size(), 1u);
+    publisher.retire(3);  // the latest stays
+    EXPECT_EQ(SharedMemory::list(shm_prefix(run)).size(), 1u);
+    EXPECT_FALSE(subscriber.take(first, 1000));
+    EXPECT_EQ(static_cast<char>(subscriber.data()[0]), 'a');  // still mapped
+    auto wrong = second;
+    wrong.hash[0] = wrong.hash[0] == '0' ? '1' : '0';
+    EXPECT_THROW(subscriber.take(wrong, 1000), Error);
+    EXPECT_THROW(subscriber.take(second, 999), Error);
+    ASSERT_TRUE(subscriber.take(second, 1000));
+  }
+  EXPECT_TRUE(SharedMemory::list(shm_prefix(run)).empty());
+  EXPECT_EQ(static_cast<char>(subscriber.data()[0]), 'b');
+}
+
+TEST(WeightsChannel, LeftoversOfAKilledRunAreRemovedAndOfOthersAreNot) {
+  const std::string run = "/nowhere/killed-" + std::to_string(::getpid());
+  const auto object = SharedMemory::create(shm_prefix(run) + "1-2-v3-4", 100);
+  const auto other = SharedMemory::create(shm_prefix(run + "x") + "1-2-v3-4", 100);
+  EXPECT_EQ(remove_leftovers(run), 1);
+  EXPECT_EQ(remove_leftovers(run), 0);
+  EXPECT_EQ(remove_leftovers(run + "x"), 1);
+}
+
+TEST(Progress, TheViewSaysWhatTheEventsSaid) {
+  const auto config = with({{"learn", {{"steps", 40}}}});
+  std::FILE* out = std::tmpfile();
+  Progress progress(config, out, Progress::Style::kLines);
+  progress.event({{"event", "evaluation"}, {"phase", "warmup"}, {"step", 3}, {"n", 4}, {"correct", 1}, {"accuracy", 0.25}});
+  progress.event({{"event", "step"},
+                  {"phase", "rl"},
+                  {"step", 10},
+                  {"version", 13},
+                  {"metrics", {{"reward_mean", 0.5}, {"entropy", 1.25}, {"length_mean", 33.0}, {"lag_max", 2.0}}}});
+  const auto view = progress.view();
+  ASSERT_EQ(view.size(), 3u);
+  EXPECT_NE(view[0].find("10/40"), std::string::npos) << view[0];
+  EXPECT_NE(view[1].find("reward 0.500   accuracy 0.250"), std::string::npos) << view[1];
+  EXPECT_NE(view[1].find("entropy 1.250   length 33.0"), std::string::npos) << view[1];
+  EXPECT_NE(view[2].find("max 2"), std::string::npos) << view[2];
+  // Elsewhere than in a terminal: a line per step, without control characters.
+  std::rewind(out);
+  std::string text(4096, '\0');
+  text.resize(std::fread(text.data(), 1, text.size(), out));
+  std::fclose(out);
+  EXPECT_NE(text.find("1 of 4 held-out tasks right (25.0 %)"), std::string::npos) << text;
+  EXPECT_NE(text.find("step 10/40  reward 0.500"), std::string::npos) << text;
+  EXPECT_EQ(text.find('\x1b'), std::string::npos);
+}
+
+}  // namespace
+}  // namespace perigee::rollout
