@@ -1,30 +1,36 @@
 #include <algorithm>
-#include <cstring>
 
 #include "kernels/gemm/gemm.h"
 #include "kernels/gemm/pieces.h"
 #include "kernels/gemm/tile.h"
 
-// dw += dyᵀ x: the depth is the rows. A tile holds kTileRows inputs by kTilePanels panels of dw. Both
-// operands would be walked with the stride of a row, a page every other step, so blocks of both are packed
-// first: x into strips of kTileRows columns, used by all panels of the piece, and dy into panels over the
-// outputs, used by all strips.
+// dw += dyᵀ x: the depth is the rows. A tile holds kTileRows inputs by kTilePanels panels of dw.
+//
+// Rows that lie close together are read where they are. Wide ones would be walked with a large stride, often a power of
+// two that hits a few sets of the L1 cache, so blocks are copied first: x with rows an odd number of cache lines apart,
+// used by all panels of the piece, and dy into panels over the outputs, used by all columns of x. Both copies move whole
+// vectors, and what they will read is prefetched while the tiles of the block before are computed.
 namespace perigee::kernels {
 namespace {
 using namespace gemm;
 
 constexpr int64_t kRowBlock = 256;
-constexpr int64_t kMostStrips =
-    132 / kTileRows;  // a block of x of about 132 KiB, half of what stays in an L2 cache
+constexpr int64_t kNearStride = 256;          // floats; wider rows are copied
+constexpr int64_t kMostColumns = 144;         // a block of x of 147 KiB, half of what stays in an L2 cache
+constexpr int64_t kLargePiecesPerThread = 6;  // every piece copies both its operands
+constexpr int64_t kMostStrips = kMostColumns / kTileRows;
 
-// Rows of x, columns [j, j + columns): strip s holds columns j + kTileRows * s ..., row after row.
-void pack_strips(const float* x, int64_t ldx, int64_t rows, int64_t columns, float* to) {
-  const int64_t full = columns / kTileRows, rest = columns % kTileRows;
-  for (int64_t d = 0; d < rows; ++d, x += ldx) {
-    float* at = to + d * kTileRows;
-    for (int64_t s = 0; s < full; ++s)
-      std::memcpy(at + s * rows * kTileRows, x + s * kTileRows, kTileRows * sizeof(float));
-    for (int64_t c = 0; c < rest; ++c) at[full * rows * kTileRows + c] = x[full * kTileRows + c];
+// Floats from row to row of a block of x: an odd number of lines, so that the rows of a column spread over the sets.
+constexpr int64_t block_stride(int64_t columns) {
+  return (panels_of(columns) | 1) * kPanel;
+}
+
+void pack_inputs(const float* x, int64_t ldx, int64_t rows, int64_t columns, float* to) {
+  const int64_t stride = block_stride(columns), full = columns / kPanel * kPanel;
+  const int rest = static_cast<int>(columns - full);
+  for (int64_t d = 0; d < rows; ++d, x += ldx, to += stride) {
+    for (int64_t c = 0; c < full; c += kPanel) simd::store(to + c, simd::load(x + c));
+    if (rest > 0) simd::store(to + full, simd::load_partial(x + full, rest));
   }
 }
 
@@ -37,26 +43,61 @@ void pack_outputs(const float* dy, int64_t lddy, int64_t rows, int panels, int l
   }
 }
 
+// Asks for part `part` of `parts` of a block that will be copied next: its rows lie far apart, where the processor does
+// not see them coming, and the copy would wait for each.
+void prefetch_rows(const float* block, int64_t ld, int64_t rows, int64_t columns, int64_t part,
+                   int64_t parts) {
+  for (int64_t d = rows * part / parts, end = rows * (part + 1) / parts; d < end; ++d)
+    for (int64_t c = 0; c < columns; c += kPanel) __builtin_prefetch(block + d * ld + c, 0, 2);
+}
+
 void piece(const MatmulGradWeightTask& t, int64_t panel_begin, int64_t panel_end, int64_t strip,
            int64_t strip_end) {
   struct alignas(64) Block {
-    float x[kMostStrips * kTileRows * kRowBlock];
+    float x[block_stride(kMostColumns) * kRowBlock];
     float dy[kTilePanels * kRowBlock * kPanel];
   };
   Block block;
   const int64_t j0 = strip * kTileRows, columns = std::min(strip_end * kTileRows, t.k) - j0;
+  const int64_t strips = strip_end - strip,
+                groups = (panel_end - panel_begin + kTilePanels - 1) / kTilePanels;
+  const bool copy_x = t.ldx > kNearStride, far_dy = t.lddy > kNearStride;
   for (int64_t row = 0; row < t.rows; row += kRowBlock) {
-    const int64_t depth = std::min(kRowBlock, t.rows - row), stride = depth * kPanel;
-    pack_strips(t.x + row * t.ldx + j0, t.ldx, depth, columns, block.x);
-    for (int64_t panel = panel_begin; panel < panel_end; panel += kTilePanels) {
+    const int64_t depth = std::min(kRowBlock, t.rows - row);
+    const int64_t next_row = row + depth, next_depth = std::min(kRowBlock, t.rows - next_row);
+    const float* x = t.x + row * t.ldx + j0;
+    int64_t x_stride = t.ldx;
+    if (copy_x) {
+      pack_inputs(x, t.ldx, depth, columns, block.x);
+      x = block.x;
+      x_stride = block_stride(columns);
+    }
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t panel = panel_begin + group * kTilePanels;
       const int64_t end = std::min<int64_t>(panel + kTilePanels, panel_end);
       const int panels = static_cast<int>(end - panel), lanes = last_lanes(end, t.n);
-      pack_outputs(t.dy + row * t.lddy + panel * kPanel, t.lddy, depth, panels, lanes, block.dy);
-      for (int64_t j = 0; j < columns; j += kTileRows) {
+      const float* dy = t.dy + row * t.lddy + panel * kPanel;
+      int64_t dy_panel = kPanel, dy_step = t.lddy;
+      if (far_dy || lanes < kPanel) {
+        pack_outputs(dy, t.lddy, depth, panels, lanes, block.dy);
+        dy = block.dy;
+        dy_panel = depth * kPanel;
+        dy_step = kPanel;
+      }
+      const bool last_group = group + 1 == groups;
+      const int64_t dy_row = last_group ? next_row : row, dy_rows = last_group ? next_depth : depth;
+      const int64_t dy_column = (last_group ? panel_begin : end) * kPanel;
+      const int64_t dy_columns = std::min(t.n - dy_column, kTilePanels * kPanel);
+      for (int64_t s = 0; s < strips; ++s) {
+        const int64_t j = s * kTileRows;
+        if (far_dy) prefetch_rows(t.dy + dy_row * t.lddy + dy_column, t.lddy, dy_rows, dy_columns, s, strips);
+        if (copy_x)
+          prefetch_rows(t.x + next_row * t.ldx + j0, t.ldx, next_depth, columns, group * strips + s,
+                        groups * strips);
         run_tile<Layout::kRowsAdjacent, float>(
             static_cast<int>(std::min<int64_t>(kTileRows, columns - j)), panels,
-            {block.dy, stride, block.x + j * depth, kTileRows, depth, t.dw + (panel * t.k + j0 + j) * kPanel,
-             kPanel, t.k * kPanel, lanes, Start::kContinue});
+            {dy, dy_panel, x + j, x_stride, depth, t.dw + (panel * t.k + j0 + j) * kPanel, kPanel,
+             t.k * kPanel, lanes, Start::kContinue, dy_step});
       }
     }
   }
@@ -81,7 +122,8 @@ void matmul_grad_weight(Context& ctx, std::span<const MatmulGradWeightTask> task
         const MatmulGradWeightTask& t = tasks[i];
         piece(t, p.across_begin * kTilePanels, std::min(p.across_end * kTilePanels, panels_of(t.n)),
               p.along_begin, p.along_end);
-      });
+      },
+      kLargePiecesPerThread);
 }
 
 }  // namespace perigee::kernels

@@ -33,7 +33,8 @@ inline constexpr int64_t kPiecesPerThread = 16;
 
 // Calls body(task_index, piece) for all pieces of all tasks over the pool. extent(i) describes task i.
 template <class ExtentOf, class Body>
-void for_pieces(Context& ctx, int64_t tasks, const ExtentOf& extent, const Body& body) {
+void for_pieces(Context& ctx, int64_t tasks, const ExtentOf& extent, const Body& body,
+                int64_t pieces_per_thread = kPiecesPerThread) {
   struct Grid {
     int64_t first;  // index of the task's first piece
     int64_t across, along, across_pieces, along_pieces;
@@ -43,7 +44,7 @@ void for_pieces(Context& ctx, int64_t tasks, const ExtentOf& extent, const Body&
   int64_t work = 0;
   for (int64_t i = 0; i < tasks; ++i) work += extent(i).work;
   const int64_t threads = ctx.pool.size();
-  const int64_t target = std::max(kLeastPieceWork, work / (threads * kPiecesPerThread));
+  const int64_t target = std::max(kLeastPieceWork, work / (threads * pieces_per_thread));
   int64_t pieces = 0;
   for (int64_t i = 0; i < tasks; ++i) {
     const Extent e = extent(i);

@@ -26,7 +26,7 @@ enum class Start {
 template <class T>
 struct TileArgs {
   const T* w;
-  int64_t w_panel;  // elements from a panel to the next; in a panel, 16 per step of the depth
+  int64_t w_panel;  // elements from a panel to the next; in a panel, 16 per step of the depth (but see w_step)
   const float* x;
   int64_t x_stride;  // floats from row to row, or from step to step of the depth (kRowsAdjacent)
   int64_t depth;
@@ -34,6 +34,7 @@ struct TileArgs {
   int64_t y_row, y_panel;  // floats from row to row and from panel to panel
   int last_lanes;          // lanes to write in the last panel, 1..16
   Start start;
+  int64_t w_step = kPanel;  // kRowsAdjacent only: elements from a step of the depth to the next
 };
 
 // How x is laid out. kRowsApart: x[r * stride + d]. kRowsAdjacent: x[d * stride + r]. kRowsApartStreamed: as
@@ -114,7 +115,7 @@ void tile(const TileArgs<T>& a) {
 #pragma GCC unroll 8
       for (int p = 0; p < P; ++p) acc[r][p] = simd::fma(panel[p], b, acc[r][p]);
     }
-    w += kPanel;
+    w += kLayout == Layout::kRowsAdjacent ? a.w_step : kPanel;
     x += x_step;
   }
   const bool add = a.start == Start::kAddAtEnd;
@@ -161,7 +162,7 @@ struct EvenSplit {
   int64_t end(int64_t i) const { return n * (i + 1) / pieces; }
 };
 
-inline int64_t panels_of(int64_t n) {
+constexpr int64_t panels_of(int64_t n) {
   return (n + kPanel - 1) / kPanel;
 }
 // Lanes in use in the last of the panels [begin, end) of a dimension of n.

@@ -118,6 +118,7 @@ std::vector<Shape> shapes() {
   all.push_back({9, 40, 1100});   // several blocks of the depth of matmul
   all.push_back({11, 1100, 37});  // and of grad_input
   all.push_back({530, 20, 40});   // and of grad_weight, and several blocks of rows
+  all.push_back({530, 290, 270});  // the same where the operands of grad_weight are copied first
   all.push_back({3, 200, 1000});
   return all;
 }
