@@ -99,7 +99,10 @@ inline nlohmann::json small_run(const std::string& directory) {
       {"run", {{"name", "small"}, {"dir", directory}, {"seed", 3}}},
       {"model", {{"config", golden("tiny/config.json")}}},
       {"tasks", {{"kind", "arithmetic"}, {"min_digits", 1}, {"max_digits", 1}}},
-      {"reward", {{{"verifier", "numeric"}}, {{"verifier", "length"}, {"weight", 0.1}, {"cache", 4}}}},
+      // The pattern gives an untrained policy rewards that differ, so that steps change the weights.
+      {"reward",
+       {{{"verifier", "numeric"}},
+        {{"verifier", "regex"}, {"pattern", "[a-m]"}, {"accept_truncated", true}, {"weight", 0.5}}}},
       {"warmup", {{"steps", 2}, {"batch", 4}, {"eval_every", 2}}},
       {"rollout", {{"groups_per_step", 2}, {"group_size", 4}, {"max_new_tokens", 12}, {"segment_tokens", 5}}},
       {"learn", {{"steps", 2}}},

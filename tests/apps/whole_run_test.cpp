@@ -103,6 +103,21 @@ TEST_F(WholeRun, VerifiesToTheBit) {
   EXPECT_EQ(out["tokens"], tokens);
 }
 
+// Had the learner done anything else, verify would say so: here its learning rate is another one.
+TEST_F(WholeRun, VerifySeesOtherWeights) {
+  fs::copy(directory(), *place_ / "altered", fs::copy_options::recursive);
+  const std::string path = *place_ / "altered/config.json";
+  nlohmann::json config = nlohmann::json::parse(slurp(path));
+  config["learn"]["lr"] = config["learn"]["lr"].get<double>() * 2;
+  spill(path, config.dump());
+  const Said said = run_perigee({"verify", *place_ / "altered", "--json"});
+  EXPECT_EQ(said.code, 1) << said.err;
+  EXPECT_GT(said.json()["differ"], 0);
+  EXPECT_GT(said.json()["largest_difference"], 0.0);
+  EXPECT_GT(said.json()["versions_with_other_hash"], 0);
+  EXPECT_GT(said.json()["worst"]["episode"], 0);
+}
+
 TEST_F(WholeRun, EvaluatesItsNewestCheckpoint) {
   const Said said = run_perigee({"eval", directory(), "--json"});
   ASSERT_EQ(said.code, 0) << said.err;
@@ -132,10 +147,15 @@ TEST_F(WholeRun, ProcessesAndThreadsEndWithTheSameWeights) {
 // it.
 TEST_F(WholeRun, AsynchronousRunVerifiesToTheBit) {
   nlohmann::json config = small_run(*place_ / "async");
-  config["rollout"].update(
-      {{"mode", "async"}, {"max_policy_lag", 4}, {"max_new_tokens", 60}, {"group_size", 8}});
-  config["learn"].update({{"steps", 12}, {"lr", 0.003}});
-  config["engine"] = {{"max_running", 24}};
+  // Groups that start one after the other and take long beside a learner's step: some are always on their
+  // way.
+  config["rollout"].update({{"mode", "async"},
+                            {"max_policy_lag", 4},
+                            {"max_new_tokens", 150},
+                            {"groups_per_step", 1},
+                            {"group_size", 8}});
+  config["learn"].update({{"steps", 16}, {"lr", 0.003}});
+  config["engine"] = {{"max_running", 12}};
   spill(*place_ / "async.json", config.dump());
   const Said trained = run_perigee({"train", *place_ / "async.json", "--in-process", "--json"});
   ASSERT_EQ(trained.code, 0) << trained.err;
