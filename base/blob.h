@@ -1,5 +1,5 @@
-// Arrays as self-describing, compressed, checksummed bytes: how tokens, log-probabilities and versions lie on
-// disk.
+// Arrays as self-describing, compressed, checksummed bytes: how tokens, log-probabilities and versions lie
+// on disk.
 //
 //   offset size
 //   0      1    format, 1
@@ -36,8 +36,8 @@ enum class BlobStatus : uint8_t {
 // As part of a sentence: "checksum does not match".
 std::string_view blob_status_text(BlobStatus);
 
-// Appends nothing to and keeps nothing of out but its capacity. REQUIRES width 1, 2, 4 or 8, and at most 2^31
-// bytes.
+// Appends nothing to and keeps nothing of out but its capacity.
+// REQUIRES width 1, 2, 4 or 8, and at most 2^31 bytes.
 void encode_blob_bytes(std::span<const std::byte> elements, int width, std::vector<uint8_t>& out);
 BlobStatus decode_blob_bytes(std::span<const uint8_t> blob, int width, std::vector<std::byte>& out);
 // Checks all that can be checked without decoding.

@@ -390,8 +390,7 @@ std::string Schema::markdown() const {
   std::string out =
       "# Configuration\n\n"
       "Written by the program from its own schema; do not edit. A configuration is a JSON file (comments "
-      "allowed), and\n"
-      "`--set key=value` overrides any key. Unknown keys are refused.\n";
+      "allowed), and\n`--set key=value` overrides any key. Unknown keys are refused.\n";
   // In order of registration; a section's keys stand together even when registered apart.
   std::vector<std::string> order;
   const auto section_of = [](const std::string& key) {

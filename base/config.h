@@ -14,7 +14,7 @@
 //
 // In files, "train.lr" is {"train": {"lr": ...}} (or the dotted name as one key); comments are allowed.
 // ERRORS (input): "FILE: train.lrr: unknown key; did you mean train.lr?", wrong types, values out of range
-// with the range, a key twice. A load or set that fails changes no field at all.
+// (with the range), a key twice. A load or set that fails changes no field at all.
 #pragma once
 #include <nlohmann/json.hpp>
 
@@ -120,14 +120,14 @@ class Schema {
   std::set<std::string> given_;
 };
 
-// The environment variables that Perigee reads; any other PERIGEE_* is refused, so that a misspelt one is not
-// ignored.
+// The environment variables that Perigee reads; any other PERIGEE_* is refused, so that a misspelt one is
+// not ignored.
 struct EnvironmentVariable {
   std::string name, meaning;
 };
 std::span<const EnvironmentVariable> environment_variables();
-// environ: null-terminated "NAME=value". ERRORS (input): an unknown PERIGEE_* variable, with the nearest
-// known one.
+// environ: null-terminated "NAME=value".
+// ERRORS (input): an unknown PERIGEE_* variable, with the nearest known one.
 void check_environment(const char* const* environ);
 // The value, or "" when unset. REQUIRES a name of the table.
 std::string environment(std::string_view name);

@@ -6,12 +6,10 @@
 //  E1  indices are 0, 1, 2, ... without a gap.
 //  E2  tokens, logprobs and versions have the same length; mask is empty or has that length too.
 //  E3  only the last segment has a finish other than kNone. A segment may be empty of tokens only when it
-//  finishes
-//      the episode or carries tool events.
-//  E4  attempts never decrease. A later attempt goes on from the last committed segment of an earlier one; by
-//  the
-//      numeric contract it makes the same tokens that the earlier attempt would have made under the same
-//      versions.
+//      finishes the episode or carries tool events.
+//  E4  attempts never decrease. A later attempt goes on from the last committed segment of an earlier one;
+//      by the numeric contract it makes the same tokens that the earlier attempt would have made under the
+//      same versions.
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -57,8 +55,7 @@ struct Segment {
   std::vector<int32_t> tokens;     // [n]
   std::vector<float> logprobs;     // [n] natural log, of the sampler; kept bit for bit
   std::vector<uint32_t> versions;  // [n] policy version that made each token
-  std::vector<uint8_t>
-      mask;  // [n] 1: the policy sampled it, 0: it came from a tool or template; empty: all 1
+  std::vector<uint8_t> mask;       // [n] 1: sampled by the policy, 0: from a tool or template; empty: all 1
   FinishReason finish = FinishReason::kNone;
   std::vector<ToolEvent> tools;  // calls whose answers lie in this segment, in order
 };
@@ -71,8 +68,8 @@ struct EpisodeKey {
   bool operator==(const EpisodeKey&) const = default;
 };
 
-// All that generating an episode needs besides the weights. A pure function of it and the versions gives the
-// tokens.
+// All that generating an episode needs besides the weights. A pure function of it and the versions gives
+// the tokens.
 struct EpisodeSpec {
   int64_t episode_id = 0;
   int64_t group_id = 0;
@@ -97,8 +94,7 @@ struct RewardComponent {
   std::string detail;
 };
 
-// failed: at least one component could not be computed; total is then what the composition's rule for it
-// says.
+// failed: at least one component could not be computed; total is then what the rule of the composition says.
 struct Reward {
   int64_t episode_id = 0;
   double total = 0;

@@ -1,5 +1,5 @@
 // Errors, in three kinds (docs/architecture.md, "Errors"):
-//   a bug                 PERIGEE_CHECK fails: always on, prints the values and the place, aborts by std::logic_error
+//   a bug                 PERIGEE_CHECK fails: always on; std::logic_error with the values and the place
 //   an expected outcome   is a returned value (std::optional, an enum), never an exception
 //   a broken environment  perigee::Error: shown to the user as one line that says what, where, and what to do
 #pragma once
@@ -34,22 +34,25 @@ template <class... A>
   throw Error(Error::Kind::kEnvironment, fmt::format(format, std::forward<A>(a)...));
 }
 
-[[noreturn]] inline void check_failed(const char* file, int line, const char* condition, const std::string& values) {
-  throw std::logic_error(fmt::format("{}:{}: check failed: {}{}{}", file, line, condition,
-                                     values.empty() ? "" : ": ", values));
+[[noreturn]] inline void check_failed(const char* file, int line, const char* condition,
+                                      const std::string& values) {
+  throw std::logic_error(
+      fmt::format("{}:{}: check failed: {}{}{}", file, line, condition, values.empty() ? "" : ": ", values));
 }
 
 }  // namespace perigee
 
 // A precondition. PERIGEE_CHECK(rows <= capacity, "rows {} capacity {}", rows, capacity);
-#define PERIGEE_CHECK(condition, ...)                                                             \
-  do {                                                                                            \
-    if (!(condition)) [[unlikely]]                                                                \
+#define PERIGEE_CHECK(condition, ...)                                                                  \
+  do {                                                                                                 \
+    if (!(condition)) [[unlikely]]                                                                     \
       ::perigee::check_failed(__FILE__, __LINE__, #condition, ::perigee::detail::values(__VA_ARGS__)); \
   } while (0)
 
 namespace perigee::detail {
-inline std::string values() { return {}; }
+inline std::string values() {
+  return {};
+}
 template <class... A>
 std::string values(fmt::format_string<A...> format, A&&... a) {
   return fmt::format(format, std::forward<A>(a)...);

@@ -109,8 +109,7 @@ void make_directories(const std::string& path) {
 void sync_directory(const std::string& path) {
   const Descriptor fd(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
   if (fd.get() < 0) throw_environment("{}: cannot open the directory: {}", path, reason(errno));
-  // Some network and virtual file systems cannot sync a directory and say EINVAL; they have nothing to lose
-  // then.
+  // Some network and virtual file systems cannot sync a directory and say EINVAL: they have nothing to lose.
   if (::fsync(fd.get()) != 0 && errno != EINVAL)
     throw_environment("{}: cannot sync the directory: {}", path, reason(errno));
 }

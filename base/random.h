@@ -1,5 +1,6 @@
-// Counter-based random numbers: a draw is a pure function of (key, counter), so it does not matter who draws, in
-// which order or in which process. Philox4x32-10, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11.
+// Counter-based random numbers: a draw is a pure function of (key, counter), so it does not matter who draws,
+// in which order or in which process.
+// Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC11.
 #pragma once
 #include <array>
 #include <cmath>
@@ -14,7 +15,8 @@ inline std::array<uint32_t, 4> philox(uint64_t key, uint64_t counter_lo, uint64_
   uint32_t c2 = static_cast<uint32_t>(counter_hi), c3 = static_cast<uint32_t>(counter_hi >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = 0xD2511F53ull * c0, p1 = 0xCD9E8D57ull * c2;
-    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0, n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0,
+                   n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
     c1 = static_cast<uint32_t>(p1);
     c3 = static_cast<uint32_t>(p0);
     c0 = n0;
@@ -26,7 +28,9 @@ inline std::array<uint32_t, 4> philox(uint64_t key, uint64_t counter_lo, uint64_
 }
 
 // Uniform in [0, 1) with 24 bits: exactly representable, never 1.
-inline float uniform_float(uint32_t word) { return static_cast<float>(word >> 8) * 0x1p-24f; }
+inline float uniform_float(uint32_t word) {
+  return static_cast<float>(word >> 8) * 0x1p-24f;
+}
 
 // Derives an independent key from a key and a name or number, as seeds of runs make seeds of episodes.
 inline uint64_t derive_seed(uint64_t seed, uint64_t a, uint64_t b = 0) {
@@ -34,7 +38,8 @@ inline uint64_t derive_seed(uint64_t seed, uint64_t a, uint64_t b = 0) {
   return (static_cast<uint64_t>(w[1]) << 32) | w[0];
 }
 
-// A sequential generator over philox for places that draw many numbers in a row (initialisation, task generators).
+// A sequential generator over philox for places that draw many numbers in a row (initialisation, task
+// generators).
 class Random {
  public:
   explicit Random(uint64_t key, uint64_t stream = 0) : key_(key), stream_(stream) {}
@@ -67,7 +72,8 @@ class Random {
       have_spare_ = false;
       return spare_;
     }
-    const double u1 = (static_cast<double>(next_u32()) + 0.5) * 0x1p-32, u2 = static_cast<double>(next_u32()) * 0x1p-32;
+    const double u1 = (static_cast<double>(next_u32()) + 0.5) * 0x1p-32,
+                 u2 = static_cast<double>(next_u32()) * 0x1p-32;
     const double r = std::sqrt(-2.0 * std::log(u1)), phi = 6.283185307179586476925 * u2;
     spare_ = static_cast<float>(r * std::sin(phi));
     have_spare_ = true;

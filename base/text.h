@@ -9,8 +9,7 @@
 namespace perigee {
 
 // Edits between two strings: insertions, deletions, replacements and swaps of neighbours, ignoring ASCII
-// case, with
-// '-' equal to '_'. (Optimal string alignment: no part is edited twice.)
+// case, with '-' equal to '_'. (Optimal string alignment: no part is edited twice.)
 int edit_distance(std::string_view a, std::string_view b);
 
 // The candidate nearest to name, or "" when none is near enough to be what the user meant: at most a third of
