@@ -11,19 +11,21 @@ std::string_view name(AdvantageKind kind);  // "grpo", "mean", "rloo"
 bool parse(std::string_view text, AdvantageKind& out);
 
 // out may be rewards. A group whose rewards are all equal (one sample included) gives exact zeros.
-// (R - mean) / (std + 1e-6), std with n - 1
+//  grpo  (R - mean) / (std + 1e-6), std with n - 1
+//  mean  R - mean
+//  rloo  R_i - mean of the others
 void grpo_advantage(std::span<const double> rewards, std::span<double> out);
-// R - mean
 void mean_advantage(std::span<const double> rewards, std::span<double> out);
-// R_i - mean of the others
 void rloo_advantage(std::span<const double> rewards, std::span<double> out);
+// The one that kind names.
 void advantage(AdvantageKind kind, std::span<const double> rewards, std::span<double> out);
 
 // True when a group teaches nothing: dynamic sampling (DAPO) replaces it.
 bool all_equal(std::span<const double> rewards);
 
 // DAPO's soft overlong penalty, added to the reward: 0 while length <= limit - cache, then falling linearly
-// to -1 at limit, and -1 beyond. REQUIRES 0 < cache <= limit.
+// to -1 at limit, and -1 beyond.
+// REQUIRES 0 < cache <= limit.
 double soft_overlong_penalty(int64_t length, int64_t limit, int64_t cache);
 
 }  // namespace perigee::kernels

@@ -17,14 +17,20 @@
 
 namespace perigee::kernels {
 
-// l: logprob, the differentiated one. r = exp(l - old), rho = exp(old - mu) (a constant), A the sequence's
-// advantage. N: Normalizer::sequences, M: Normalizer::tokens, m_i: masked-in tokens of sequence i. w_t is the
-// token's weight in the mean: it also weighs the KL and entropy terms.
+// In the formulas:
+//  l    logprob, the differentiated one
+//  r    exp(l - old), the ratio
+//  rho  exp(old - mu), a constant
+//  A    the sequence's advantage
+//  N    Normalizer::sequences
+//  M    Normalizer::tokens
+//  m_i  masked-in tokens of sequence i
+//  w_t  the token's weight in the mean: it also weighs the KL and entropy terms
 enum class LossKind {
   kGrpo,    // sum w_t * -min(r A, clip(r, 1-low, 1+high) A)    w_t = 1/(N m_i)
   kDrGrpo,  //    the same                                      w_t = 1/(N max_length)
   kDapo,    //    the same                                      w_t = 1/M
-  kGspo,    // 1/N sum_i -min(s A, clip(s, 1-low, 1+high) A), s = exp(mean_t(l - old))     w_t = 1/(N m_i)
+  kGspo,    // 1/N sum_i -min(s A, clip(s, 1-low, 1+high) A)    w_t = 1/(N m_i); s = exp(mean_t(l - old))
   kCispo,   // sum w_t * -stop[min(r, 1+high)] A l              w_t = 1/M
   kRloo,    // sum w_t * -A l                                   w_t = 1/M
   kK15,     // 1/N sum_i [A_i - tau * sum_t(l - old)]^2         w_t = 1/(N m_i)
@@ -54,7 +60,7 @@ struct LossConfig {
   Correction correction = Correction::kNone;
   double cap = 2;                            // kTis, kSeqTis, kSeqMis
   double icepop_low = 0.5, icepop_high = 5;  // kIcepop
-  double veto = 0;  // drop a sequence with any rho below this; 0: never; usually 1e-4
+  double veto = 0;                           // drop a sequence with any rho below; 0: never; usually 1e-4
 
   KlKind kl = KlKind::kK3;
   double kl_coef = 0;       // + kl_coef * sum w_t kl_t; needs ref when not 0
@@ -76,8 +82,8 @@ bool parse(std::string_view text, Correction& out);
 bool parse(std::string_view text, KlKind& out);
 
 // ERRORS  one line of user error (throw_input) for what no run can mean: a negative clip, dr_grpo without
-// max_length, a token
-//         correction with a loss that has one term per sequence (gspo, k15), low > high and the like.
+//         max_length, a token correction with a loss that has one term per sequence (gspo, k15), low > high
+//         and the like.
 void check_config(const LossConfig& config);
 
 // What the means of a step divide by: the whole step, whatever part of it one call covers.
@@ -90,11 +96,10 @@ struct Normalizer {
 template <class T>
 struct LossBatch {
   int64_t sequences = 0;
-  const int64_t* offsets =
-      nullptr;  // [sequences + 1], starts at 0, nondecreasing; an empty sequence contributes nothing
-  const T* logprob = nullptr;  // under the policy being trained
-  const T* old =
-      nullptr;  // learner's snapshot at the start of the update; null: equal to logprob, as a constant
+  // [sequences + 1], starts at 0, nondecreasing; an empty sequence contributes nothing.
+  const int64_t* offsets = nullptr;
+  const T* logprob = nullptr;         // under the policy being trained
+  const T* old = nullptr;             // learner's, as the update began; null: equal to logprob, a constant
   const T* mu = nullptr;              // as the sampler recorded it; null: equal to old
   const T* ref = nullptr;             // reference policy; null when kl_coef is 0
   const T* entropy = nullptr;         // of each token's distribution; may be null when entropy_coef is 0
@@ -134,8 +139,8 @@ struct LossStats {
   static double over(double sum, int64_t count) { return count > 0 ? sum / static_cast<double>(count) : 0; }
 };
 
-// Sequences and masked-in tokens of a batch; sum it over micro-batches (or replicas) for the step's
-// Normalizer.
+// Sequences and masked-in tokens of a batch. The step's Normalizer is its sum over micro-batches (or
+// replicas).
 template <class T>
 Normalizer count(const LossBatch<T>& batch);
 

@@ -13,8 +13,7 @@ namespace {
 
 // Long enough that claiming a range costs nothing beside the work, short enough to share a small tensor.
 constexpr int64_t kGrain = 16384;
-// The unit in which squares are summed. Part of the numeric contract: changing it changes the norm's last
-// bits.
+// The unit in which squares are summed. Part of the numeric contract: changing it changes the norm's bits.
 constexpr int64_t kSumBlock = 4096;
 
 // base^exponent by squaring, so that the bias corrections do not depend on a libm.
