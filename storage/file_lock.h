@@ -1,5 +1,5 @@
 // Keeps a second writer out (S3): an flock on a file beside the store. The kernel lets go of it however the
-// process ends, so there is never a stale lock to remove by hand. The file itself stays; it says who held it
+// process ends, so there is never a stale lock to remove by hand. The file itself stays and says who held it
 // last.
 #pragma once
 #include <filesystem>

@@ -1,5 +1,5 @@
-// The rows of the store as the rest of the program sees them. docs/formats/store.md gives the tables behind
-// them. Every *_us is UTC in microseconds since 1970; 0 in a record that is written means "now".
+// The rows of the store as the rest of the program sees them; docs/formats/store.md gives the tables behind.
+// Every *_us is UTC in microseconds since 1970; 0 in a record that is written means "now".
 #pragma once
 #include <cstdint>
 #include <optional>
@@ -14,7 +14,7 @@ namespace perigee {
 struct RunRecord {
   std::string id;  // the user's name for it, unique in the file
   int64_t created_us = 0;
-  std::string config = "{}";  // the whole configuration, JSON: with the code version, all that makes the run
+  std::string config = "{}";      // the whole configuration, JSON: with code_version, all that makes the run
   std::string state = "running";  // running | finished | stopped | failed
   std::string parent;             // id of the run that it goes on from; empty when none
   std::string code_version;
@@ -53,8 +53,8 @@ struct GroupRecord {
   int64_t created_us = 0;
 };
 
-// open -> leased -> generated -> rewarded -> trained; a lease may go back (open), and any but trained may be
-// dropped.
+//   open -> leased -> generated -> rewarded -> trained
+// A lease may go back (open), and any but trained may be dropped.
 enum class EpisodeState : uint8_t { kOpen, kLeased, kGenerated, kRewarded, kTrained, kDropped };
 
 struct EpisodeRecord {
@@ -113,8 +113,7 @@ struct ResumeState {
   RunRecord run;
   std::optional<PolicyVersion> last_version;  // highest recorded
   std::optional<Checkpoint> last_checkpoint;  // highest kept
-  std::optional<TrainBatch>
-      last_batch;  // highest step recorded; redo it when last_version is not its version_after
+  std::optional<TrainBatch> last_batch;    // highest step; redo it when last_version is not its version_after
   std::vector<GroupWithEpisodes> pending;  // by group id
 };
 

@@ -1,5 +1,5 @@
-// A thin layer over SQLite: connections, cached statements, and errors as sentences. Only storage/ includes
-// it.
+// A thin layer over SQLite: connections, cached statements, and errors as sentences.
+// Only storage/ includes it.
 //
 // Thread safety: none; a Database belongs to one thread at a time.
 #pragma once

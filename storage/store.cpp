@@ -198,8 +198,7 @@ void Store::record_evaluation(std::string_view run_id, const Evaluation& e) {
   write.begin();
   Query q = db_->query(
       "INSERT OR REPLACE INTO evaluations (run, phase, step, name, version, n, correct, accuracy, "
-      "accuracy_bits, "
-      "detail, created_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
+      "accuracy_bits, detail, created_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
   q.with(run, e.phase, e.step, e.name, e.version, e.n, e.correct).bind_exact(e.accuracy);
   q.with(e.detail, or_now(e.created_us)).run();
   write.done();

@@ -1,15 +1,17 @@
 // The store of a run: one SQLite file (RUN/store.sqlite) that keeps every rollout so that it can be read and
-// generated again, bit for bit. Format: docs/formats/store.md. Why one writer:
-// docs/decisions/0001-one-sqlite-writer.md.
+// generated again, bit for bit.
+// Format: docs/formats/store.md. Why one writer: docs/decisions/0001-one-sqlite-writer.md.
 //
 // Invariants:
 //  S1  What commit() returned from is on the disk: a kill or a power cut does not take it back, and does not
-//  tear it. S2  A commit that throws is not to be acknowledged. It took effect wholly or not at all. S3  One
-//  Store per file at a time, in one process (held by a lock file beside it): all writes and all checkpoints
-//  of
-//      the write-ahead log go through its one connection. Readers are read-only and never checkpoint.
+//      tear it.
+//  S2  A commit that throws is not to be acknowledged. It took effect wholly or not at all.
+//  S3  One Store per file at a time, in one process (held by a lock file beside it): all writes and all
+//      checkpoints of the write-ahead log go through its one connection. Readers are read-only and never
+//      checkpoint.
 //  S4  A segment is there once: (episode, index) is unique, indices have no gap (E1), and nothing follows a
-//  finish. S5  Floats come back with the bits they went in with, NaN and -0 included.
+//      finish.
+//  S5  Floats come back with the bits they went in with, NaN and -0 included.
 //
 // Thread safety: none; a Store or StoreReader belongs to one thread at a time. A StoreReader sees, per call,
 // one committed state, and may live in another thread or process than the Store.
@@ -40,10 +42,9 @@ class FileLock;
 enum class Append : uint8_t {
   kAppended,
   kDuplicate,  // already present, the same bytes
-  kStale,     // from an attempt that was superseded or given back, or for an episode that is finished with or
-              // dropped
-  kGap,       // a predecessor is missing: index too high, or a reward before the finish
-  kConflict,  // contradicts what is present: other bytes under the same name, an attempt that was never begun
+  kStale,      // from an attempt superseded or given back, or for an episode finished with or dropped
+  kGap,        // a predecessor is missing: index too high, or a reward before the finish
+  kConflict,   // contradicts what is present: other bytes under the same name, an attempt never begun
 };
 std::string_view append_name(Append);
 
@@ -67,7 +68,7 @@ class StoreQueries {
   StoreQueries& operator=(const StoreQueries&) = delete;
 
   const std::filesystem::path& file() const;
-  // A line for the user when the file is not quite what this program expects (a reader of a newer store); or
+  // A line for the user when the file is not quite what this program expects (a reader of a newer store), or
   // empty.
   const std::string& note() const { return note_; }
 
@@ -82,10 +83,10 @@ class StoreQueries {
   GroupWithEpisodes group(int64_t group_id);  // likewise for all its members
   std::string run_of_episode(int64_t episode_id);
 
-  std::vector<StepMetrics> metrics(std::string_view run_id,
-                                   std::string_view phase = {});  // by phase as recorded, step
-  std::vector<Evaluation> evaluations(std::string_view run_id);   // in the order recorded
-  std::vector<PolicyVersion> versions(std::string_view run_id);   // by version
+  // Warm-up first, then by phase and step. phase "": every phase.
+  std::vector<StepMetrics> metrics(std::string_view run_id, std::string_view phase = {});
+  std::vector<Evaluation> evaluations(std::string_view run_id);  // in the order recorded
+  std::vector<PolicyVersion> versions(std::string_view run_id);  // by version
   std::optional<PolicyVersion> version(std::string_view run_id, uint32_t version);
   std::vector<Checkpoint> checkpoints(std::string_view run_id);  // kept ones, by version
   std::optional<TrainBatch> train_batch(std::string_view run_id, int64_t step);
@@ -137,9 +138,9 @@ class Store : public StoreQueries {
   void create_run(const RunRecord&);  // kInput when the id exists
   void set_run_state(std::string_view run_id, std::string_view state);
 
-  // Opens a group with its members. Ids that are 0 are given (ascending) and written back into the arguments,
-  // as are group_id, member (its position) and task_index of each spec. REQUIRES all members to have the same
-  // prompt.
+  // Opens a group with its members. Ids that are 0 are given (ascending) and written back into the
+  // arguments, as are group_id, member (its position) and task_index of each spec.
+  // REQUIRES all members to have the same prompt.
   void open_group(std::string_view run_id, GroupRecord& group, std::span<EpisodeSpec> members);
   // open or leased -> leased; returns the new attempt, 1 higher than the last. Committed segments stay and
   // are gone on from. nullopt when the episode is past generating (finished or dropped).
@@ -147,10 +148,14 @@ class Store : public StoreQueries {
   // leased -> open: what this attempt still sends is stale from here on. Nothing when not leased.
   void release_attempt(int64_t episode_id);
 
-  // Judged in this order: a duplicate of what is there; an attempt that was never begun (conflict) or was
-  // superseded (stale); other bytes under the same index (conflict); an episode that is not leased (stale);
-  // an index too high (gap). A finish moves the episode to generated. REQUIRES E2 and E3 of the segment
-  // (PERIGEE_CHECK): the hub checks what comes off the wire.
+  // Judged in this order:
+  //  kDuplicate  of what is there
+  //  kConflict   an attempt that was never begun;  kStale  one that was superseded
+  //  kConflict   other bytes under the same index
+  //  kStale      an episode that is not leased
+  //  kGap        an index too high
+  // A finish moves the episode to generated.
+  // REQUIRES E2 and E3 of the segment (PERIGEE_CHECK): the hub checks what comes off the wire.
   Append append_segment(const Segment&);
   // generated -> rewarded.
   Append record_reward(const Reward&);
@@ -166,8 +171,8 @@ class Store : public StoreQueries {
   void record_metrics(std::string_view run_id, std::string_view phase, int64_t step, const Metrics&);
   void record_evaluation(std::string_view run_id, const Evaluation&);
   void record_checkpoint(std::string_view run_id, const Checkpoint&);
-  void forget_checkpoint(std::string_view run_id,
-                         uint32_t version);  // its files are gone; the row stays, marked
+  // Its files are gone; the row stays, marked.
+  void forget_checkpoint(std::string_view run_id, uint32_t version);
 
   const AppendCounts& append_counts() const { return counts_; }  // of this object, committed or not
   // Moves the write-ahead log into the main file, as far as readers allow. Not within a transaction.

@@ -48,8 +48,7 @@ std::vector<std::string> StoreQueries::check(int limit) {
   search([&] {
     Query q = db_->query_once(
         "SELECT e.episode_id, s.segment_index, s.attempt, s.finish, s.token_count, s.tokens, s.logprobs, "
-        "s.versions, "
-        "s.mask, e.segment_count, e.token_count, e.finish, e.attempt FROM episodes e "
+        "s.versions, s.mask, e.segment_count, e.token_count, e.finish, e.attempt FROM episodes e "
         "LEFT JOIN segments s ON s.episode_id = e.episode_id ORDER BY e.episode_id, s.segment_index");
     int64_t episode = -1, segments = 0, tokens = 0, want_segments = 0, want_tokens = 0, attempt = 0;
     std::string finish, want_finish;

@@ -54,8 +54,7 @@ void Store::open_group(std::string_view run_id, GroupRecord& group, std::span<Ep
   {
     Query q = db_->query(
         "INSERT INTO groups (group_id, run, step, round, task_index, task, prompt, prompt_text, outcome, "
-        "reason, "
-        "created_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'pending', NULL, ?)");
+        "reason, created_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 'pending', NULL, ?)");
     if (group.group_id != 0)
       q.bind(group.group_id);
     else
@@ -149,8 +148,7 @@ Append Store::append_segment(const Segment& s) {
     std::vector<uint8_t> mask;
     Query q = db_->query(
         "INSERT INTO segments (episode_id, segment_index, attempt, finish, token_count, tokens, logprobs, "
-        "versions, "
-        "mask, created_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
+        "versions, mask, created_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
     q.with(s.episode_id, s.index, s.attempt, finish_name(s.finish), static_cast<int64_t>(n));
     q.bind_blob(tokens).bind_blob(logprobs).bind_blob(versions);
     if (s.mask.empty()) {
@@ -165,8 +163,7 @@ Append Store::append_segment(const Segment& s) {
   for (const ToolEvent& tool : s.tools) {
     Query q = db_->query(
         "INSERT INTO tool_events (episode_id, segment_index, position, turn, name, input, output, status, "
-        "digest, "
-        "started_us, duration_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
+        "digest, started_us, duration_us) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)");
     q.with(s.episode_id, s.index, position++, tool.turn, tool.name);
     q.bind_blob(storage::text_bytes(tool.input)).bind_blob(storage::text_bytes(tool.output));
     q.with(tool.status, tool.digest, tool.started_us, tool.duration_us).run();
@@ -213,8 +210,7 @@ Append Store::record_reward(const Reward& reward) {
   for (const RewardComponent& c : reward.components) {
     Query q = db_->query(
         "INSERT INTO reward_components (episode_id, position, name, value, value_bits, weight, weight_bits, "
-        "status, "
-        "detail) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)");
+        "status, detail) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)");
     q.with(reward.episode_id, position++, c.name).bind_exact(c.value).bind_exact(c.weight);
     q.with(c.status, c.detail).run();
   }

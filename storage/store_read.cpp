@@ -96,8 +96,8 @@ constexpr std::string_view kFrom =
 // Without prompt, segments and components.
 constexpr std::string_view kEpisodeColumns =
     "SELECT episode_id, group_id, member, seed, max_new_tokens, temperature, sampling, parent_episode, "
-    "parent_tokens, "
-    "state, attempt, finish, segment_count, token_count, reward_bits, reward_failed FROM episodes ";
+    "parent_tokens, state, attempt, finish, segment_count, token_count, reward_bits, reward_failed FROM "
+    "episodes ";
 EpisodeRecord episode_row(Database& db, Query& q) {
   EpisodeRecord e;
   e.spec.episode_id = q.int64(0);
