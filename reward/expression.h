@@ -15,9 +15,11 @@ struct Expression {
   std::vector<int64_t> numbers;  // as they stand, left to right
 };
 
-// sum := product (('+' | '-') product)* ; product := factor (('*' | '/') factor)* ; factor := '-' factor |
-// '(' sum ')' | digits. Also U+00D7, U+00F7 and U+2212. White space is free. At most 4096 bytes and 64
-// levels; every intermediate value fits 64 bits.
+//   sum     := product (('+' | '-') product)*
+//   product := factor (('*' | '/') factor)*
+//   factor  := '-' factor | '(' sum ')' | digits
+// Also U+00D7, U+00F7 and U+2212. White space is free. At most 4096 bytes and 64 levels; every intermediate
+// value fits 64 bits.
 Expression evaluate(std::string_view text);
 
 }  // namespace perigee::reward

@@ -1,9 +1,11 @@
 // Numbers as people and policies write them, read as exact rationals.
 //
-//   number := sign? quantity ('/' sign? integer-or-decimal)? ('%' | '\%' | ' percent')?
-//   quantity := digits (',' 3 digits)* ('.' digits)? ([eE] sign? digits)?  |  '.' digits ...  |
-//   \frac{number}{number}  |  \frac12 sign := '-' | '+' | U+2212, unless it stands after an operand: then it
-//   is an operator
+//   number   := sign? quantity ('/' sign? integer-or-decimal)? ('%' | '\%' | ' percent')?
+//   quantity := digits (',' 3 digits)* ('.' digits)? ([eE] sign? digits)?
+//             | '.' digits ...
+//             | \frac{number}{number} | \frac12
+//   sign     := '-' | '+' | U+2212, unless it stands after an operand: then it is an operator
+//
 // Digits right after a letter or '_' are part of a name (x2), not a number. Something that begins like a
 // number and is none (1/0, 1.2.3, other scripts' digits, more than 4096 digits, an exponent beyond 10^12)
 // counts as a bad number, so that no part of it is taken for the answer.

@@ -1,6 +1,7 @@
 // The reward of a run: verifiers with weights. Configured by a list such as
-//   [{"verifier": "numeric", "weight": 1.0}, {"verifier": "format", "weight": 0.1}, {"verifier": "length",
-//   "cache": 64}]
+//   [{"verifier": "numeric", "weight": 1.0},
+//    {"verifier": "format", "weight": 0.1},
+//    {"verifier": "length", "cache": 64}]
 // Every entry takes "verifier", "weight" (1), "name" (the verifier's), "time_limit_ms" (5000) and the options
 // of its verifier (reward/verifiers.h).
 //

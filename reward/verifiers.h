@@ -6,24 +6,26 @@
 //   "accept_truncated" (false)  when false, a response cut off at the token limit scores 0
 //
 //   exact       1 when the section equals the answer, both trimmed. "ignore_case" (false),
-//   "collapse_whitespace" (true) numeric     1 when the section's number equals the answer's. Integers,
-//   decimals, 1e3, 1,234, fractions (1/2, \frac{1}{2}) and
-//               percent compare as exact rationals. "take": "auto" (the last \boxed{...} when there is one,
-//               else the last number), "boxed", "last", "whole"; "tolerance" (0, absolute),
-//               "relative_tolerance" (0)
+//               "collapse_whitespace" (true)
+//   numeric     1 when the section's number equals the answer's. Integers, decimals, 1e3, 1,234, fractions
+//               (1/2, \frac{1}{2}) and percent compare as exact rationals. "take": "auto" (the last
+//               \boxed{...} when there is one, else the last number), "boxed", "last", "whole"; "tolerance"
+//               (0, absolute), "relative_tolerance" (0)
 //   regex       1 when RE2 "pattern" is found. "full" (false): must match all; "group" (-1): this capture
-//   must equal the answer countdown   answer "24 from 3 5 8": 1 when the section is an expression of that
-//   value that uses each number at most once,
-//               "use_all" (false): exactly once; "partial" (0): for a lawful expression of another value
+//               must equal the answer
+//   countdown   answer "24 from 3 5 8": 1 when the section is an expression of that value that uses each
+//               number at most once, "use_all" (false): exactly once; "partial" (0): for a lawful expression
+//               of another value
 //   format      1 when the response is a thinking block and then an answer. "think_open", "think_close",
-//   "opened_by_prompt"
-//               (false: the prompt does not already end with think_open), "answer_open", "answer_close" ("":
-//               no answer block)
+//               "opened_by_prompt" (false: the prompt does not already end with think_open), "answer_open",
+//               "answer_close" ("": no answer block)
 //   length      DAPO: 0 up to limit - cache tokens, down to -1 at limit and beyond. "limit" (0: the sample's
-//   max_tokens), "cache" length_k15  Kimi k1.5: l = 0.5 - (tokens - shortest)/(longest - shortest) in the
-//   group; l when correct, min(0, l) when not repetition  - share of repeated n-grams. "n" (4), "unit":
-//   "word" (default) or "byte" task        the verifier that the task names, with default options; "default"
-//   ("exact") when it names none
+//               max_tokens), "cache"
+//   length_k15  Kimi k1.5: l = 0.5 - (tokens - shortest)/(longest - shortest) in the group; l when correct,
+//               min(0, l) when not
+//   repetition  - share of repeated n-grams. "n" (4), "unit": "word" (default) or "byte"
+//   task        the verifier that the task names, with default options. "default" ("exact"): when it names
+//               none
 #pragma once
 #include <memory>
 #include <string>
