@@ -2,21 +2,20 @@
 // asks, in which order or process, does not matter.
 //
 //   {"kind": "arithmetic", "min_digits": 1, "max_digits": 2, "min_operands": 2, "max_operands": 2,
-//   "operators": "+-",
-//    "negative": false}
+//    "operators": "+-", "negative": false}
 //   {"kind": "countdown", "min_numbers": 3, "max_numbers": 4, "max_number": 10, "max_target": 100}
-//   {"kind": "sort", "items": "numbers", "min_length": 3, "max_length": 6, "max_number": 99}      or
-//   "letters"
+//   {"kind": "sort", "items": "numbers", "min_length": 3, "max_length": 6, "max_number": 99}
+//    ("items": or "letters")
 //   {"kind": "jsonl", "path": "train.jsonl", "held_out_path": ""}
+//
 // Generators also take "think_open", "think_close" (of worked examples) and "levels": a list of objects, each
 // the generator's options where a level differs, "name" and "weight" (1); levels are shared out by weight.
 // "curriculum": {"floor": 0.05} lets success rates move the weights.
 //
 // INVARIANTS
 //  T1  A train task and a held-out task are never the same problem, nor the same up to the order of operands
-//  (numbers to sort, to
-//      use): the problem space is cut by a hash of the problem itself, whatever the seed, the level or the
-//      split of the work.
+//      (numbers to sort, to use): the problem space is cut by a hash of the problem itself, whatever the
+//      seed, the level or the split of the work.
 //  T2  An index names its level: level = index % levels().
 #pragma once
 #include <nlohmann/json_fwd.hpp>
@@ -40,11 +39,9 @@ struct Task {
   std::string prompt;             // plain text; empty when messages are given
   std::vector<Message> messages;  // for the chat template
   std::string answer;             // for the verifier
-  std::string
-      worked_example;      // a whole response that ends in the answer, for the warm-up; may be empty (files)
-  std::string difficulty;  // the level's name
-  std::string
-      verifier;  // that the answer is meant for: "numeric", "countdown", "exact"; empty: the run's default
+  std::string worked_example;     // a whole response ending in the answer, for the warm-up; files: may be ""
+  std::string difficulty;         // the level's name
+  std::string verifier;  // that the answer is for: "numeric", "countdown", "exact"; empty: the run's default
   bool operator==(const Task&) const = default;
 };
 
@@ -87,9 +84,9 @@ std::unique_ptr<TaskSource> make_task_source(const nlohmann::json& config, std::
 struct LevelRecord {
   double attempts = 0, successes = 0;
 };
-// Weights that favour the levels whose samples differ most: base * (floor + (1 - floor) * 4 p (1 - p)), with
-// p = (successes + 1) / (attempts + 2). A level never tried has p = 1/2. A pure function of what was
-// recorded.
+// Weights that favour the levels whose samples differ most:
+//   base * (floor + (1 - floor) * 4 p (1 - p)),  p = (successes + 1) / (attempts + 2)
+// A level never tried has p = 1/2. A pure function of what was recorded.
 std::vector<double> curriculum_weights(std::span<const double> base, std::span<const LevelRecord> records,
                                        double floor);
 
@@ -102,8 +99,8 @@ struct WorkedStyle {
 //   52-38  2-8=4b1 5-3-1=1          a difference; when it is negative, of the swapped operands after "n"
 //   47*8   7*8=56c5 4*8+5=37        a product by one digit
 // Several operations, and a product by several digits, are sections "STEPS=VALUE" joined by ";".
-// REQUIRES operands.size() == operators.size() + 1, operators of "+-*" (* before + and -), no value beyond 18
-// digits.
+// REQUIRES operands.size() == operators.size() + 1, operators of "+-*" (* before + and -), no value beyond
+// 18 digits.
 std::string arithmetic_steps(std::span<const int64_t> operands, std::string_view operators);
 int64_t arithmetic_value(std::span<const int64_t> operands, std::string_view operators);
 

@@ -1,6 +1,6 @@
 // Tasks from files with one JSON object per line:
-//   {"prompt": "..." | "messages": [{"role": "user", "content": "..."}], "answer": "...", "verifier":
-//   "numeric", "worked_example": "..."}
+//   {"prompt": "..." | "messages": [{"role": "user", "content": "..."}], "answer": "...",
+//    "verifier": "numeric", "worked_example": "..."}
 // verifier and worked_example may be absent; id, source and metadata may stand there and mean nothing. Empty
 // lines are skipped.
 #include <algorithm>
