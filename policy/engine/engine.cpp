@@ -11,7 +11,8 @@
 namespace perigee::policy {
 namespace {
 
-// A prompt that several members share. Lives until the last of them has ended: they share its full latent blocks.
+// A prompt that several members share. Lives until the last of them has ended: they share its full latent
+// blocks.
 struct Group {
   std::vector<int32_t> prompt;
   std::vector<int32_t> stop_tokens;
@@ -57,8 +58,8 @@ struct Engine::Impl {
 
   // The batch of the step in flight.
   struct Row {
-    Member* member = nullptr;      // either a member ...
-    Group* group = nullptr;        // ... or a prompt
+    Member* member = nullptr;  // either a member ...
+    Group* group = nullptr;    // ... or a prompt
     int64_t count = 0;
     bool last = false;  // its last row's logits are wanted
   };
@@ -72,7 +73,8 @@ struct Engine::Impl {
   };
   std::vector<Draw> draws;
 
-  Impl(kernels::Context& c, const ParamLayout& l, const EngineConfig& e) : ctx(c), layout(l), config(e), pool(l, e.memory_bytes) {}
+  Impl(kernels::Context& c, const ParamLayout& l, const EngineConfig& e)
+      : ctx(c), layout(l), config(e), pool(l, e.memory_bytes) {}
 
   int64_t vocab() const { return layout.config().vocab_size; }
 
@@ -104,21 +106,25 @@ void Engine::Impl::check(const GenerationGroup& g) const {
   for (const GenerationRequest& r : g.members) {
     if (ids.contains(r.id) || !seen.insert(r.id).second) throw_input("request id {} is already in use", r.id);
     if (r.max_new_tokens <= static_cast<int64_t>(r.committed.size()))
-      throw_input("request {}: max_new_tokens {} leaves nothing to generate after {} committed tokens", r.id, r.max_new_tokens, r.committed.size());
+      throw_input("request {}: max_new_tokens {} leaves nothing to generate after {} committed tokens", r.id,
+                  r.max_new_tokens, r.committed.size());
     for (int32_t t : r.committed)
       if (t < 0 || t >= vocab()) throw_input("committed token {} is not in the vocabulary of {}", t, vocab());
     const int64_t length = static_cast<int64_t>(g.prompt.size()) + r.max_new_tokens;
-    if (length > layout.config().max_length) throw_input("{} tokens exceed the model's context of {}", length, layout.config().max_length);
+    if (length > layout.config().max_length)
+      throw_input("{} tokens exceed the model's context of {}", length, layout.config().max_length);
     const int64_t need = pool.bytes_for(static_cast<int64_t>(g.prompt.size())) + pool.bytes_for(length);
     if (need > pool.budget_bytes())
-      throw_input("a sequence of {} tokens needs {} MiB of state, more than the budget of {} MiB: raise engine.memory_mb", length, (need >> 20) + 1,
-                  pool.budget_bytes() >> 20);
+      throw_input(
+          "a sequence of {} tokens needs {} MiB of state, more than the budget of {} MiB: raise "
+          "engine.memory_mb",
+          length, (need >> 20) + 1, pool.budget_bytes() >> 20);
     r.sampling.validate(vocab());
   }
 }
 
-// Groups are admitted strictly in order, a group together with its first member, so the first in line always gets what
-// the running ones give back and nobody can hold memory while waiting for more.
+// Groups are admitted strictly in order, a group together with its first member, so the first in line always
+// gets what the running ones give back and nobody can hold memory while waiting for more.
 void Engine::Impl::admit() {
   int64_t prompts = 0;
   for (const auto& g : groups) prompts += g->admitted ? 1 : 0;
@@ -135,7 +141,8 @@ void Engine::Impl::admit() {
       ++prompts;
     }
     if (!g->logits.empty()) start_members(*g);
-    if (!g->waiting.empty() && !g->logits.empty()) return;  // its members do not all fit yet: nobody passes them
+    // Its members do not all fit yet: nobody passes them.
+    if (!g->waiting.empty() && !g->logits.empty()) return;
   }
 }
 
@@ -164,7 +171,8 @@ void Engine::Impl::start_members(Group& g) {
 // The prompt's state is not needed any more; its full blocks live on in the members, if there are any.
 void Engine::Impl::release_prompt(Group& g) {
   g.state.release();
-  const int64_t keep = g.alive > 0 ? std::min(g.reserved, pool.shared_bytes(static_cast<int64_t>(g.prompt.size()))) : 0;
+  const int64_t keep =
+      g.alive > 0 ? std::min(g.reserved, pool.shared_bytes(static_cast<int64_t>(g.prompt.size()))) : 0;
   pool.unreserve(g.reserved - keep);
   g.reserved = keep;
 }
@@ -205,7 +213,8 @@ void Engine::Impl::gather() {
     const int64_t count = std::min(left, pending);
     left -= count;
     counters.prefilled_tokens += count;
-    add_rows(m.state, count, {&m, nullptr, count, count == pending}, [&](int64_t i) { return m.token_at(i); });
+    add_rows(m.state, count, {&m, nullptr, count, count == pending},
+             [&](int64_t i) { return m.token_at(i); });
   }
   for (auto& g : groups) {
     if (!g->admitted || !g->logits.empty() || left == 0) continue;
@@ -213,7 +222,8 @@ void Engine::Impl::gather() {
     const int64_t count = std::min(left, pending);
     left -= count;
     counters.prefilled_tokens += count;
-    add_rows(g->state, count, {nullptr, g.get(), count, count == pending}, [&](int64_t i) { return g->prompt[static_cast<size_t>(i)]; });
+    add_rows(g->state, count, {nullptr, g.get(), count, count == pending},
+             [&](int64_t i) { return g->prompt[static_cast<size_t>(i)]; });
   }
 }
 
@@ -253,24 +263,26 @@ void Engine::Impl::compute() {
 
 void Engine::Impl::draw(std::vector<GeneratedToken>& out) {
   const int64_t V = vocab();
-  ctx.parallel_for(static_cast<int64_t>(draws.size()), std::max<int64_t>(1, 4096 / V), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      Draw& d = draws[static_cast<size_t>(i)];
-      const Member& m = *d.member;
-      const auto index = static_cast<int64_t>(m.generated.size());
-      const float inv_temperature = m.request.sampling.inv_temperature();
-      const kernels::LogitStats stats = kernels::logits_stats(d.logits, V, inv_temperature);
-      d.out.id = m.request.id;
-      d.out.token = kernels::sample_token(d.logits, V, m.request.sampling, m.request.seed, index, m.group->prompt, m.generated);
-      d.out.logprob = kernels::logit_logprob(d.logits[d.out.token], inv_temperature, stats.lse);
-      d.out.entropy = stats.entropy;
-      d.out.version = version;
-      const auto& stop = m.group->stop_tokens;
-      d.out.finish = std::find(stop.begin(), stop.end(), d.out.token) != stop.end() ? FinishReason::kStop
-                     : index + 1 >= m.request.max_new_tokens                        ? FinishReason::kLength
-                                                                                    : FinishReason::kNone;
-    }
-  });
+  ctx.parallel_for(
+      static_cast<int64_t>(draws.size()), std::max<int64_t>(1, 4096 / V), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          Draw& d = draws[static_cast<size_t>(i)];
+          const Member& m = *d.member;
+          const auto index = static_cast<int64_t>(m.generated.size());
+          const float inv_temperature = m.request.sampling.inv_temperature();
+          const kernels::LogitStats stats = kernels::logits_stats(d.logits, V, inv_temperature);
+          d.out.id = m.request.id;
+          d.out.token = kernels::sample_token(d.logits, V, m.request.sampling, m.request.seed, index,
+                                              m.group->prompt, m.generated);
+          d.out.logprob = kernels::logit_logprob(d.logits[d.out.token], inv_temperature, stats.lse);
+          d.out.entropy = stats.entropy;
+          d.out.version = version;
+          const auto& stop = m.group->stop_tokens;
+          d.out.finish = std::find(stop.begin(), stop.end(), d.out.token) != stop.end() ? FinishReason::kStop
+                         : index + 1 >= m.request.max_new_tokens ? FinishReason::kLength
+                                                                 : FinishReason::kNone;
+        }
+      });
   counters.generated_tokens += static_cast<int64_t>(draws.size());
   for (const Draw& d : draws) {
     d.member->generated.push_back(d.out.token);
@@ -315,15 +327,17 @@ void Engine::set_weights(const std::byte* weights, uint32_t version) {
   Impl& e = *impl_;
   e.weights = {&e.layout, weights};
   e.version = version;
-  // What was computed for tokens that nobody has drawn from yet starts over: position p belongs to the version of the
-  // token at p + 1.
+  // What was computed for tokens that nobody has drawn from yet starts over: position p belongs to the
+  // version of the token at p + 1.
   for (auto& g : e.groups)
     if (g->admitted) g = e.restart(*g);
   for (Member& m : e.running)
     if (!m.sampled_any()) m.state = e.pool.create();
 }
 
-uint32_t Engine::version() const { return impl_->version; }
+uint32_t Engine::version() const {
+  return impl_->version;
+}
 
 void Engine::submit(GenerationGroup group) {
   if (group.members.empty()) return;
@@ -350,7 +364,8 @@ void Engine::cancel(uint64_t id) {
     }
   }
   for (auto& g : e.groups) {
-    const auto it = std::find_if(g->waiting.begin(), g->waiting.end(), [&](const GenerationRequest& r) { return r.id == id; });
+    const auto it = std::find_if(g->waiting.begin(), g->waiting.end(),
+                                 [&](const GenerationRequest& r) { return r.id == id; });
     if (it == g->waiting.end()) continue;
     g->waiting.erase(it);
     e.ids.erase(id);
@@ -362,7 +377,9 @@ void Engine::cancel(uint64_t id) {
   }
 }
 
-bool Engine::idle() const { return impl_->running.empty() && impl_->groups.empty(); }
+bool Engine::idle() const {
+  return impl_->running.empty() && impl_->groups.empty();
+}
 
 void Engine::step(std::vector<GeneratedToken>& out) {
   if (idle()) return;

@@ -2,11 +2,13 @@
 
 namespace perigee::policy {
 
-std::vector<MicroBatch> pack(std::span<const TrainSequence* const> sequences, int64_t max_tokens, bool every_token) {
+std::vector<MicroBatch> pack(std::span<const TrainSequence* const> sequences, int64_t max_tokens,
+                             bool every_token) {
   std::vector<MicroBatch> out;
   for (const TrainSequence* s : sequences) {
     const auto n = static_cast<int64_t>(s->tokens.size());
-    PERIGEE_CHECK(n > 0 && s->mask.size() == s->tokens.size() && s->mask[0] == 0, "tokens {} mask {}", n, s->mask.size());
+    PERIGEE_CHECK(n > 0 && s->mask.size() == s->tokens.size() && s->mask[0] == 0, "tokens {} mask {}", n,
+                  s->mask.size());
     PERIGEE_CHECK(s->curated || s->mu.size() == s->tokens.size(), "tokens {} mu {}", n, s->mu.size());
     if (out.empty() || static_cast<int64_t>(out.back().tokens.size()) + n > max_tokens ||
         out.back().temperature != s->temperature || out.back().curated != s->curated) {

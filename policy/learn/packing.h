@@ -9,8 +9,8 @@
 
 namespace perigee::policy {
 
-// Whole sequences, one after the other. Only the positions that are trained on go through the vocabulary: entry i says
-// that the hidden state of row rows[i] predicts targets[i].
+// Whole sequences, one after the other. Only the positions that are trained on go through the vocabulary:
+// entry i says that the hidden state of row rows[i] predicts targets[i].
 struct MicroBatch {
   std::vector<const TrainSequence*> sequences;
   std::vector<int32_t> tokens;
@@ -26,6 +26,7 @@ struct MicroBatch {
 
 // In the order given; a new micro-batch starts where the next sequence would exceed max_tokens, or differs in
 // temperature or in being curated. every_token: take every position but the first, whatever the mask.
-std::vector<MicroBatch> pack(std::span<const TrainSequence* const> sequences, int64_t max_tokens, bool every_token);
+std::vector<MicroBatch> pack(std::span<const TrainSequence* const> sequences, int64_t max_tokens,
+                             bool every_token);
 
 }  // namespace perigee::policy

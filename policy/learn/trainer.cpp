@@ -15,11 +15,13 @@ using namespace kernels;
 
 // What the head says about the entries of a micro-batch. Memory: scratch.
 struct Predictions {
-  float* hidden = nullptr;  // [entries, D] gathered rows
+  float* hidden = nullptr;                                       // [entries, D] gathered rows
   float *logprob = nullptr, *lse = nullptr, *entropy = nullptr;  // [entries]
 };
 
-float inv_temperature(float temperature) { return temperature > 0 ? 1.0f / temperature : 1.0f; }
+float inv_temperature(float temperature) {
+  return temperature > 0 ? 1.0f / temperature : 1.0f;
+}
 
 Predictions predict(Context& ctx, const Weights& weights, const MicroBatch& b, const float* hidden) {
   const int64_t D = weights.layout->config().hidden_size, n = b.entries();
@@ -28,9 +30,10 @@ Predictions predict(Context& ctx, const Weights& weights, const MicroBatch& b, c
   p.logprob = ctx.scratch.take<float>(n);
   p.lse = ctx.scratch.take<float>(n);
   p.entropy = ctx.scratch.take<float>(n);
-  for (int64_t i = 0; i < n; ++i) std::copy_n(hidden + b.rows[static_cast<size_t>(i)] * D, D, p.hidden + i * D);
-  vocab_logprob_forward(ctx, n, p.hidden, D, weights.matrix(weights.layout->head()), inv_temperature(b.temperature), b.targets.data(), p.logprob, p.lse,
-                        p.entropy);
+  for (int64_t i = 0; i < n; ++i)
+    std::copy_n(hidden + b.rows[static_cast<size_t>(i)] * D, D, p.hidden + i * D);
+  vocab_logprob_forward(ctx, n, p.hidden, D, weights.matrix(weights.layout->head()),
+                        inv_temperature(b.temperature), b.targets.data(), p.logprob, p.lse, p.entropy);
   return p;
 }
 
@@ -52,7 +55,8 @@ struct Trainer::Impl {
   std::vector<float> masters;  // bfloat16 weights only; empty until the first step
   std::vector<Range> trained;  // elements changed by gradients
 
-  Impl(Context& c, const ParamLayout& l, const TrainerConfig& t) : ctx(c), layout(l), config(t), schedule(t.schedule) {
+  Impl(Context& c, const ParamLayout& l, const TrainerConfig& t)
+      : ctx(c), layout(l), config(t), schedule(t.schedule) {
     const auto n = static_cast<size_t>(layout.elements());
     m.assign(n, 0);
     v.assign(n, 0);
@@ -76,7 +80,8 @@ struct Trainer::Impl {
   };
 
   // Entries' log-probabilities under other weights, for micro-batches packed the same way.
-  std::vector<std::vector<float>> frozen_logprobs(const std::byte* weights, const std::vector<MicroBatch>& batches) {
+  std::vector<std::vector<float>> frozen_logprobs(const std::byte* weights,
+                                                  const std::vector<MicroBatch>& batches) {
     std::vector<std::vector<float>> out;
     for (const MicroBatch& b : batches) {
       TrainPass pass(ctx, {&layout, weights}, true);
@@ -86,14 +91,16 @@ struct Trainer::Impl {
     return out;
   }
 
-  void accumulate(const std::byte* weights, const std::vector<MicroBatch>& batches, const std::vector<std::vector<float>>& old,
-                  const std::vector<std::vector<float>>& ref, float* grad, Totals& totals);
-  void backward(const MicroBatch& b, const std::byte* weights, const Predictions& p, const float* dlogprob, const float* dentropy, TrainPass& pass,
-                float* grad);
+  void accumulate(const std::byte* weights, const std::vector<MicroBatch>& batches,
+                  const std::vector<std::vector<float>>& old, const std::vector<std::vector<float>>& ref,
+                  float* grad, Totals& totals);
+  void backward(const MicroBatch& b, const std::byte* weights, const Predictions& p, const float* dlogprob,
+                const float* dentropy, TrainPass& pass, float* grad);
   void require_finite(const MicroBatch& b, const std::byte* weights, const Predictions& p);
   void require_finite_gradient(const float* grad);
   StepMetrics metrics(const Totals& totals, const float* grad);
-  void apply(const std::byte* weights_in, std::byte* weights_out, const StepMetrics& metrics, const Totals& totals);
+  void apply(const std::byte* weights_in, std::byte* weights_out, const StepMetrics& metrics,
+             const Totals& totals);
   void balance_router(std::byte* weights, const std::vector<int64_t>& load);
 };
 
@@ -102,17 +109,22 @@ void Trainer::Impl::require_finite(const MicroBatch& b, const std::byte* weights
   if (bad < 0) return;
   const int64_t row = b.rows[static_cast<size_t>(bad)];
   int64_t sequence = 0, begin = 0;
-  while (begin + b.lengths[static_cast<size_t>(sequence)] <= row) begin += b.lengths[static_cast<size_t>(sequence++)];
+  while (begin + b.lengths[static_cast<size_t>(sequence)] <= row)
+    begin += b.lengths[static_cast<size_t>(sequence++)];
   // Run it again and look at the residual stream after each layer.
   int64_t layer_found = -1;
   const int64_t D = layout.config().hidden_size;
   TrainPass pass(ctx, {&layout, weights}, true);
   pass.forward(b.tokens, b.lengths, [&](int64_t layer, const float* x, const int32_t*) {
-    if (layer_found < 0 && first_nonfinite(ctx, static_cast<int64_t>(b.tokens.size()) * D, x) >= 0) layer_found = layer;
+    if (layer_found < 0 && first_nonfinite(ctx, static_cast<int64_t>(b.tokens.size()) * D, x) >= 0)
+      layer_found = layer;
   });
-  const std::string where = layer_found >= 0 ? fmt::format("first in layer {}", layer_found) : std::string("in the head");
-  throw_environment("NaN or infinity in the forward pass, {} (sequence {} of the micro-batch, token {}); weights and optimiser state are unchanged", where,
-                    sequence, row - begin + 1);
+  const std::string where =
+      layer_found >= 0 ? fmt::format("first in layer {}", layer_found) : std::string("in the head");
+  throw_environment(
+      "NaN or infinity in the forward pass, {} (sequence {} of the micro-batch, token {}); weights and "
+      "optimiser state are unchanged",
+      where, sequence, row - begin + 1);
 }
 
 void Trainer::Impl::require_finite_gradient(const float* grad) {
@@ -120,25 +132,30 @@ void Trainer::Impl::require_finite_gradient(const float* grad) {
   if (bad < 0) return;
   for (const ParamSpec& t : layout.tensors())
     if (bad >= t.element_offset && bad < t.element_offset + t.elements)
-      throw_environment("NaN or infinity in the gradient of {}; weights and optimiser state are unchanged", t.name);
+      throw_environment("NaN or infinity in the gradient of {}; weights and optimiser state are unchanged",
+                        t.name);
   throw_environment("NaN or infinity in the gradient; weights and optimiser state are unchanged");
 }
 
-void Trainer::Impl::backward(const MicroBatch& b, const std::byte* weights, const Predictions& p, const float* dlogprob, const float* dentropy,
-                             TrainPass& pass, float* grad) {
+void Trainer::Impl::backward(const MicroBatch& b, const std::byte* weights, const Predictions& p,
+                             const float* dlogprob, const float* dentropy, TrainPass& pass, float* grad) {
   const Weights w{&layout, weights};
-  const int64_t D = layout.config().hidden_size, n = b.entries(), rows = static_cast<int64_t>(b.tokens.size());
+  const int64_t D = layout.config().hidden_size, n = b.entries(),
+                rows = static_cast<int64_t>(b.tokens.size());
   Scratch::Mark mark(ctx.scratch);
   float* dentry = ctx.scratch.take<float>(n * D);
   float* dhidden = ctx.scratch.take<float>(rows * D);
-  vocab_logprob_backward(ctx, n, p.hidden, D, w.matrix(layout.head()), inv_temperature(b.temperature), b.targets.data(), p.lse, p.entropy, dlogprob,
-                         dentropy, dentry, D, grad + layout.tensor(layout.head()).element_offset);
+  vocab_logprob_backward(ctx, n, p.hidden, D, w.matrix(layout.head()), inv_temperature(b.temperature),
+                         b.targets.data(), p.lse, p.entropy, dlogprob, dentropy, dentry, D,
+                         grad + layout.tensor(layout.head()).element_offset);
   std::memset(dhidden, 0, static_cast<size_t>(rows * D) * sizeof(float));
-  for (int64_t i = 0; i < n; ++i) std::copy_n(dentry + i * D, D, dhidden + b.rows[static_cast<size_t>(i)] * D);
+  for (int64_t i = 0; i < n; ++i)
+    std::copy_n(dentry + i * D, D, dhidden + b.rows[static_cast<size_t>(i)] * D);
   pass.backward(dhidden, grad);
 }
 
-void Trainer::Impl::accumulate(const std::byte* weights, const std::vector<MicroBatch>& batches, const std::vector<std::vector<float>>& old,
+void Trainer::Impl::accumulate(const std::byte* weights, const std::vector<MicroBatch>& batches,
+                               const std::vector<std::vector<float>>& old,
                                const std::vector<std::vector<float>>& ref, float* grad, Totals& totals) {
   Normalizer norm;
   int64_t curated_tokens = 0, policy_sequences = 0;
@@ -203,7 +220,9 @@ StepMetrics Trainer::Impl::metrics(const Totals& t, const float* grad) {
   out.policy_loss = s.policy_loss;
   out.ptx_loss = t.ptx;
   out.kl = s.mean_kl();
-  out.entropy = s.kept_tokens() > 0 ? s.mean_entropy() : t.ptx_tokens > 0 ? s.entropy_sum / static_cast<double>(t.ptx_tokens) : 0;
+  out.entropy = s.kept_tokens() > 0 ? s.mean_entropy()
+                : t.ptx_tokens > 0  ? s.entropy_sum / static_cast<double>(t.ptx_tokens)
+                                    : 0;
   out.clip_fraction = s.clip_fraction();
   out.ratio_mean = s.kept_tokens() > 0 ? s.mean_ratio() : 1;
   out.mismatch_kl = s.mean_mismatch();
@@ -213,7 +232,8 @@ StepMetrics Trainer::Impl::metrics(const Totals& t, const float* grad) {
   out.trained_tokens = t.trained_tokens;
   out.sequences = t.sequences;
   out.dropped_sequences = s.dropped_sequences;
-  if (!std::isfinite(out.loss)) throw_environment("NaN or infinity in the loss; weights and optimiser state are unchanged");
+  if (!std::isfinite(out.loss))
+    throw_environment("NaN or infinity in the loss; weights and optimiser state are unchanged");
   require_finite_gradient(grad);
   out.grad_norm = std::sqrt(sum_of_squares(ctx, layout.elements(), grad));
   const auto experts = static_cast<size_t>(std::max<int64_t>(layout.config().num_experts, 1));
@@ -223,12 +243,16 @@ StepMetrics Trainer::Impl::metrics(const Totals& t, const float* grad) {
       sum += t.expert_load[e];
       most = std::max(most, t.expert_load[e]);
     }
-    if (sum > 0) out.router_max_load = std::max(out.router_max_load, static_cast<double>(most) * static_cast<double>(experts) / static_cast<double>(sum));
+    if (sum > 0)
+      out.router_max_load =
+          std::max(out.router_max_load,
+                   static_cast<double>(most) * static_cast<double>(experts) / static_cast<double>(sum));
   }
   return out;
 }
 
-void Trainer::Impl::apply(const std::byte* weights_in, std::byte* weights_out, const StepMetrics& metrics, const Totals& totals) {
+void Trainer::Impl::apply(const std::byte* weights_in, std::byte* weights_out, const StepMetrics& metrics,
+                          const Totals& totals) {
   const bool narrow = layout.dtype() == Dtype::kBf16;
   if (narrow && masters.empty()) {
     masters.resize(static_cast<size_t>(layout.elements()));
@@ -241,19 +265,22 @@ void Trainer::Impl::apply(const std::byte* weights_in, std::byte* weights_out, c
   p.eps = static_cast<float>(config.eps);
   p.weight_decay = static_cast<float>(config.weight_decay);
   p.step = steps + 1;
-  if (config.grad_clip > 0 && metrics.grad_norm > config.grad_clip) p.grad_scale = static_cast<float>(config.grad_clip / metrics.grad_norm);
+  if (config.grad_clip > 0 && metrics.grad_norm > config.grad_clip)
+    p.grad_scale = static_cast<float>(config.grad_clip / metrics.grad_norm);
   // In float32 the weights arena has the flat layout: it is its own master.
-  if (!narrow && weights_out != weights_in) std::memcpy(weights_out, weights_in, static_cast<size_t>(layout.weight_bytes()));
+  if (!narrow && weights_out != weights_in)
+    std::memcpy(weights_out, weights_in, static_cast<size_t>(layout.weight_bytes()));
   float* to = narrow ? masters.data() : reinterpret_cast<float*>(weights_out);
   for (const Range& r : trained)
-    adamw_step(ctx, p, r.count, to + r.begin, to + r.begin, gradient.data() + r.begin, m.data() + r.begin, v.data() + r.begin);
+    adamw_step(ctx, p, r.count, to + r.begin, to + r.begin, gradient.data() + r.begin, m.data() + r.begin,
+               v.data() + r.begin);
   if (config.router_bias_rate > 0) balance_router(reinterpret_cast<std::byte*>(to), totals.expert_load);
   if (narrow) layout.flat_to_weights(masters.data(), weights_out);
   ++steps;
 }
 
-// Auxiliary-loss-free balancing (DeepSeek-V3, arXiv 2412.19437 section 2.1.2): an expert that got less than its share is
-// made a little easier to choose. `flat` is a flat f32 arena.
+// Auxiliary-loss-free balancing (DeepSeek-V3, arXiv 2412.19437 section 2.1.2): an expert that got less than
+// its share is made a little easier to choose. `flat` is a flat f32 arena.
 void Trainer::Impl::balance_router(std::byte* flat, const std::vector<int64_t>& load) {
   const ModelConfig& c = layout.config();
   size_t first = 0;
@@ -266,13 +293,15 @@ void Trainer::Impl::balance_router(std::byte* flat, const std::vector<int64_t>& 
     float* bias = reinterpret_cast<float*>(flat) + layout.tensor(layout.layer(i).router_bias).element_offset;
     for (size_t e = 0; e < experts; ++e) {
       const int64_t difference = sum - load[first + e] * static_cast<int64_t>(experts);
-      bias[e] += static_cast<float>(config.router_bias_rate) * static_cast<float>((difference > 0) - (difference < 0));
+      bias[e] += static_cast<float>(config.router_bias_rate) *
+                 static_cast<float>((difference > 0) - (difference < 0));
     }
     first += experts;
   }
 }
 
-Trainer::Trainer(Context& ctx, const ParamLayout& layout, const TrainerConfig& config) : impl_(std::make_unique<Impl>(ctx, layout, config)) {
+Trainer::Trainer(Context& ctx, const ParamLayout& layout, const TrainerConfig& config)
+    : impl_(std::make_unique<Impl>(ctx, layout, config)) {
   check_config(config.loss);
   PERIGEE_CHECK(config.micro_batch_tokens > 0 && config.minibatches > 0);
 }
@@ -281,21 +310,24 @@ Trainer::~Trainer() = default;
 namespace {
 
 // Part `part` of `parts`, plain and curated sequences cut alike, in order.
-std::vector<const TrainSequence*> minibatch(const std::vector<TrainSequence>& batch, int64_t part, int64_t parts) {
+std::vector<const TrainSequence*> minibatch(const std::vector<TrainSequence>& batch, int64_t part,
+                                            int64_t parts) {
   std::vector<const TrainSequence*> out;
   for (const bool curated : {false, true}) {
     std::vector<const TrainSequence*> kind;
     for (const TrainSequence& s : batch)
       if (s.curated == curated) kind.push_back(&s);
     const auto n = static_cast<int64_t>(kind.size());
-    for (int64_t i = n * part / parts; i < n * (part + 1) / parts; ++i) out.push_back(kind[static_cast<size_t>(i)]);
+    for (int64_t i = n * part / parts; i < n * (part + 1) / parts; ++i)
+      out.push_back(kind[static_cast<size_t>(i)]);
   }
   return out;
 }
 
 }  // namespace
 
-StepMetrics Trainer::step(const std::byte* weights_in, std::byte* weights_out, const std::vector<TrainSequence>& batch, const std::byte* reference) {
+StepMetrics Trainer::step(const std::byte* weights_in, std::byte* weights_out,
+                          const std::vector<TrainSequence>& batch, const std::byte* reference) {
   Impl& s = *impl_;
   PERIGEE_CHECK(weights_in != weights_out && !batch.empty());
   PERIGEE_CHECK(s.config.loss.kl_coef == 0 || reference != nullptr, "a KL term needs a reference policy");
@@ -305,8 +337,10 @@ StepMetrics Trainer::step(const std::byte* weights_in, std::byte* weights_out, c
   for (int64_t part = 0; part < parts; ++part) {
     minibatches.push_back(pack(minibatch(batch, part, parts), s.config.micro_batch_tokens, false));
     // With one optimiser step per batch the snapshot is the policy itself, and the ratio exactly 1.
-    old.push_back(parts > 1 ? s.frozen_logprobs(weights_in, minibatches.back()) : std::vector<std::vector<float>>{});
-    ref.push_back(s.config.loss.kl_coef != 0 ? s.frozen_logprobs(reference, minibatches.back()) : std::vector<std::vector<float>>{});
+    old.push_back(parts > 1 ? s.frozen_logprobs(weights_in, minibatches.back())
+                            : std::vector<std::vector<float>>{});
+    ref.push_back(s.config.loss.kl_coef != 0 ? s.frozen_logprobs(reference, minibatches.back())
+                                             : std::vector<std::vector<float>>{});
   }
   // Only a failure after the first of several optimiser steps has anything to undo.
   std::vector<std::byte> saved;
@@ -322,7 +356,8 @@ StepMetrics Trainer::step(const std::byte* weights_in, std::byte* weights_out, c
       if (minibatches[static_cast<size_t>(part)].empty()) continue;
       std::fill(s.gradient.begin(), s.gradient.end(), 0.0f);
       Impl::Totals totals;
-      s.accumulate(current, minibatches[static_cast<size_t>(part)], old[static_cast<size_t>(part)], ref[static_cast<size_t>(part)], s.gradient.data(), totals);
+      s.accumulate(current, minibatches[static_cast<size_t>(part)], old[static_cast<size_t>(part)],
+                   ref[static_cast<size_t>(part)], s.gradient.data(), totals);
       StepMetrics m = s.metrics(totals, s.gradient.data());
       m.lr = scheduled_lr(s.schedule, s.steps - s.schedule_start);
       s.apply(current, weights_out, m, totals);
@@ -330,8 +365,10 @@ StepMetrics Trainer::step(const std::byte* weights_in, std::byte* weights_out, c
       ++done;
       const double share = 1.0 / static_cast<double>(done);
       const auto mean = [&](double StepMetrics::*f) { sum.*f += (m.*f - sum.*f) * share; };
-      for (auto f : {&StepMetrics::loss, &StepMetrics::policy_loss, &StepMetrics::kl, &StepMetrics::entropy, &StepMetrics::ptx_loss, &StepMetrics::grad_norm,
-                     &StepMetrics::lr, &StepMetrics::clip_fraction, &StepMetrics::mismatch_kl, &StepMetrics::mismatch_share, &StepMetrics::ratio_mean})
+      for (auto f :
+           {&StepMetrics::loss, &StepMetrics::policy_loss, &StepMetrics::kl, &StepMetrics::entropy,
+            &StepMetrics::ptx_loss, &StepMetrics::grad_norm, &StepMetrics::lr, &StepMetrics::clip_fraction,
+            &StepMetrics::mismatch_kl, &StepMetrics::mismatch_share, &StepMetrics::ratio_mean})
         mean(f);
       sum.mismatch_max = std::max(sum.mismatch_max, m.mismatch_max);
       sum.router_max_load = std::max(sum.router_max_load, m.router_max_load);
@@ -347,7 +384,8 @@ StepMetrics Trainer::step(const std::byte* weights_in, std::byte* weights_out, c
   return sum;
 }
 
-StepMetrics Trainer::gradients(const std::byte* weights, const std::vector<TrainSequence>& batch, float* gradient, const std::byte* reference) {
+StepMetrics Trainer::gradients(const std::byte* weights, const std::vector<TrainSequence>& batch,
+                               float* gradient, const std::byte* reference) {
   Impl& s = *impl_;
   const auto batches = pack(minibatch(batch, 0, 1), s.config.micro_batch_tokens, false);
   std::vector<std::vector<float>> ref;
@@ -358,7 +396,8 @@ StepMetrics Trainer::gradients(const std::byte* weights, const std::vector<Train
   return s.metrics(totals, gradient);
 }
 
-std::vector<float> Trainer::logprobs(const std::byte* weights, const std::vector<TrainSequence>& batch, std::vector<float>* entropy) {
+std::vector<float> Trainer::logprobs(const std::byte* weights, const std::vector<TrainSequence>& batch,
+                                     std::vector<float>* entropy) {
   Impl& s = *impl_;
   std::vector<const TrainSequence*> all;
   for (const TrainSequence& q : batch) all.push_back(&q);
@@ -379,7 +418,9 @@ std::vector<float> Trainer::logprobs(const std::byte* weights, const std::vector
   return out;
 }
 
-int64_t Trainer::steps_done() const { return impl_->steps; }
+int64_t Trainer::steps_done() const {
+  return impl_->steps;
+}
 
 void Trainer::set_schedule(const ScheduleParams& schedule, int64_t first_step) {
   impl_->schedule = schedule;

@@ -1,6 +1,6 @@
 // One learner step: loss over a batch of packed sequences, gradients, clipping, AdamW, a new set of weights.
-// A step is a pure function of (weights, optimiser state, batch, configuration): running it again gives the same bits,
-// which is how a crashed learner catches up and how any policy version is rebuilt from the store.
+// A step is a pure function of (weights, optimiser state, batch, configuration): running it again gives the
+// same bits, which is how a crashed learner catches up and how any policy version is rebuilt from the store.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -19,30 +19,30 @@ struct TrainerConfig {
   kernels::ScheduleParams schedule;
   double beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.0;
   double grad_clip = 1.0;             // global norm; 0: off
-  int64_t micro_batch_tokens = 8192;  // sequences are packed in order up to this many tokens; a longer one goes alone
-  int64_t minibatches = 1;            // optimiser steps per batch: the batch is cut into this many parts of whole sequences
-  bool recompute = false;             // recompute each layer's activations in the backward instead of keeping them
-  double router_bias_rate = 0;        // aux-loss-free balancing: bias += rate * sign(mean load - load); 0: off
-  double ptx_coef = 0;                // weight of the negative log-likelihood of curated sequences in the batch
+  int64_t micro_batch_tokens = 8192;  // whole sequences in order up to this many; a longer one goes alone
+  int64_t minibatches = 1;            // optimiser steps per batch, each on a share of its whole sequences
+  bool recompute = false;             // compute activations again in the backward instead of keeping them
+  double router_bias_rate = 0;        // balancing: bias += rate * sign(mean load - load); 0: off
+  double ptx_coef = 0;                // weight of the negative log-likelihood of curated sequences
 };
 
 // One sequence to learn from.
 struct TrainSequence {
   std::vector<int32_t> tokens;  // prompt and response
-  std::vector<uint8_t> mask;    // [tokens] 1 where the token is trained on: the policy generated it; mask[0] is 0
-  std::vector<float> mu;        // [tokens], or empty when curated: the sampler's log-probability where mask is 1
+  std::vector<uint8_t> mask;    // [tokens] 1: trained on, as the policy generated it; mask[0] is 0
+  std::vector<float> mu;        // [tokens] the sampler's log-probability where mask is 1; empty: curated
   float temperature = 1;        // of sampling; log-probabilities are taken at it
   float advantage = 0;
-  float reward = 0;             // for k15
-  int32_t group = 0;            // index of its group in the batch
-  bool curated = false;         // a worked example: trained by negative log-likelihood (warm-up, PTX)
+  float reward = 0;      // for k15
+  int32_t group = 0;     // index of its group in the batch
+  bool curated = false;  // a worked example: trained by negative log-likelihood (warm-up, PTX)
 };
 
 struct StepMetrics {
   double loss = 0, policy_loss = 0, kl = 0, entropy = 0, ptx_loss = 0;
   double grad_norm = 0, lr = 0, clip_fraction = 0, ratio_mean = 1;
   double mismatch_kl = 0, mismatch_max = 0, mismatch_share = 0;  // sampler against learner (losses.md)
-  double router_max_load = 0;   // largest expert load over the mean, worst layer
+  double router_max_load = 0;  // largest expert load over the mean, worst layer
   int64_t tokens = 0, trained_tokens = 0, sequences = 0, dropped_sequences = 0;
 };
 
@@ -52,26 +52,29 @@ class Trainer {
   Trainer(kernels::Context& ctx, const ParamLayout& layout, const TrainerConfig& config);
   ~Trainer();
 
-  // A reinforcement-learning step (policy loss on the plain sequences, PTX on curated ones), or, when every sequence is
-  // curated, a supervised step (mean negative log-likelihood per token).
-  // weights_in -> weights_out (both weight_bytes(); may not alias). On NaN or infinity in the loss or a gradient throws
-  // Error(kEnvironment) naming where it first appeared; weights_in and the optimiser state are as before the call.
+  // A reinforcement-learning step (policy loss on the plain sequences, PTX on curated ones), or, when every
+  // sequence is curated, a supervised step (mean negative log-likelihood per token).
+  // weights_in -> weights_out (both weight_bytes(); may not alias). On NaN or infinity in the loss or a
+  // gradient throws Error(kEnvironment) naming where it first appeared; weights_in and the optimiser state
+  // are as before the call.
   // reference: weights of the reference policy for a KL term, or null when loss.kl_coef == 0.
-  StepMetrics step(const std::byte* weights_in, std::byte* weights_out, const std::vector<TrainSequence>& batch,
-                   const std::byte* reference = nullptr);
+  StepMetrics step(const std::byte* weights_in, std::byte* weights_out,
+                   const std::vector<TrainSequence>& batch, const std::byte* reference = nullptr);
 
-  // Log-probability of every token of the sequences given the tokens before it (the first token of each gets 0), at
-  // each sequence's temperature, by the forward pass that step() trains with. Concatenated over sequences.
+  // Log-probability of every token of the sequences given the tokens before it (the first token of each gets
+  // 0), at each sequence's temperature, by the forward pass that step() trains with. Concatenated over
+  // sequences.
   std::vector<float> logprobs(const std::byte* weights, const std::vector<TrainSequence>& batch,
                               std::vector<float>* entropy = nullptr);
 
-  // Loss and flat f32 gradient [layout.elements()] of one batch, as step() computes them. For tests and explain.
+  // Loss and flat f32 gradient [layout.elements()] of one batch, as step() computes them. For tests and
+  // explain.
   StepMetrics gradients(const std::byte* weights, const std::vector<TrainSequence>& batch, float* gradient,
                         const std::byte* reference = nullptr);
 
   int64_t steps_done() const;  // optimiser steps; part of the saved state
-  // The learning rate of the step after n finished ones is schedule at n - first_step: a new phase (warm-up, then
-  // reinforcement learning) restarts the schedule, not Adam's step count.
+  // The learning rate of the step after n finished ones is schedule at n - first_step: a new phase (warm-up,
+  // then reinforcement learning) restarts the schedule, not Adam's step count.
   void set_schedule(const kernels::ScheduleParams& schedule, int64_t first_step);
 
   // The optimiser state as one blob of bytes: m, v, masters (bfloat16 only), step counts. Exact.

@@ -41,16 +41,19 @@ SequenceState SequenceState::fork() const {
   SequenceState copy;
   copy.pool_ = pool_;
   copy.recurrent_ = pool_->take_recurrent();
-  std::memcpy(copy.recurrent_, recurrent_, static_cast<size_t>(pool_->layout().recurrent_floats()) * sizeof(float));
+  std::memcpy(copy.recurrent_, recurrent_,
+              static_cast<size_t>(pool_->layout().recurrent_floats()) * sizeof(float));
   const size_t full = static_cast<size_t>(position_ / kernels::kLatentPage);
   for (size_t i = 0; i < blocks_.size(); ++i) {
     if (i < full) {
       ++blocks_[i]->references;
       copy.blocks_.push_back(blocks_[i]);
     } else {
-      // The open block goes on differently in each fork. Whole, not only its filled rows: it lies layer by layer.
+      // The open block goes on differently in each fork. Whole, not only its filled rows: it lies layer by
+      // layer.
       Block* block = pool_->take_block();
-      std::memcpy(block->data, blocks_[i]->data, static_cast<size_t>(pool_->layout().block_floats()) * sizeof(float));
+      std::memcpy(block->data, blocks_[i]->data,
+                  static_cast<size_t>(pool_->layout().block_floats()) * sizeof(float));
       copy.blocks_.push_back(block);
     }
     copy.pages_.push_back(copy.blocks_.back()->data);
@@ -70,14 +73,16 @@ void SequenceState::release() {
   position_ = 0;
 }
 
-StatePool::StatePool(const ParamLayout& layout, int64_t budget_bytes) : layout_(layout.config()), budget_bytes_(budget_bytes) {}
+StatePool::StatePool(const ParamLayout& layout, int64_t budget_bytes)
+    : layout_(layout.config()), budget_bytes_(budget_bytes) {}
 
 StatePool::~StatePool() {
   for (float* p : memory_) std::free(p);
 }
 
 int64_t StatePool::bytes_for(int64_t tokens, int64_t shared_tokens) const {
-  const int64_t blocks = layout_.blocks_for(tokens) - shared_tokens / kernels::kLatentPage * (layout_.block_floats() > 0 ? 1 : 0);
+  const int64_t blocks = layout_.blocks_for(tokens) -
+                         shared_tokens / kernels::kLatentPage * (layout_.block_floats() > 0 ? 1 : 0);
   return (layout_.recurrent_floats() + blocks * layout_.block_floats()) * static_cast<int64_t>(sizeof(float));
 }
 
@@ -107,7 +112,9 @@ SequenceState StatePool::create() {
 float* StatePool::allocate(int64_t floats) {
   const size_t bytes = (static_cast<size_t>(floats > 0 ? floats : 1) * sizeof(float) + 63) / 64 * 64;
   auto* p = static_cast<float*>(std::aligned_alloc(64, bytes));
-  if (p == nullptr) throw_environment("out of memory for sequence states ({} MiB in use): lower engine.memory_mb", allocated_bytes_ >> 20);
+  if (p == nullptr)
+    throw_environment("out of memory for sequence states ({} MiB in use): lower engine.memory_mb",
+                      allocated_bytes_ >> 20);
   allocated_bytes_ += static_cast<int64_t>(bytes);
   memory_.push_back(p);
   return p;
@@ -122,7 +129,8 @@ float* StatePool::take_recurrent() {
 
 SequenceState::Block* StatePool::take_block() {
   if (free_blocks_.empty()) {
-    blocks_.push_back(std::make_unique<SequenceState::Block>(SequenceState::Block{allocate(layout_.block_floats()), 1}));
+    blocks_.push_back(
+        std::make_unique<SequenceState::Block>(SequenceState::Block{allocate(layout_.block_floats()), 1}));
     return blocks_.back().get();
   }
   SequenceState::Block* b = free_blocks_.back();

@@ -13,16 +13,17 @@ namespace perigee::policy {
 
 enum class LayerKind : uint8_t { kKda, kMla };
 
-// The eps of kv_a_layernorm, which is not rms_norm_eps (the released modelling code; docs/architecture.md,
-// "The model").
+// The eps of kv_a_layernorm, which is not rms_norm_eps.
+// (The released modelling code; docs/architecture.md, "The model".)
 inline constexpr float kMlaNormEps = 1e-6f;
 
 // Invariants, once parsed:
 //  1 layers.size() == moe.size() == num_layers
 //  2 moe layer i: num_experts > 0 && i >= first_k_dense_replace && i % moe_layer_freq == 0
 //  3 num_experts % expert_groups == 0, topk_groups <= expert_groups, and the kept groups hold at least top_k
-//  experts 4 bos, eos and pad are < vocab_size 5 the number of parameters, and of elements in any one tensor,
-//  fits in 2^47
+//    experts
+//  4 bos, eos and pad are < vocab_size
+//  5 the number of parameters, and of elements in any one tensor, fits in 2^47
 struct ModelConfig {
   int64_t vocab_size = 0;
   int64_t hidden_size = 0;
@@ -31,8 +32,8 @@ struct ModelConfig {
   float rms_norm_eps = 1e-5f;     // every norm but kv_a_layernorm
   float initializer_range = 0.02f;
   int64_t max_length = 1048576;  // tokens: model_max_length
-  kernels::Dtype dtype =
-      kernels::Dtype::kF32;  // of the weights in the checkpoint; A_log and dt_bias are always float32
+  // Of the weights in the checkpoint; A_log and dt_bias are always float32.
+  kernels::Dtype dtype = kernels::Dtype::kF32;
 
   // MLA
   int64_t num_heads = 0;

@@ -12,14 +12,18 @@ namespace {
 using namespace kernels;
 
 RouterShape router_shape(const ModelConfig& c) {
-  return {c.num_experts, c.experts_per_token, c.expert_groups, c.topk_groups, c.renormalize, c.routed_scaling_factor};
+  return {c.num_experts, c.experts_per_token, c.expert_groups,
+          c.topk_groups, c.renormalize,       c.routed_scaling_factor};
 }
 
-int64_t dense_width(const ModelConfig& c, bool moe) { return moe ? c.shared_intermediate_size() : c.intermediate_size; }
+int64_t dense_width(const ModelConfig& c, bool moe) {
+  return moe ? c.shared_intermediate_size() : c.intermediate_size;
+}
 
 }  // namespace
 
-void feed_forward_forward(const Pass& pass, int64_t layer, const float* x, FeedForwardActivations& a, float* y) {
+void feed_forward_forward(const Pass& pass, int64_t layer, const float* x, FeedForwardActivations& a,
+                          float* y) {
   const ModelConfig& c = pass.config;
   const LayerParams& p = pass.layout().layer(layer);
   const Weights& w = pass.weights;
@@ -66,7 +70,13 @@ void feed_forward_forward(const Pass& pass, int64_t layer, const float* x, FeedF
   size_t count = 0;
   for (int64_t e = 0; e < E; ++e) {
     const int64_t first = a.offsets[e], n = a.offsets[e + 1] - first;
-    if (n > 0) tasks[count++] = {w.matrix(p.expert_gate_up + static_cast<int>(e)), a.dispatched + first * D, D, n, a.expert_gate_up + first * 2 * Ie, 2 * Ie};
+    if (n > 0)
+      tasks[count++] = {w.matrix(p.expert_gate_up + static_cast<int>(e)),
+                        a.dispatched + first * D,
+                        D,
+                        n,
+                        a.expert_gate_up + first * 2 * Ie,
+                        2 * Ie};
   }
   if (dense) tasks[count++] = {w.matrix(p.gate_up), a.h, D, rows, a.gate_up, 2 * I};
   matmul(ctx, {tasks, count});
@@ -75,7 +85,13 @@ void feed_forward_forward(const Pass& pass, int64_t layer, const float* x, FeedF
   count = 0;
   for (int64_t e = 0; e < E; ++e) {
     const int64_t first = a.offsets[e], n = a.offsets[e + 1] - first;
-    if (n > 0) tasks[count++] = {w.matrix(p.expert_down + static_cast<int>(e)), a.expert_inner + first * Ie, Ie, n, a.expert_out + first * D, D};
+    if (n > 0)
+      tasks[count++] = {w.matrix(p.expert_down + static_cast<int>(e)),
+                        a.expert_inner + first * Ie,
+                        Ie,
+                        n,
+                        a.expert_out + first * D,
+                        D};
   }
   if (dense) {
     tasks[count++] = {w.matrix(p.down), a.inner, I, rows, y, D};
@@ -122,7 +138,8 @@ void feed_forward_backward(const Pass& pass, int64_t layer, const float* x, cons
     float* ddispatched = ctx.scratch.take<float>(slots * D);
     auto* inputs = ctx.scratch.take<MatmulGradInputTask>(E);
     auto* weights = ctx.scratch.take<MatmulGradWeightTask>(2 * E + 1);
-    moe_combine_backward(ctx, rows, c.experts_per_token, D, a.expert_out, a.slot, a.route_weights, dy, dout, droute);
+    moe_combine_backward(ctx, rows, c.experts_per_token, D, a.expert_out, a.slot, a.route_weights, dy, dout,
+                         droute);
     route_backward(ctx, router_shape(c), rows, a.logits, a.chosen, droute, dlogits);
 
     // Experts that got tokens.
@@ -140,9 +157,23 @@ void feed_forward_backward(const Pass& pass, int64_t layer, const float* x, cons
     matmul_grad_input(ctx, {inputs, count});
     swiglu_backward(ctx, slots, Ie, a.expert_gate_up, dinner, dgate_up);
     count = each_expert([&](size_t i, int e, int64_t first, int64_t n) {
-      inputs[i] = {w.matrix(p.expert_gate_up + e), dgate_up + first * 2 * Ie, 2 * Ie, n, ddispatched + first * D, D, false};
-      weights[2 * i] = {dout + first * D, D, a.expert_inner + first * Ie, Ie, n, grad(p.expert_down + e), D, Ie};
-      weights[2 * i + 1] = {dgate_up + first * 2 * Ie, 2 * Ie, a.dispatched + first * D, D, n, grad(p.expert_gate_up + e), 2 * Ie, D};
+      inputs[i] = {w.matrix(p.expert_gate_up + e),
+                   dgate_up + first * 2 * Ie,
+                   2 * Ie,
+                   n,
+                   ddispatched + first * D,
+                   D,
+                   false};
+      weights[2 * i] = {
+          dout + first * D, D, a.expert_inner + first * Ie, Ie, n, grad(p.expert_down + e), D, Ie};
+      weights[2 * i + 1] = {dgate_up + first * 2 * Ie,
+                            2 * Ie,
+                            a.dispatched + first * D,
+                            D,
+                            n,
+                            grad(p.expert_gate_up + e),
+                            2 * Ie,
+                            D};
     });
     matmul_grad_input(ctx, {inputs, count});
     weights[2 * count] = {dlogits, E, a.h, D, rows, grad(p.router), E, D};
@@ -151,7 +182,8 @@ void feed_forward_backward(const Pass& pass, int64_t layer, const float* x, cons
     const MatmulGradInputTask route{w.matrix(p.router), dlogits, E, rows, dh, D, true};
     matmul_grad_input(ctx, {&route, 1});
   }
-  rms_norm_backward(ctx, rows, D, x, D, w.vector(p.post_norm), c.rms_norm_eps, dh, D, dx, D, true, grad(p.post_norm));
+  rms_norm_backward(ctx, rows, D, x, D, w.vector(p.post_norm), c.rms_norm_eps, dh, D, dx, D, true,
+                    grad(p.post_norm));
 }
 
 }  // namespace perigee::policy

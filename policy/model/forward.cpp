@@ -42,7 +42,8 @@ void forward(Context& ctx, const Weights& weights, const StateLayout& state, std
 
   float* x = pass.take(D);
   float* y = pass.take(D);
-  embedding_forward(ctx, rows, D, c.vocab_size, weights.table(weights.layout->embed()), weights.layout->dtype(), tokens.data(), x);
+  embedding_forward(ctx, rows, D, c.vocab_size, weights.table(weights.layout->embed()),
+                    weights.layout->dtype(), tokens.data(), x);
   for (int64_t layer = 0; layer < c.num_layers; ++layer) {
     {
       Scratch::Mark half(ctx.scratch);
@@ -61,7 +62,8 @@ void forward(Context& ctx, const Weights& weights, const StateLayout& state, std
     add_inplace(ctx, rows * D, y, x);
     if (probe) probe(layer, x, a.chosen);
   }
-  rms_norm_forward(ctx, rows, D, x, D, weights.vector(weights.layout->final_norm()), c.rms_norm_eps, hidden, D);
+  rms_norm_forward(ctx, rows, D, x, D, weights.vector(weights.layout->final_norm()), c.rms_norm_eps, hidden,
+                   D);
 }
 
 }  // namespace perigee::policy

@@ -1,5 +1,6 @@
-// The model's forward pass over a packed batch: one function for prefill, decode and the learner, so that they compute
-// the same bits. Layers are pre-norm residual blocks (kimi_linear); see docs/architecture.md for the equations.
+// The model's forward pass over a packed batch: one function for prefill, decode and the learner, so that
+// they compute the same bits. Layers are pre-norm residual blocks (kimi_linear); see docs/architecture.md for
+// the equations.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -12,8 +13,9 @@
 
 namespace perigee::policy {
 
-// How one sequence's memory is laid out: a fixed recurrent part (KDA states and convolution windows of all KDA layers)
-// and latent blocks of kernels::kLatentPage tokens that each hold the rows of every MLA layer, [mla_layers][64][width].
+// How one sequence's memory is laid out: a fixed recurrent part (KDA states and convolution windows of all
+// KDA layers) and latent blocks of kernels::kLatentPage tokens that each hold the rows of every MLA layer,
+// [mla_layers][64][width].
 class StateLayout {
  public:
   explicit StateLayout(const ModelConfig& config);
@@ -34,18 +36,19 @@ class StateLayout {
 // Rows of the batch that continue one sequence, and where its memory lies.
 struct SequenceSlice {
   kernels::Slice slice;
-  float* recurrent = nullptr;         // inout [recurrent_floats]; zero at position 0
-  std::span<float* const> blocks;     // inout; at least blocks_for(position + count)
+  float* recurrent = nullptr;      // inout [recurrent_floats]; zero at position 0
+  std::span<float* const> blocks;  // inout; at least blocks_for(position + count)
 };
 
-// Called after each layer with the residual stream x [rows, hidden] and the chosen experts [rows, top_k] (null for a
-// dense layer). For tests and inspection.
+// Called after each layer with the residual stream x [rows, hidden] and the chosen experts [rows, top_k]
+// (null for a dense layer). For tests and inspection.
 using LayerProbe = std::function<void(int64_t layer, const float* x, const int32_t* chosen)>;
 
-// tokens [rows] -> hidden [rows, hidden_size] after the final norm. Slices cover disjoint rows; rows outside every
-// slice are not allowed. Temporaries come from ctx.scratch.
-void forward(kernels::Context& ctx, const Weights& weights, const StateLayout& state, std::span<const int32_t> tokens,
-             std::span<const SequenceSlice> slices, float* hidden, const LayerProbe& probe = {});
+// tokens [rows] -> hidden [rows, hidden_size] after the final norm. Slices cover disjoint rows; rows outside
+// every slice are not allowed. Temporaries come from ctx.scratch.
+void forward(kernels::Context& ctx, const Weights& weights, const StateLayout& state,
+             std::span<const int32_t> tokens, std::span<const SequenceSlice> slices, float* hidden,
+             const LayerProbe& probe = {});
 
 // Forward and backward over whole sequences (each from position 0), for the learner.
 // Between forward() and the object's end its activations live in ctx.scratch: objects nest like a stack.
@@ -57,9 +60,10 @@ class TrainPass {
   TrainPass(const TrainPass&) = delete;
   TrainPass& operator=(const TrainPass&) = delete;
 
-  // lengths: of the sequences, in the order they lie in tokens. Returns hidden [rows, hidden_size] after the final norm,
-  // with the same bits as perigee::policy::forward.
-  const float* forward(std::span<const int32_t> tokens, std::span<const int64_t> lengths, const LayerProbe& probe = {});
+  // lengths: of the sequences, in the order they lie in tokens. Returns hidden [rows, hidden_size] after the
+  // final norm, with the same bits as perigee::policy::forward.
+  const float* forward(std::span<const int32_t> tokens, std::span<const int64_t> lengths,
+                       const LayerProbe& probe = {});
 
   // dhidden [rows, hidden_size] -> gradient [layout.elements()], accumulated. Once per forward.
   void backward(const float* dhidden, float* gradient);

@@ -13,7 +13,12 @@ using namespace kernels;
 
 struct Dims {
   explicit Dims(const ModelConfig& c)
-      : D(c.hidden_size), H(c.kda_heads), d(c.kda_head_dim), wide(H * d), shape{H, d, d}, eps(c.rms_norm_eps) {}
+      : D(c.hidden_size),
+        H(c.kda_heads),
+        d(c.kda_head_dim),
+        wide(H * d),
+        shape{H, d, d},
+        eps(c.rms_norm_eps) {}
   int64_t D, H, d, wide;
   KdaShape shape;
   float eps;
@@ -110,8 +115,8 @@ void kda_half_forward(const Pass& pass, int64_t layer, const float* x, KdaActiva
   matmul(ctx, {&out, 1});
 }
 
-void kda_half_backward(const Pass& pass, int64_t layer, const float* x, const KdaActivations& a, const float* dy,
-                       float* dx, float* gradient) {
+void kda_half_backward(const Pass& pass, int64_t layer, const float* x, const KdaActivations& a,
+                       const float* dy, float* dx, float* gradient) {
   const Dims m(pass.config);
   const LayerParams& p = pass.layout().layer(layer);
   const Weights& w = pass.weights;
@@ -135,17 +140,20 @@ void kda_half_backward(const Pass& pass, int64_t layer, const float* x, const Kd
 
   const MatmulGradInputTask out_in{w.matrix(p.o), dy, m.D, rows, dnormed, m.wide, false};
   matmul_grad_input(ctx, {&out_in, 1});
-  gated_rms_norm_backward(ctx, rows, m.H, m.d, a.o, a.gate, w.vector(p.o_norm), m.eps, dnormed, d_o, dgate, grad(p.o_norm));
-  kda_backward(ctx, m.shape, a.qn, a.kn, a.v, a.g, a.beta, a.chunk_states, pass.slices, d_o, dq, dk, dv, dg, dbeta);
+  gated_rms_norm_backward(ctx, rows, m.H, m.d, a.o, a.gate, w.vector(p.o_norm), m.eps, dnormed, d_o, dgate,
+                          grad(p.o_norm));
+  kda_backward(ctx, m.shape, a.qn, a.kn, a.v, a.g, a.beta, a.chunk_states, pass.slices, d_o, dq, dk, dv, dg,
+               dbeta);
   // From here dg holds df and dbeta holds db.
-  kda_gate_backward(ctx, m.shape, rows, a.f, a.b, w.vector(p.a_log), w.vector(p.dt_bias), dg, dbeta, dg, dbeta, grad(p.a_log), grad(p.dt_bias));
+  kda_gate_backward(ctx, m.shape, rows, a.f, a.b, w.vector(p.a_log), w.vector(p.dt_bias), dg, dbeta, dg,
+                    dbeta, grad(p.a_log), grad(p.dt_bias));
   l2norm_backward(ctx, rows, m.H, m.d, m.q_scale(), a.q, dq, dq);
   l2norm_backward(ctx, rows, m.H, m.d, 1.0f, a.k, dk, dk);
   const float* const douts[3] = {dq, dk, dv};
   for (int64_t part = 0; part < 3; ++part) {
-    short_conv_backward(ctx, m.wide, a.qkv + part * m.wide, 3 * m.wide, w.vector(p.conv) + part * m.wide * kConvWidth,
-                        pass.slices, douts[part], m.wide, dqkv + part * m.wide, 3 * m.wide,
-                        grad(p.conv) + part * m.wide * kConvWidth);
+    short_conv_backward(ctx, m.wide, a.qkv + part * m.wide, 3 * m.wide,
+                        w.vector(p.conv) + part * m.wide * kConvWidth, pass.slices, douts[part], m.wide,
+                        dqkv + part * m.wide, 3 * m.wide, grad(p.conv) + part * m.wide * kConvWidth);
   }
   const std::array<MatmulGradInputTask, 2> narrow = {{
       {w.matrix(p.f_b), dg, m.wide, rows, df_low, m.d, false},
@@ -174,7 +182,8 @@ void kda_half_backward(const Pass& pass, int64_t layer, const float* x, const Kd
       {w.matrix(p.b), dbeta, m.H, rows, dh, m.D, true},
   }};
   for (const MatmulGradInputTask& t : project) matmul_grad_input(ctx, {&t, 1});
-  rms_norm_backward(ctx, rows, m.D, x, m.D, w.vector(p.input_norm), m.eps, dh, m.D, dx, m.D, true, grad(p.input_norm));
+  rms_norm_backward(ctx, rows, m.D, x, m.D, w.vector(p.input_norm), m.eps, dh, m.D, dx, m.D, true,
+                    grad(p.input_norm));
 }
 
 }  // namespace perigee::policy

@@ -1,7 +1,8 @@
-// The halves of a layer, forward and backward, as forward.cpp and train_pass.cpp string them together. Private to
-// policy/model. Each half computes y = f(norm(x)); the caller adds y to the residual stream.
+// The halves of a layer, forward and backward, as forward.cpp and train_pass.cpp string them together.
+// Private to policy/model. Each half computes y = f(norm(x)); the caller adds y to the residual stream.
 //
-// Activation structs hold what the backward reads; their memory is ctx.scratch, released by whoever holds the mark.
+// Activation structs hold what the backward reads; their memory is ctx.scratch, released by whoever holds the
+// mark.
 #pragma once
 #include <span>
 
@@ -18,8 +19,8 @@ struct Pass {
   const Weights& weights;
   const ModelConfig& config;
   int64_t rows;
-  // Inference: the sequences' memory. Training (state == null): every slice starts at position 0 and its memory is
-  // temporary.
+  // Inference: the sequences' memory. Training (state == null): every slice starts at position 0 and its
+  // memory is temporary.
   const StateLayout* state;
   std::span<const SequenceSlice> sequences;  // inference
   std::span<const kernels::Slice> slices;    // both
@@ -30,45 +31,48 @@ struct Pass {
 };
 
 struct KdaActivations {
-  float *h = nullptr;                                   // [rows, D] normalised input
-  float *qkv = nullptr;                                 // [rows, 3Hd] before the convolution
-  float *q = nullptr, *k = nullptr, *v = nullptr;       // [rows, Hd] after it
-  float *qn = nullptr, *kn = nullptr;                   // [rows, Hd] normalised
-  float *f_low = nullptr, *f = nullptr, *b = nullptr;   // [rows, d], [rows, Hd], [rows, H]
-  float *g = nullptr, *beta = nullptr;                  // [rows, Hd], [rows, H]
-  float *gate_low = nullptr, *gate = nullptr;           // [rows, d], [rows, Hd]
-  float *o = nullptr, *normed = nullptr;                // [rows, Hd]
-  float *chunk_states = nullptr;                        // training: S at every chunk's start
+  float* h = nullptr;                                  // [rows, D] normalised input
+  float* qkv = nullptr;                                // [rows, 3Hd] before the convolution
+  float *q = nullptr, *k = nullptr, *v = nullptr;      // [rows, Hd] after it
+  float *qn = nullptr, *kn = nullptr;                  // [rows, Hd] normalised
+  float *f_low = nullptr, *f = nullptr, *b = nullptr;  // [rows, d], [rows, Hd], [rows, H]
+  float *g = nullptr, *beta = nullptr;                 // [rows, Hd], [rows, H]
+  float *gate_low = nullptr, *gate = nullptr;          // [rows, d], [rows, Hd]
+  float *o = nullptr, *normed = nullptr;               // [rows, Hd]
+  float* chunk_states = nullptr;                       // training: S at every chunk's start
 };
 void kda_half_forward(const Pass& pass, int64_t layer, const float* x, KdaActivations& a, float* y);
 // dy [rows, D]; dx accumulated.
-void kda_half_backward(const Pass& pass, int64_t layer, const float* x, const KdaActivations& a, const float* dy,
-                       float* dx, float* gradient);
+void kda_half_backward(const Pass& pass, int64_t layer, const float* x, const KdaActivations& a,
+                       const float* dy, float* dx, float* gradient);
 
 struct MlaActivations {
-  float *h = nullptr;                       // [rows, D]
-  float *q = nullptr;                       // [rows, H * (nope + rope)]
-  float *kv = nullptr;                      // [rows, latent + rope] before the norm
-  float *c = nullptr;                       // [rows, latent + rope] what the heads attend to
-  float *qa = nullptr;                      // [rows, H * (latent + rope)] absorbed query
-  float *ol = nullptr, *lse = nullptr;      // [rows, H * latent], [rows, H]
-  float *o = nullptr;                       // [rows, H * v]
+  float* h = nullptr;                   // [rows, D]
+  float* q = nullptr;                   // [rows, H * (nope + rope)]
+  float* kv = nullptr;                  // [rows, latent + rope] before the norm
+  float* c = nullptr;                   // [rows, latent + rope] what the heads attend to
+  float* qa = nullptr;                  // [rows, H * (latent + rope)] absorbed query
+  float *ol = nullptr, *lse = nullptr;  // [rows, H * latent], [rows, H]
+  float* o = nullptr;                   // [rows, H * v]
 };
 void mla_half_forward(const Pass& pass, int64_t layer, const float* x, MlaActivations& a, float* y);
-void mla_half_backward(const Pass& pass, int64_t layer, const float* x, const MlaActivations& a, const float* dy,
-                       float* dx, float* gradient);
+void mla_half_backward(const Pass& pass, int64_t layer, const float* x, const MlaActivations& a,
+                       const float* dy, float* dx, float* gradient);
 
 struct FeedForwardActivations {
-  float *h = nullptr;                           // [rows, D]
-  float *gate_up = nullptr, *inner = nullptr;   // dense or shared: [rows, 2I], [rows, I]
+  float* h = nullptr;                          // [rows, D]
+  float *gate_up = nullptr, *inner = nullptr;  // dense or shared: [rows, 2I], [rows, I]
   // mixture of experts; slots = rows * top_k
-  float *logits = nullptr, *route_weights = nullptr;        // [rows, E], [rows, top_k]
+  float *logits = nullptr, *route_weights = nullptr;  // [rows, E], [rows, top_k]
   int32_t *chosen = nullptr, *source = nullptr, *slot = nullptr;
-  int64_t* offsets = nullptr;                               // [E + 1]
-  float *dispatched = nullptr;                              // [slots, D]
-  float *expert_gate_up = nullptr, *expert_inner = nullptr, *expert_out = nullptr;  // [slots, 2I], [slots, I], [slots, D]
+  int64_t* offsets = nullptr;       // [E + 1]
+  float* dispatched = nullptr;      // [slots, D]
+  float* expert_gate_up = nullptr;  // [slots, 2I]
+  float* expert_inner = nullptr;    // [slots, I]
+  float* expert_out = nullptr;      // [slots, D]
 };
-void feed_forward_forward(const Pass& pass, int64_t layer, const float* x, FeedForwardActivations& a, float* y);
+void feed_forward_forward(const Pass& pass, int64_t layer, const float* x, FeedForwardActivations& a,
+                          float* y);
 void feed_forward_backward(const Pass& pass, int64_t layer, const float* x, const FeedForwardActivations& a,
                            const float* dy, float* dx, float* gradient);
 

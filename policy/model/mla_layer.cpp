@@ -1,5 +1,5 @@
-// The MLA half of a layer, in the absorbed form: the key half of kv_b_proj goes into the query, the value half is
-// applied to what the heads gather from the latents.
+// The MLA half of a layer, in the absorbed form: the key half of kv_b_proj goes into the query, the value
+// half is applied to what the heads gather from the latents.
 #include <array>
 #include <cstring>
 
@@ -13,16 +13,24 @@ using namespace kernels;
 
 struct Dims {
   explicit Dims(const ModelConfig& c)
-      : D(c.hidden_size), H(c.num_heads), nope(c.qk_nope_head_dim), rope(c.qk_rope_head_dim), latent(c.kv_lora_rank),
-        v(c.v_head_dim), width(latent + rope), q_width(nope + rope),
-        shape{H, latent, rope, 1.0f / __builtin_sqrtf(static_cast<float>(q_width))}, eps(c.rms_norm_eps) {}
+      : D(c.hidden_size),
+        H(c.num_heads),
+        nope(c.qk_nope_head_dim),
+        rope(c.qk_rope_head_dim),
+        latent(c.kv_lora_rank),
+        v(c.v_head_dim),
+        width(latent + rope),
+        q_width(nope + rope),
+        shape{H, latent, rope, 1.0f / __builtin_sqrtf(static_cast<float>(q_width))},
+        eps(c.rms_norm_eps) {}
   int64_t D, H, nope, rope, latent, v, width, q_width;
   MlaShape shape;
   float eps;
 };
 
 // Copies `count` floats of every row, from column 0 of `from` to column 0 of `to`.
-void copy_columns(Context& ctx, int64_t rows, int64_t count, const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+void copy_columns(Context& ctx, int64_t rows, int64_t count, const float* from, int64_t ld_from, float* to,
+                  int64_t ld_to) {
   if (count == 0) return;
   ctx.parallel_for(rows, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
@@ -30,8 +38,8 @@ void copy_columns(Context& ctx, int64_t rows, int64_t count, const float* from, 
   });
 }
 
-// The slices with their pages: the batch's own rows in training, else the sequences' blocks, into which the new rows are
-// copied first.
+// The slices with their pages: the batch's own rows in training, else the sequences' blocks, into which the
+// new rows are copied first.
 MlaSlice* bind_pages(const Pass& pass, const Dims& m, int64_t layer, float* c) {
   Scratch& scratch = pass.ctx.scratch;
   const size_t n = pass.slices.size();
@@ -45,11 +53,14 @@ MlaSlice* bind_pages(const Pass& pass, const Dims& m, int64_t layer, float* c) {
     } else {
       const SequenceSlice& sequence = pass.sequences[i];
       const int64_t offset = pass.state->page_offset(layer);
-      PERIGEE_CHECK(static_cast<int64_t>(sequence.blocks.size()) >= pages, "blocks {} pages {}", sequence.blocks.size(), pages);
-      for (int64_t page = 0; page < pages; ++page) table[page] = sequence.blocks[static_cast<size_t>(page)] + offset;
+      PERIGEE_CHECK(static_cast<int64_t>(sequence.blocks.size()) >= pages, "blocks {} pages {}",
+                    sequence.blocks.size(), pages);
+      for (int64_t page = 0; page < pages; ++page)
+        table[page] = sequence.blocks[static_cast<size_t>(page)] + offset;
       for (int64_t r = 0; r < s.count; ++r) {
         const int64_t position = s.position + r;
-        float* to = sequence.blocks[static_cast<size_t>(position / kLatentPage)] + offset + position % kLatentPage * m.width;
+        float* to = sequence.blocks[static_cast<size_t>(position / kLatentPage)] + offset +
+                    position % kLatentPage * m.width;
         std::memcpy(to, c + (s.begin + r) * m.width, static_cast<size_t>(m.width) * sizeof(float));
       }
     }
@@ -88,22 +99,33 @@ void mla_half_forward(const Pass& pass, int64_t layer, const float* x, MlaActiva
   Scratch::Mark mark(ctx.scratch);
   auto* heads = ctx.scratch.take<MatmulTask>(m.H);
   for (int64_t h = 0; h < m.H; ++h) {
-    heads[h] = {w.matrix(p.absorb_k + static_cast<int>(h)), a.q + h * m.q_width, m.H * m.q_width, rows, a.qa + h * m.width, m.H * m.width};
-    copy_columns(ctx, rows, m.rope, a.q + h * m.q_width + m.nope, m.H * m.q_width, a.qa + h * m.width + m.latent, m.H * m.width);
+    heads[h] = {w.matrix(p.absorb_k + static_cast<int>(h)),
+                a.q + h * m.q_width,
+                m.H * m.q_width,
+                rows,
+                a.qa + h * m.width,
+                m.H * m.width};
+    copy_columns(ctx, rows, m.rope, a.q + h * m.q_width + m.nope, m.H * m.q_width,
+                 a.qa + h * m.width + m.latent, m.H * m.width);
   }
   matmul(ctx, {heads, static_cast<size_t>(m.H)});
   const MlaSlice* slices = bind_pages(pass, m, layer, a.c);
   mla_forward(ctx, m.shape, a.qa, {slices, pass.slices.size()}, a.ol, a.lse);
   for (int64_t h = 0; h < m.H; ++h) {
-    heads[h] = {w.matrix(p.absorb_v + static_cast<int>(h)), a.ol + h * m.latent, m.H * m.latent, rows, a.o + h * m.v, m.H * m.v};
+    heads[h] = {w.matrix(p.absorb_v + static_cast<int>(h)),
+                a.ol + h * m.latent,
+                m.H * m.latent,
+                rows,
+                a.o + h * m.v,
+                m.H * m.v};
   }
   matmul(ctx, {heads, static_cast<size_t>(m.H)});
   const MatmulTask out{w.matrix(p.o), a.o, m.H * m.v, rows, y, m.D};
   matmul(ctx, {&out, 1});
 }
 
-void mla_half_backward(const Pass& pass, int64_t layer, const float* x, const MlaActivations& a, const float* dy,
-                       float* dx, float* gradient) {
+void mla_half_backward(const Pass& pass, int64_t layer, const float* x, const MlaActivations& a,
+                       const float* dy, float* dx, float* gradient) {
   const Dims m(pass.config);
   const LayerParams& p = pass.layout().layer(layer);
   const Weights& w = pass.weights;
@@ -124,16 +146,30 @@ void mla_half_backward(const Pass& pass, int64_t layer, const float* x, const Ml
   matmul_grad_input(ctx, {&out_in, 1});
   auto* heads = ctx.scratch.take<MatmulGradInputTask>(m.H);
   for (int64_t h = 0; h < m.H; ++h) {
-    heads[h] = {w.matrix(p.absorb_v + static_cast<int>(h)), d_o + h * m.v, m.H * m.v, rows, dol + h * m.latent, m.H * m.latent, false};
+    heads[h] = {w.matrix(p.absorb_v + static_cast<int>(h)),
+                d_o + h * m.v,
+                m.H * m.v,
+                rows,
+                dol + h * m.latent,
+                m.H * m.latent,
+                false};
   }
   matmul_grad_input(ctx, {heads, static_cast<size_t>(m.H)});
   mla_backward(ctx, m.shape, a.qa, a.c, pass.slices, a.ol, a.lse, dol, dqa, dc);
   for (int64_t h = 0; h < m.H; ++h) {
-    heads[h] = {w.matrix(p.absorb_k + static_cast<int>(h)), dqa + h * m.width, m.H * m.width, rows, dq + h * m.q_width, m.H * m.q_width, false};
-    copy_columns(ctx, rows, m.rope, dqa + h * m.width + m.latent, m.H * m.width, dq + h * m.q_width + m.nope, m.H * m.q_width);
+    heads[h] = {w.matrix(p.absorb_k + static_cast<int>(h)),
+                dqa + h * m.width,
+                m.H * m.width,
+                rows,
+                dq + h * m.q_width,
+                m.H * m.q_width,
+                false};
+    copy_columns(ctx, rows, m.rope, dqa + h * m.width + m.latent, m.H * m.width, dq + h * m.q_width + m.nope,
+                 m.H * m.q_width);
   }
   matmul_grad_input(ctx, {heads, static_cast<size_t>(m.H)});
-  rms_norm_backward(ctx, rows, m.latent, a.kv, m.width, w.vector(p.kv_norm), kMlaNormEps, dc, m.width, dkv, m.width, false, grad(p.kv_norm));
+  rms_norm_backward(ctx, rows, m.latent, a.kv, m.width, w.vector(p.kv_norm), kMlaNormEps, dc, m.width, dkv,
+                    m.width, false, grad(p.kv_norm));
   copy_columns(ctx, rows, m.rope, dc + m.latent, m.width, dkv + m.latent, m.width);
 
   const int64_t tasks = 3 + 2 * m.H;
@@ -142,10 +178,17 @@ void mla_half_backward(const Pass& pass, int64_t layer, const float* x, const Ml
   weights[1] = {dq, m.H * m.q_width, a.h, m.D, rows, grad(p.q), m.H * m.q_width, m.D};
   weights[2] = {dkv, m.width, a.h, m.D, rows, grad(p.kv_a), m.width, m.D};
   for (int64_t h = 0; h < m.H; ++h) {
-    weights[3 + h] = {dqa + h * m.width, m.H * m.width, a.q + h * m.q_width, m.H * m.q_width, rows,
-                      grad(p.absorb_k + static_cast<int>(h)), m.latent, m.nope};
-    weights[3 + m.H + h] = {d_o + h * m.v, m.H * m.v, a.ol + h * m.latent, m.H * m.latent, rows,
-                            grad(p.absorb_v + static_cast<int>(h)), m.v, m.latent};
+    weights[3 + h] = {dqa + h * m.width, m.H * m.width, a.q + h * m.q_width,
+                      m.H * m.q_width,   rows,          grad(p.absorb_k + static_cast<int>(h)),
+                      m.latent,          m.nope};
+    weights[3 + m.H + h] = {d_o + h * m.v,
+                            m.H * m.v,
+                            a.ol + h * m.latent,
+                            m.H * m.latent,
+                            rows,
+                            grad(p.absorb_v + static_cast<int>(h)),
+                            m.v,
+                            m.latent};
   }
   matmul_grad_weight(ctx, {weights, static_cast<size_t>(tasks)});
   const std::array<MatmulGradInputTask, 2> project = {{
@@ -153,7 +196,8 @@ void mla_half_backward(const Pass& pass, int64_t layer, const float* x, const Ml
       {w.matrix(p.kv_a), dkv, m.width, rows, dh, m.D, true},
   }};
   for (const MatmulGradInputTask& t : project) matmul_grad_input(ctx, {&t, 1});
-  rms_norm_backward(ctx, rows, m.D, x, m.D, w.vector(p.input_norm), m.eps, dh, m.D, dx, m.D, true, grad(p.input_norm));
+  rms_norm_backward(ctx, rows, m.D, x, m.D, w.vector(p.input_norm), m.eps, dh, m.D, dx, m.D, true,
+                    grad(p.input_norm));
 }
 
 }  // namespace perigee::policy

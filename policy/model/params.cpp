@@ -10,9 +10,13 @@
 namespace perigee::policy {
 namespace {
 
-int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+int64_t round_up(int64_t x, int64_t to) {
+  return (x + to - 1) / to * to;
+}
 
-bool in_panels(TensorForm form) { return form == TensorForm::kPanels || form == TensorForm::kPanelsF32; }
+bool in_panels(TensorForm form) {
+  return form == TensorForm::kPanels || form == TensorForm::kPanelsF32;
+}
 
 // Position of element (i, j) inside a tensor's elements.
 int64_t element_index(const ParamSpec& t, int64_t i, int64_t j) {
@@ -64,13 +68,16 @@ int ParamLayout::add(std::string name, TensorForm form, int64_t n, int64_t k, bo
   return static_cast<int>(tensors_.size()) - 1;
 }
 
-void ParamLayout::map(std::string name, std::vector<int64_t> shape, int tensor, int64_t row_offset, bool f32_in_file) {
-  checkpoint_.push_back({std::move(name), std::move(shape), CheckpointTensor::Piece::kRows, tensor, -1, row_offset, f32_in_file});
+void ParamLayout::map(std::string name, std::vector<int64_t> shape, int tensor, int64_t row_offset,
+                      bool f32_in_file) {
+  checkpoint_.push_back({std::move(name), std::move(shape), CheckpointTensor::Piece::kRows, tensor, -1,
+                         row_offset, f32_in_file});
 }
 
 void ParamLayout::add_kda(int64_t i, LayerParams& p) {
   const ModelConfig& c = config_;
-  const int64_t d = c.kda_head_dim, heads = c.kda_heads, wide = heads * d, D = c.hidden_size, width = c.conv_size;
+  const int64_t d = c.kda_head_dim, heads = c.kda_heads, wide = heads * d, D = c.hidden_size,
+                width = c.conv_size;
   const std::string hf = fmt::format("model.layers.{}.self_attn.", i), name = fmt::format("layers.{}.", i);
   const auto matrix = [&](const char* what, int64_t n, int64_t k) {
     const int t = add(name + what, TensorForm::kPanels, n, k);
@@ -118,7 +125,13 @@ void ParamLayout::add_mla(int64_t i, LayerParams& p) {
     if (h == 0) p.absorb_v = t;
   }
   const int64_t kv_rows = heads * (c.qk_nope_head_dim + c.v_head_dim);
-  checkpoint_.push_back({hf + "kv_b_proj.weight", {kv_rows, latent}, CheckpointTensor::Piece::kKvB, p.absorb_k, p.absorb_v, 0, false});
+  checkpoint_.push_back({hf + "kv_b_proj.weight",
+                         {kv_rows, latent},
+                         CheckpointTensor::Piece::kKvB,
+                         p.absorb_k,
+                         p.absorb_v,
+                         0,
+                         false});
   p.o = add(name + "o_proj", TensorForm::kPanels, D, heads * c.v_head_dim);
   map(hf + "o_proj.weight", {D, heads * c.v_head_dim}, p.o);
 }
@@ -127,7 +140,8 @@ void ParamLayout::add_feed_forward(int64_t i, LayerParams& p) {
   const ModelConfig& c = config_;
   const int64_t D = c.hidden_size;
   const std::string hf = fmt::format("model.layers.{}.", i), name = fmt::format("layers.{}.", i);
-  const auto gate_up = [&](const std::string& ours, const std::string& gate, const std::string& up, int64_t inner) {
+  const auto gate_up = [&](const std::string& ours, const std::string& gate, const std::string& up,
+                           int64_t inner) {
     const int t = add(name + ours, TensorForm::kPanels, 2 * inner, D);
     map(hf + gate + ".weight", {inner, D}, t, 0);
     map(hf + up + ".weight", {inner, D}, t, inner);
@@ -160,7 +174,8 @@ void ParamLayout::add_feed_forward(int64_t i, LayerParams& p) {
   }
   if (c.num_shared_experts > 0) {
     const std::string shared = moe + "shared_experts.";
-    p.gate_up = gate_up("shared_gate_up", shared + "gate_proj", shared + "up_proj", c.shared_intermediate_size());
+    p.gate_up =
+        gate_up("shared_gate_up", shared + "gate_proj", shared + "up_proj", c.shared_intermediate_size());
     p.down = down("shared_down", shared + "down_proj", c.shared_intermediate_size());
   }
 }
@@ -184,7 +199,8 @@ void for_each_value(const ParamLayout& layout, const CheckpointTensor& t, Visit&
       const ParamSpec& value = layout.tensor(t.tensor2 + static_cast<int>(h));
       const int64_t row0 = h * (nope + v);
       for (int64_t i = 0; i < nope; ++i)
-        for (int64_t j = 0; j < latent; ++j) visit((row0 + i) * latent + j, key.element_offset + element_index(key, j, i));
+        for (int64_t j = 0; j < latent; ++j)
+          visit((row0 + i) * latent + j, key.element_offset + element_index(key, j, i));
       for (int64_t i = 0; i < v; ++i)
         for (int64_t j = 0; j < latent; ++j)
           visit((row0 + nope + i) * latent + j, value.element_offset + element_index(value, i, j));
@@ -195,9 +211,11 @@ void for_each_value(const ParamLayout& layout, const CheckpointTensor& t, Visit&
   int64_t count = 1;
   for (int64_t s : t.shape) count *= s;
   const int64_t rows = count / spec.k;
-  PERIGEE_CHECK(rows * spec.k == count && t.row_offset + rows <= spec.n, "{}: {} values into {}", t.name, count, spec.name);
+  PERIGEE_CHECK(rows * spec.k == count && t.row_offset + rows <= spec.n, "{}: {} values into {}", t.name,
+                count, spec.name);
   for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < spec.k; ++j) visit(i * spec.k + j, spec.element_offset + element_index(spec, t.row_offset + i, j));
+    for (int64_t j = 0; j < spec.k; ++j)
+      visit(i * spec.k + j, spec.element_offset + element_index(spec, t.row_offset + i, j));
 }
 
 }  // namespace
@@ -211,10 +229,12 @@ void ParamLayout::write_flat(float* flat, const CheckpointTensor& t, const float
 }
 
 void ParamLayout::flat_to_weights(const float* flat, std::byte* weights) const {
-  std::memset(weights, 0, static_cast<size_t>(weight_bytes_));  // the gaps between tensors too: the arena is hashed
+  // The gaps between tensors too: the arena is hashed.
+  std::memset(weights, 0, static_cast<size_t>(weight_bytes_));
   for (const ParamSpec& t : tensors_) {
     const float* from = flat + t.element_offset;
-    const bool narrow = dtype_ == Dtype::kBf16 && (t.form == TensorForm::kPanels || t.form == TensorForm::kTable);
+    const bool narrow =
+        dtype_ == Dtype::kBf16 && (t.form == TensorForm::kPanels || t.form == TensorForm::kTable);
     if (narrow) {
       auto* to = reinterpret_cast<uint16_t*>(weights + t.byte_offset);
       for (int64_t i = 0; i < t.elements; ++i) to[i] = kernels::to_bf16(from[i]);
@@ -228,7 +248,8 @@ void ParamLayout::weights_to_flat(const std::byte* weights, float* flat) const {
   std::memset(flat, 0, static_cast<size_t>(elements_) * 4);
   for (const ParamSpec& t : tensors_) {
     float* to = flat + t.element_offset;
-    const bool narrow = dtype_ == Dtype::kBf16 && (t.form == TensorForm::kPanels || t.form == TensorForm::kTable);
+    const bool narrow =
+        dtype_ == Dtype::kBf16 && (t.form == TensorForm::kPanels || t.form == TensorForm::kTable);
     if (narrow) {
       const auto* from = reinterpret_cast<const uint16_t*>(weights + t.byte_offset);
       for (int64_t i = 0; i < t.elements; ++i) to[i] = kernels::from_bf16(from[i]);
@@ -245,7 +266,8 @@ template <class Draw>
 void fill(const ParamLayout& layout, int index, float* flat, Draw&& draw) {
   const ParamSpec& t = layout.tensor(index);
   for (int64_t i = 0; i < t.n; ++i)
-    for (int64_t j = 0; j < t.k; ++j) flat[t.element_offset + element_index(t, i, j)] = static_cast<float>(draw());
+    for (int64_t j = 0; j < t.k; ++j)
+      flat[t.element_offset + element_index(t, i, j)] = static_cast<float>(draw());
 }
 
 }  // namespace
@@ -253,7 +275,8 @@ void fill(const ParamLayout& layout, int index, float* flat, Draw&& draw) {
 void initialize(const ParamLayout& layout, uint64_t seed, float* flat) {
   const ModelConfig& c = layout.config();
   std::memset(flat, 0, static_cast<size_t>(layout.elements()) * 4);
-  const double range = c.initializer_range, residual = range / std::sqrt(2.0 * static_cast<double>(c.num_layers));
+  const double range = c.initializer_range,
+               residual = range / std::sqrt(2.0 * static_cast<double>(c.num_layers));
   const auto normal = [&](int index, double std_dev) {
     Random random(seed, static_cast<uint64_t>(index));
     fill(layout, index, flat, [&] { return std_dev * random.next_normal(); });
@@ -271,7 +294,8 @@ void initialize(const ParamLayout& layout, uint64_t seed, float* flat) {
     normal(p.o, residual);
     if (c.is_kda(i)) {
       for (int t : {p.k, p.v, p.f_a, p.f_b, p.b, p.g_a, p.g_b}) normal(t, range);
-      Random conv(seed, static_cast<uint64_t>(p.conv)), a(seed, static_cast<uint64_t>(p.a_log)), dt(seed, static_cast<uint64_t>(p.dt_bias));
+      Random conv(seed, static_cast<uint64_t>(p.conv)), a(seed, static_cast<uint64_t>(p.a_log)),
+          dt(seed, static_cast<uint64_t>(p.dt_bias));
       fill(layout, p.conv, flat, [&] { return conv.next_float() - 0.5; });
       fill(layout, p.a_log, flat, [&] { return std::log(1.0 + 15.0 * a.next_float()); });
       fill(layout, p.dt_bias, flat, [&] {

@@ -1,13 +1,14 @@
 // Where every parameter of a model lies. One ParamLayout describes three arenas of the same model:
-//   weights    weight_bytes()       matrices and tables in `dtype`, vectors and the router in float32 (byte_offset)
-//   flat f32   elements()           gradients, Adam moments, float32 masters: one float per element (element_offset)
+//   weights    weight_bytes()  matrices and tables in `dtype`, vectors and router in float32 (byte_offset)
+//   flat f32   elements()      gradients, Adam moments, float32 masters: a float per element (element_offset)
 // Matrices lie in panels (kernels/gemm/gemm.h) in both. Padding elements are zero and stay zero.
 //
 // Beside the checkpoint's tensors as they are, three are arranged for the kernels:
 //   gate_up     gate_proj over up_proj (w1 over w3), [2*I, D]
 //   conv        q, k, v conv weights over one another, [3*H*d, 4]
-//   absorb_k/v  kv_b_proj cut by head: absorb_k[h] [latent, nope] is its key half transposed, absorb_v[h] [v, latent]
-//               its value half.  CheckpointTensor says which piece of which tensor a Hugging Face tensor is.
+//   absorb_k/v  kv_b_proj cut by head: absorb_k[h] [latent, nope] is its key half transposed,
+//               absorb_v[h] [v, latent] its value half
+// CheckpointTensor says which piece of which tensor a Hugging Face tensor is.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -42,7 +43,8 @@ struct ParamSpec {
 struct LayerParams {
   int input_norm = -1, post_norm = -1;
   // KDA
-  int q = -1, k = -1, v = -1, conv = -1, a_log = -1, dt_bias = -1, f_a = -1, f_b = -1, b = -1, g_a = -1, g_b = -1, o_norm = -1;
+  int q = -1, k = -1, v = -1, conv = -1, a_log = -1, dt_bias = -1, f_a = -1, f_b = -1, b = -1, g_a = -1,
+      g_b = -1, o_norm = -1;
   // MLA (q shared with the above)
   int kv_a = -1, kv_norm = -1, absorb_k = -1, absorb_v = -1;  // the first of `heads` consecutive tensors
   // both
@@ -50,7 +52,8 @@ struct LayerParams {
   // dense feed-forward, or the shared experts
   int gate_up = -1, down = -1;
   // mixture of experts
-  int router = -1, router_bias = -1, expert_gate_up = -1, expert_down = -1;  // the latter two: first of `experts` consecutive
+  int router = -1, router_bias = -1;
+  int expert_gate_up = -1, expert_down = -1;  // the first of `experts` consecutive ones
 };
 
 // How one tensor of a Hugging Face checkpoint maps to a tensor here.
@@ -94,7 +97,8 @@ class ParamLayout {
 
  private:
   int add(std::string name, TensorForm form, int64_t n, int64_t k, bool trained = true);
-  void map(std::string name, std::vector<int64_t> shape, int tensor, int64_t row_offset = 0, bool f32_in_file = false);
+  void map(std::string name, std::vector<int64_t> shape, int tensor, int64_t row_offset = 0,
+           bool f32_in_file = false);
   void add_kda(int64_t i, LayerParams& p);
   void add_mla(int64_t i, LayerParams& p);
   void add_feed_forward(int64_t i, LayerParams& p);
@@ -117,13 +121,16 @@ struct Weights {
     const ParamSpec& t = layout->tensor(i);
     return {data + t.byte_offset, t.form == TensorForm::kPanels ? layout->dtype() : Dtype::kF32, t.n, t.k};
   }
-  const float* vector(int i) const { return reinterpret_cast<const float*>(data + layout->tensor(i).byte_offset); }
+  const float* vector(int i) const {
+    return reinterpret_cast<const float*>(data + layout->tensor(i).byte_offset);
+  }
   const void* table(int i) const { return data + layout->tensor(i).byte_offset; }
 };
 
-// Random initialisation into a flat f32 arena: matrices normal(0, initializer_range), residual outputs (o, down) scaled
-// by 1/sqrt(2 L), norms 1, A_log = log U(1, 16), dt_bias such that softplus(dt_bias) is log-uniform in [1e-3, 1e-1],
-// conv weights uniform in +-1/2, router bias 0. A pure function of (layout, seed); each tensor has its own stream.
+// Random initialisation into a flat f32 arena: matrices normal(0, initializer_range), residual outputs (o,
+// down) scaled by 1/sqrt(2 L), norms 1, A_log = log U(1, 16), dt_bias such that softplus(dt_bias) is
+// log-uniform in [1e-3, 1e-1], conv weights uniform in +-1/2, router bias 0. A pure function of (layout,
+// seed); each tensor has its own stream.
 void initialize(const ParamLayout& layout, uint64_t seed, float* flat);
 
 }  // namespace perigee::policy

@@ -28,11 +28,16 @@ struct TrainPass::Activations {
 };
 
 TrainPass::TrainPass(Context& ctx, const Weights& weights, bool recompute)
-    : ctx_(ctx), mark_(ctx.scratch), weights_(weights), recompute_(recompute), acts_(std::make_unique<Activations>()) {}
+    : ctx_(ctx),
+      mark_(ctx.scratch),
+      weights_(weights),
+      recompute_(recompute),
+      acts_(std::make_unique<Activations>()) {}
 
 TrainPass::~TrainPass() = default;
 
-const float* TrainPass::forward(std::span<const int32_t> tokens, std::span<const int64_t> lengths, const LayerProbe& probe) {
+const float* TrainPass::forward(std::span<const int32_t> tokens, std::span<const int64_t> lengths,
+                                const LayerProbe& probe) {
   const ModelConfig& c = weights_.layout->config();
   const int64_t rows = static_cast<int64_t>(tokens.size()), D = c.hidden_size, L = c.num_layers;
   Activations& s = *acts_;
@@ -51,7 +56,8 @@ const float* TrainPass::forward(std::span<const int32_t> tokens, std::span<const
   // Inputs of every half, and what leaves the last one.
   float* stream = ctx_.scratch.take<float>(rows * D * (2 * L + 1));
   float* x = stream;
-  embedding_forward(ctx_, rows, D, c.vocab_size, weights_.table(weights_.layout->embed()), weights_.layout->dtype(), s.tokens.data(), x);
+  embedding_forward(ctx_, rows, D, c.vocab_size, weights_.table(weights_.layout->embed()),
+                    weights_.layout->dtype(), s.tokens.data(), x);
   float* y = pass.take(D);
   const auto next = [&] {
     float* sum = x + rows * D;
@@ -77,13 +83,15 @@ const float* TrainPass::forward(std::span<const int32_t> tokens, std::span<const
     if (recompute_) half.emplace(ctx_.scratch);
     feed_forward_forward(pass, layer, x, a.feed_forward, y);
     if (c.is_moe(layer)) {
-      for (int64_t e = 0; e < c.num_experts; ++e) expert_load_.push_back(a.feed_forward.offsets[e + 1] - a.feed_forward.offsets[e]);
+      for (int64_t e = 0; e < c.num_experts; ++e)
+        expert_load_.push_back(a.feed_forward.offsets[e + 1] - a.feed_forward.offsets[e]);
     }
     next();
     if (probe) probe(layer, x, a.feed_forward.chosen);
   }
   s.last = x;
-  rms_norm_forward(ctx_, rows, D, x, D, weights_.vector(weights_.layout->final_norm()), c.rms_norm_eps, hidden, D);
+  rms_norm_forward(ctx_, rows, D, x, D, weights_.vector(weights_.layout->final_norm()), c.rms_norm_eps,
+                   hidden, D);
   return hidden;
 }
 
@@ -98,8 +106,8 @@ void TrainPass::backward(const float* dhidden, float* gradient) {
   float* dx = pass.take(D);  // gradient of the residual stream
   float* dy = pass.take(D);  // the same, frozen while a half adds its own part to dx
   float* unused = pass.take(D);
-  rms_norm_backward(ctx_, rows, D, s.last, D, weights_.vector(layout.final_norm()), c.rms_norm_eps, dhidden, D, dx, D, false,
-                    grad_of(pass, layout.final_norm(), gradient));
+  rms_norm_backward(ctx_, rows, D, s.last, D, weights_.vector(layout.final_norm()), c.rms_norm_eps, dhidden,
+                    D, dx, D, false, grad_of(pass, layout.final_norm(), gradient));
   for (int64_t layer = c.num_layers - 1; layer >= 0; --layer) {
     LayerActivations& a = s.layers[static_cast<size_t>(layer)];
     {
@@ -118,7 +126,8 @@ void TrainPass::backward(const float* dhidden, float* gradient) {
       mla_half_backward(pass, layer, a.attention_input, a.mla, dy, dx, gradient);
     }
   }
-  embedding_backward(ctx_, rows, D, c.vocab_size, s.tokens.data(), dx, grad_of(pass, layout.embed(), gradient));
+  embedding_backward(ctx_, rows, D, c.vocab_size, s.tokens.data(), dx,
+                     grad_of(pass, layout.embed(), gradient));
   s.last = nullptr;
 }
 

@@ -1,11 +1,14 @@
 // Conversations as token ids, and generated ids back as a message, in the release's template:
-//   <|im_system|>tool_declare<|im_middle|>TOOLS<|im_end|>                       when there are tools
-//   <|im_system|>system<|im_middle|>TEXT<|im_end|>   <|im_user|>user<|im_middle|>TEXT<|im_end|>
+//   <|im_system|>tool_declare<|im_middle|>TOOLS<|im_end|>            when there are tools
+//   <|im_system|>system<|im_middle|>TEXT<|im_end|>
+//   <|im_user|>user<|im_middle|>TEXT<|im_end|>
 //   <|im_assistant|>assistant<|im_middle|>TEXT CALLS<|im_end|>
 //   <|im_system|>tool<|im_middle|>## Return of ID\nTEXT<|im_end|>
-//   CALLS =
-//   <|tool_calls_section_begin|>(<|tool_call_begin|>ID<|tool_call_argument_begin|>JSON<|tool_call_end|>)+
-//           <|tool_calls_section_end|>      ID = functions.NAME:INDEX
+// where
+//   CALLS = <|tool_calls_section_begin|> CALL+ <|tool_calls_section_end|>
+//   CALL  = <|tool_call_begin|>ID<|tool_call_argument_begin|>JSON<|tool_call_end|>
+//   ID    = functions.NAME:INDEX
+// with nothing between the parts.
 // Every text is encoded as plain tokens, so no text can forge a turn or a call.
 #pragma once
 #include <cstdint>
@@ -43,8 +46,7 @@ struct Message {
 std::vector<int32_t> render_chat(const Tokenizer& tokenizer, std::span<const Message> messages,
                                  std::string_view tools, bool generate);
 
-// The parts of it, for sessions that keep token ids and append: call_index is the number of tool calls
-// before.
+// The parts of it, for sessions that keep token ids and append. call_index: the number of tool calls before.
 void append_tools(const Tokenizer& tokenizer, std::string_view tools, std::vector<int32_t>& out);
 void append_message(const Tokenizer& tokenizer, const Message& message, int64_t& call_index,
                     std::vector<int32_t>& out);
@@ -52,12 +54,10 @@ void append_generation_prompt(const Tokenizer& tokenizer, std::vector<int32_t>& 
 
 struct ParsedCall {
   ToolCall call;
-  std::string error;  // "", or why it cannot be run: an id of another form, arguments that are no JSON
-                      // object, cut short
+  std::string error;  // "", or why it cannot be run: an id of another form, no JSON object, cut short
 };
 
-// What was generated after the opening of an assistant turn. Never fails: what is malformed is told in the
-// errors.
+// What was generated after the opening of an assistant turn. Never fails: errors tell what is malformed.
 struct ParsedMessage {
   std::string content;  // text outside of calls, without special tokens
   std::vector<ParsedCall> calls;

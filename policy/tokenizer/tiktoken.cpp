@@ -176,8 +176,7 @@ TiktokenTokenizer::TiktokenTokenizer(std::unique_ptr<Ranks> ranks, std::string_v
   if (this->vocab_size() != vocab_size)
     throw_input(
         "{}: {} tokens and {} special ones do not make the model's vocabulary of {}; the file belongs to "
-        "another model "
-        "or is cut short",
+        "another model or is cut short",
         where, this->vocab_size() - kSpecials, kSpecials, vocab_size);
 }
 

@@ -20,7 +20,7 @@ namespace perigee::policy {
 class TiktokenTokenizer : public Tokenizer {
  public:
   // vocab_size: of the model's configuration; must be the file's tokens + 256.
-  // ERRORS (input): "PATH:LINE: what": not base64, not a rank, a token or rank twice, ranks with gaps, a
+  // ERRORS (input), "PATH:LINE: what": not base64, not a rank, a token or rank twice, ranks with gaps, a
   // missing single byte, a file of another vocabulary.
   TiktokenTokenizer(const std::string& path, int64_t vocab_size);
   // bytes: the file's contents; where: its name in messages.

@@ -38,14 +38,14 @@ class Tokenizer {
  public:
   virtual ~Tokenizer() = default;
 
-  // With allow_special, the names of special tokens in the text become those tokens (the longest where two
-  // fit).
+  // With allow_special, the names of special tokens in the text become those tokens, the longest where two
+  // fit.
   std::vector<int32_t> encode(std::string_view text, bool allow_special = false) const;
   // Appends the text's plain tokens.
   virtual void append_plain(std::string_view text, std::vector<int32_t>& out) const = 0;
 
-  // The bytes of the ids; a special token gives its name, or nothing with skip_special. REQUIRES ids in
-  // range.
+  // The bytes of the ids; a special token gives its name, or nothing with skip_special.
+  // REQUIRES ids in range.
   std::string decode(std::span<const int32_t> ids, bool skip_special = false) const;
   // The bytes of one id, or its name. REQUIRES id in range.
   virtual std::string token(int32_t id) const = 0;
@@ -70,12 +70,13 @@ class Tokenizer {
   std::map<int32_t, std::string> names_;
 };
 
-// Token b is the byte b. From 256, in this order and for ever: [BOS] [EOS] [PAD] [UNK] [EOT] <|im_end|>
-// <|im_user|>
-// <|im_assistant|> <|im_system|> <|im_middle|> <|start_header_id|> <|end_header_id|>
-// <|tool_calls_section_begin|>
-// <|tool_calls_section_end|> <|tool_call_begin|> <|tool_call_argument_begin|> <|tool_call_end|> (272); the
-// rest of the vocabulary is reserved.
+// Token b is the byte b. From 256, in this order and for ever:
+//   256 [BOS]  257 [EOS]  258 [PAD]  259 [UNK]  260 [EOT]
+//   261 <|im_end|>  262 <|im_user|>  263 <|im_assistant|>  264 <|im_system|>  265 <|im_middle|>
+//   266 <|start_header_id|>  267 <|end_header_id|>
+//   268 <|tool_calls_section_begin|>  269 <|tool_calls_section_end|>
+//   270 <|tool_call_begin|>  271 <|tool_call_argument_begin|>  272 <|tool_call_end|>
+// The rest of the vocabulary is reserved.
 class ByteTokenizer : public Tokenizer {
  public:
   static constexpr int64_t kMinVocab = 273;
@@ -86,8 +87,8 @@ class ByteTokenizer : public Tokenizer {
 };
 
 // The tokenizer of a model directory: tiktoken.model when it is there; otherwise bytes, for a vocabulary of
-// 273 to 1023. ERRORS (input): what is missing, or that the configuration's bos, eos or pad is no special
-// token.
+// 273 to 1023.
+// ERRORS (input): what is missing, or that the configuration's bos, eos or pad is no special token.
 std::unique_ptr<Tokenizer> load_tokenizer(const std::string& directory, const ModelConfig& config);
 
 }  // namespace perigee::policy

@@ -26,7 +26,8 @@ LoadedModel load_model(const std::string& directory, Dtype dtype) {
   for (const CheckpointTensor& t : layout->checkpoint()) known.insert(t.name);
   for (const TensorView* t : set.tensors())
     if (!known.contains(t->name))
-      throw_input("{}: tensor {} is not part of the architecture in {}/config.json", t->file, t->name, directory);
+      throw_input("{}: tensor {} is not part of the architecture in {}/config.json", t->file, t->name,
+                  directory);
 
   out.flat.assign(static_cast<size_t>(layout->elements()), 0.0f);
   std::vector<float> values;
@@ -35,14 +36,16 @@ LoadedModel load_model(const std::string& directory, Dtype dtype) {
     values.resize(static_cast<size_t>(view.elements));
     to_float32(view, 0, view.elements, values.data());
     if (const auto bad = first_non_finite(values.data(), view.elements))
-      throw_input("{}: tensor {} holds {} at element {}", view.file, t.name, std::isnan(values[static_cast<size_t>(*bad)]) ? "NaN" : "infinity", *bad);
+      throw_input("{}: tensor {} holds {} at element {}", view.file, t.name,
+                  std::isnan(values[static_cast<size_t>(*bad)]) ? "NaN" : "infinity", *bad);
     layout->write_flat(out.flat.data(), t, values.data());
   }
   out.layout = std::move(layout);
   return out;
 }
 
-void save_model(const std::string& directory, const ParamLayout& layout, const float* flat, Dtype dtype, int64_t max_shard_bytes, bool overwrite) {
+void save_model(const std::string& directory, const ParamLayout& layout, const float* flat, Dtype dtype,
+                int64_t max_shard_bytes, bool overwrite) {
   namespace fs = std::filesystem;
   if (!overwrite && fs::exists(fs::path(directory) / "config.json"))
     throw_input("{}: already holds a model; choose another directory", directory);

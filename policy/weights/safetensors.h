@@ -1,10 +1,13 @@
 // One safetensors file: read by memory map, written whole or not at all.
 //
-// The format: 8 bytes little-endian N | N bytes of JSON | the data. The JSON object maps each tensor's name
-// to
-// {"dtype", "shape", "data_offsets": [begin, end)} relative to the data, and may map "__metadata__" to texts.
-// The tensors cover the data exactly: no gap, no overlap, nothing after. Downside to know: nothing aligns a
-// tensor, so a view's data may stand at any address and is read through memcpy.
+// The format:
+//   8 bytes   N, little-endian
+//   N bytes   JSON: an object that maps each tensor's name to
+//             {"dtype", "shape", "data_offsets": [begin, end)}, the offsets relative to the data, and may
+//             map "__metadata__" to texts
+//   the rest  the data; the tensors cover it exactly: no gap, no overlap, nothing after
+// Downside to know: nothing aligns a tensor, so a view's data may stand at any address and is read through
+// memcpy.
 //
 // ERRORS are input errors of one line: "FILE: tensor NAME: what".
 #pragma once

@@ -1,6 +1,7 @@
 // The weights of a checkpoint directory: model.safetensors, or shards with model.safetensors.index.json, as
-// Hugging Face lays them out. ERRORS are input errors of one line that name the file, the tensor and what to
-// do.
+// Hugging Face lays them out.
+//
+// ERRORS are input errors of one line that name the file, the tensor and what to do.
 #pragma once
 #include <map>
 #include <memory>
@@ -13,8 +14,8 @@
 
 namespace perigee::policy {
 
-// All tensors of a checkpoint, wherever they lie. Move-only; const after construction, so any thread may
-// read.
+// All tensors of a checkpoint, wherever they lie.
+// Move-only; const after construction, so any thread may read.
 class SafetensorsSet {
  public:
   // path: a directory or one .safetensors file. With an index, every tensor must be in the shard that the
@@ -23,8 +24,8 @@ class SafetensorsSet {
 
   const std::vector<const TensorView*>& tensors() const { return tensors_; }  // by file, then by position
   const TensorView* find(std::string_view name) const;                        // null when absent
-  // The floating-point tensor of exactly this shape. ERRORS: absent (with the nearest name), another shape,
-  // integers.
+  // The floating-point tensor of exactly this shape.
+  // ERRORS: absent (with the nearest name), another shape, integers.
   const TensorView& need(std::string_view name, std::span<const int64_t> shape) const;
   int64_t total_bytes() const;
   const std::string& path() const { return path_; }
