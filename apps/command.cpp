@@ -193,7 +193,8 @@ int Program::main(int argc, char** argv) {
       throw_environment("cannot write to standard output: is the disk full?");
     return code;
   } catch (const Error& e) {
-    return fail("error", e.what(), e.exit_code());
+    // Refused, whatever the reason. (1 is for what ran and failed: a run, a verification, a bug.)
+    return fail("error", e.what(), 2);
   } catch (const std::bad_alloc&) {
     return fail("error", "out of memory; lower the batch, the memory budget or the model's size", 1);
   } catch (const std::logic_error& e) {

@@ -14,8 +14,10 @@ namespace perigee {
 // Thrown for bad input or a broken environment; caught in apps/ and at thread roots.
 class Error : public std::runtime_error {
  public:
-  // kInput: the user's words or files are wrong: exit code 2, nothing was written.
-  // kEnvironment: the machine or a file failed us: exit code 1.
+  // kInput: the user's words or files are wrong; trying again will not help.
+  // kEnvironment: the machine or a file failed us: a full disk, a port in use, no memory.
+  // A command ends with exit code 2 for both. A role's process ends with exit_code(), by which its supervisor decides
+  // whether to start it again.
   enum class Kind { kInput, kEnvironment };
   Error(Kind kind, const std::string& line) : std::runtime_error(line), kind_(kind) {}
   Kind kind() const { return kind_; }
