@@ -31,13 +31,14 @@ struct MlaSlice {
 };
 
 // q [rows, heads*width] -> out [rows, heads*latent]; lse null or [rows, heads]: log-sum-exp of the scaled scores.
-void mla_forward(Context& ctx, const MlaShape& shape, const float* q, std::span<const MlaSlice> slices, float* out,
-                 float* lse = nullptr);
+void mla_forward(Context& ctx, const MlaShape& shape, const float* q, std::span<const MlaSlice> slices,
+                 float* out, float* lse = nullptr);
 
 // For sequences that start at position 0. c [rows, width] are the batch's own latent rows (pages need not exist).
 // out, lse as written by the forward; dout [rows, heads*latent].
 // dq [rows, heads*width] and dc [rows, width] overwritten on the slices' rows.
-void mla_backward(Context& ctx, const MlaShape& shape, const float* q, const float* c, std::span<const Slice> slices,
-                  const float* out, const float* lse, const float* dout, float* dq, float* dc);
+void mla_backward(Context& ctx, const MlaShape& shape, const float* q, const float* c,
+                  std::span<const Slice> slices, const float* out, const float* lse, const float* dout,
+                  float* dq, float* dc);
 
 }  // namespace perigee::kernels

@@ -20,7 +20,9 @@ constexpr int64_t kTileQueries = 96;
 
 struct Buffers {
   float *turned, *p, *ds;
-  static int64_t floats(const MlaShape& s) { return mla::turned_floats(s.width()) + 2 * kTileQueries * kLatentPage; }
+  static int64_t floats(const MlaShape& s) {
+    return mla::turned_floats(s.width()) + 2 * kTileQueries * kLatentPage;
+  }
   Buffers(const MlaShape& s, float* memory) {
     turned = memory, memory += mla::turned_floats(s.width());
     p = memory, memory += kTileQueries * kLatentPage;
@@ -46,7 +48,8 @@ struct SliceWork {
   }
 
   void turn(int64_t block, const Buffers& b) const {
-    mla::turn_block(c + block * kLatentPage * shape.width(), block_rows(block), shape.width(), b.turned);
+    mla::turn_block(c + block * kLatentPage * shape.width(), block_rows(block), shape.width(), shape.width(),
+                    nullptr, b.turned);
   }
 
   // One cell, the block already turned. The first cell of a sum overwrites.
@@ -73,30 +76,35 @@ struct SliceWork {
       for (int64_t j = (first + i) / shape.heads - block * kLatentPage + 1; j < keys; ++j) p[j] = ds[j] = 0;
     }
     if (want_dq) {
-      const mla::TileArgs to_dq = {keys, b.ds, kLatentPage, 1, block_c, width, 16, dq + first * width, width, nullptr};
-      block == 0 ? tile_product<Start::kZero>(to_dq, count, width) : tile_product<Start::kLoad>(to_dq, count, width);
+      const mla::TileArgs to_dq = {keys,  b.ds, kLatentPage,        1,     block_c,
+                                   width, 16,   dq + first * width, width, nullptr};
+      block == 0 ? tile_product<Start::kZero>(to_dq, count, width)
+                 : tile_product<Start::kLoad>(to_dq, count, width);
     }
     if (want_dc) {
       float* const block_dc = dc + block * kLatentPage * width;
-      const mla::TileArgs to_keys = {count, b.ds, 1, kLatentPage, tile_q, width, 16, block_dc, width, nullptr};
+      const mla::TileArgs to_keys = {count, b.ds, 1,        kLatentPage, tile_q,
+                                     width, 16,   block_dc, width,       nullptr};
       tile == first_tile(block) ? tile_product<Start::kZero>(to_keys, keys, width)
                                 : tile_product<Start::kLoad>(to_keys, keys, width);
-      tile_product<Start::kLoad>({count, b.p, 1, kLatentPage, tile_dout, latent, 16, block_dc, width, nullptr}, keys,
-                                 latent);
+      tile_product<Start::kLoad>(
+          {count, b.p, 1, kLatentPage, tile_dout, latent, 16, block_dc, width, nullptr}, keys, latent);
     }
   }
 };
 
 }  // namespace
 
-void mla_backward(Context& ctx, const MlaShape& shape, const float* q, const float* c, std::span<const Slice> slices,
-                  const float* out, const float* lse, const float* dout, float* dq, float* dc) {
+void mla_backward(Context& ctx, const MlaShape& shape, const float* q, const float* c,
+                  std::span<const Slice> slices, const float* out, const float* lse, const float* dout,
+                  float* dq, float* dc) {
   const int64_t width = shape.width(), latent = shape.latent, heads = shape.heads;
-  PERIGEE_CHECK(heads > 0 && latent > 0 && shape.rope >= 0, "heads {} latent {} rope {}", heads, latent, shape.rope);
+  PERIGEE_CHECK(heads > 0 && latent > 0 && shape.rope >= 0, "heads {} latent {} rope {}", heads, latent,
+                shape.rope);
   int64_t rows = 0, end = 0, cells = 0, largest = 0, blocks = 0, tiles = 0;
   for (const Slice& s : slices) {
-    PERIGEE_CHECK(s.position == 0 && s.count >= 0, "slice at position {} with {} rows: backward takes whole sequences",
-                  s.position, s.count);
+    PERIGEE_CHECK(s.position == 0 && s.count >= 0,
+                  "slice at position {} with {} rows: backward takes whole sequences", s.position, s.count);
     rows += s.count;
     end = std::max(end, s.begin + s.count);
     cells += s.count * s.count;
@@ -132,7 +140,8 @@ void mla_backward(Context& ctx, const MlaShape& shape, const float* q, const flo
       const Buffers buffers(shape, memory);
       for (int64_t block = 0; block < work.blocks(); ++block) {
         work.turn(block, buffers);
-        for (int64_t t = work.first_tile(block); t < work.tiles(); ++t) work.cell(block, t, true, true, buffers);
+        for (int64_t t = work.first_tile(block); t < work.tiles(); ++t)
+          work.cell(block, t, true, true, buffers);
       }
     });
     return;
@@ -159,7 +168,8 @@ void mla_backward(Context& ctx, const MlaShape& shape, const float* q, const flo
     const int64_t index = tasks[i].index;
     if (tasks[i].is_block) {
       work.turn(index, buffers);
-      for (int64_t t = work.first_tile(index); t < work.tiles(); ++t) work.cell(index, t, false, true, buffers);
+      for (int64_t t = work.first_tile(index); t < work.tiles(); ++t)
+        work.cell(index, t, false, true, buffers);
     } else {
       for (int64_t block = 0; block <= work.last_block(index); ++block) {
         work.turn(block, buffers);

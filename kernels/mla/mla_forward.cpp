@@ -41,10 +41,10 @@ struct Buffers {
   float *turned, *scores, *alpha;
   Partial span, total;
   static int64_t floats(const MlaShape& s) {
-    return mla::turned_floats(s.width()) + kTileQueries * (kLatentPage + s.latent + 5);
+    return mla::turned_floats(mla::kRun) + kTileQueries * (kLatentPage + s.latent + 5);
   }
-  Buffers(const MlaShape& s, float* p) {
-    turned = p, p += mla::turned_floats(s.width());
+  explicit Buffers(float* p) {
+    turned = p, p += mla::turned_floats(mla::kRun);
     scores = p, p += kTileQueries * kLatentPage;
     alpha = p, p += kTileQueries;
     span.maximum = p, p += kTileQueries;
@@ -59,14 +59,17 @@ struct Buffers {
 class TileWork {
  public:
   TileWork(const MlaShape& shape, const Tile& tile, const float* q)
-      : shape_(shape), tile_(tile), q_(q + (tile.slice->slice.begin * shape.heads + tile.first) * shape.width()) {}
+      : shape_(shape),
+        tile_(tile),
+        q_(q + (tile.slice->slice.begin * shape.heads + tile.first) * shape.width()) {}
 
   // Keys that query i of the tile attends to.
   int64_t keys(int64_t i) const { return tile_.slice->slice.position + (tile_.first + i) / shape_.heads + 1; }
   int64_t spans() const { return (keys(tile_.count - 1) + kSpan - 1) / kSpan; }
   // The first query of the tile that attends to key k.
   int64_t first_query(int64_t k) const {
-    return std::clamp<int64_t>((k - tile_.slice->slice.position) * shape_.heads - tile_.first, 0, tile_.count);
+    return std::clamp<int64_t>((k - tile_.slice->slice.position) * shape_.heads - tile_.first, 0,
+                               tile_.count);
   }
 
   void attend(int64_t span, const Partial& to, const Buffers& buffers) const {
@@ -100,7 +103,8 @@ class TileWork {
       const float sum = total.sum[i], inverse = 1.0f / sum;
       float* const o = total.o + i * shape_.latent;
       int64_t j = 0;
-      for (; j + 16 <= shape_.latent; j += 16) simd::store(o + j, simd::mul(simd::load(o + j), simd::set1(inverse)));
+      for (; j + 16 <= shape_.latent; j += 16)
+        simd::store(o + j, simd::mul(simd::load(o + j), simd::set1(inverse)));
       for (; j < shape_.latent; ++j) o[j] *= inverse;
       // simd::log reads the bits of a finite number; anything else passes as it is.
       if (lse != nullptr) lse[i] = sum > 0 && sum <= FLT_MAX ? total.maximum[i] + simd::log(sum) : NAN;
@@ -114,11 +118,15 @@ class TileWork {
     const int64_t present = std::min(kLatentPage, keys(tile_.count - 1) - key);
     const int64_t lanes = mla::round_up_16(present);
     const float* const block = tile_.slice->pages[key / kLatentPage];
-    mla::turn_block(block, present, width, buffers.turned);
-    mla::long_product(q_ + first * width, width, width, buffers.turned, 16 * width, buffers.scores, count, lanes);
-    for (int64_t i = 0; i < count; ++i)
-      softmax_step(buffers.scores + i * kLatentPage, std::min(kLatentPage, keys(first + i) - key), lanes,
-                   to.maximum[first + i], to.sum[first + i], buffers.alpha[i]);
+    const bool more = key + kLatentPage < keys(tile_.count - 1);
+    const float* const next = more ? tile_.slice->pages[key / kLatentPage + 1] : nullptr;
+    for (int64_t k = 0; k < width; k += mla::kRun) {
+      const int64_t run = std::min(mla::kRun, width - k);
+      mla::turn_block(block + k, present, width, run, next == nullptr ? nullptr : next + k, buffers.turned);
+      mla::run_product(q_ + first * width, k, run, width, buffers.turned, 16 * run, buffers.scores, count,
+                       lanes);
+    }
+    softmax(buffers, first, count, key, lanes, to);
 
     // Groups of queries that see the same keys go together; where the diagonal passes through a group, the keys that
     // all see go first and each query then continues its own chain. A key that a row does not see is never multiplied
@@ -128,36 +136,54 @@ class TileWork {
       const int64_t n = common == kLatentPage ? count - i : std::min<int64_t>(count - i, mla::kTileRows);
       float* const o = to.o + (first + i) * latent;
       const float* const p = buffers.scores + i * kLatentPage;
-      tile_product<Start::kScale>({common, p, kLatentPage, 1, block, width, 16, o, latent, buffers.alpha + i}, n, latent);
+      tile_product<Start::kScale>({common, p, kLatentPage, 1, block, width, 16, o, latent, buffers.alpha + i},
+                                  n, latent);
       for (int64_t k = 0; k < n; ++k) {
         const int64_t seen = std::min(kLatentPage, keys(first + i + k) - key);
         if (seen > common)
           tile_product<Start::kLoad>({seen - common, p + k * kLatentPage + common, kLatentPage, 1,
-                                      block + common * width, width, 16, o + k * latent, latent, nullptr}, 1, latent);
+                                      block + common * width, width, 16, o + k * latent, latent, nullptr},
+                                     1, latent);
       }
       i += n;
     }
   }
 
-  // scores[0, lanes) of one row: products on entry, weights exp(s - maximum) on return; alpha is the factor that takes
-  // what was summed so far to the new maximum.
-  void softmax_step(float* scores, int64_t seen, int64_t lanes, float& maximum, float& sum, float& alpha) const {
+  // The scores of `count` queries from `first` against one block: products on entry, weights exp(s - maximum) on return;
+  // alpha is the factor that takes what was summed so far to the new maximum. The factors of all queries are taken
+  // together, sixteen at a time.
+  void softmax(const Buffers& buffers, int64_t first, int64_t count, int64_t key, int64_t lanes,
+               const Partial& to) const {
     const F16 scale = simd::set1(shape_.scale);
-    for (int64_t j = 0; j < lanes; j += 16) simd::store(scores + j, simd::mul(simd::load(scores + j), scale));
-    for (int64_t j = seen; j < lanes; ++j) scores[j] = -std::numeric_limits<float>::infinity();
-    F16 top = simd::set1(-FLT_MAX);
-    for (int64_t j = 0; j < lanes; j += 16) top = simd::max(simd::load(scores + j), top);
-    const float block_max = simd::reduce_max(top);
-    const float next = block_max > maximum ? block_max : maximum;
-    F16 total = simd::zero();
-    for (int64_t j = 0; j < lanes; j += 16) {
-      const F16 p = simd::exp(simd::sub(simd::load(scores + j), simd::set1(next)));
-      simd::store(scores + j, p);
-      total = simd::add(total, p);
+    float* const maximum = to.maximum + first;
+    for (int64_t i = 0; i < count; ++i) {
+      float* const scores = buffers.scores + i * kLatentPage;
+      const int64_t seen = std::min(kLatentPage, keys(first + i) - key);
+      F16 top = simd::set1(-FLT_MAX);
+      for (int64_t j = 0; j < lanes; j += 16)
+        simd::store(scores + j, simd::mul(simd::load(scores + j), scale));
+      for (int64_t j = seen; j < lanes; ++j) scores[j] = -std::numeric_limits<float>::infinity();
+      for (int64_t j = 0; j < lanes; j += 16) top = simd::max(simd::load(scores + j), top);
+      const float block_max = simd::reduce_max(top);
+      const float next = block_max > maximum[i] ? block_max : maximum[i];
+      buffers.alpha[i] = maximum[i] - next;
+      maximum[i] = next;
     }
-    alpha = simd::exp(maximum - next);
-    sum = sum * alpha + simd::reduce_add(total);
-    maximum = next;
+    for (int64_t i = 0; i < count; i += 16) {
+      const int n = static_cast<int>(std::min<int64_t>(16, count - i));
+      simd::store_partial(buffers.alpha + i, simd::exp(simd::load_partial(buffers.alpha + i, n)), n);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      float* const scores = buffers.scores + i * kLatentPage;
+      const F16 top = simd::set1(maximum[i]);
+      F16 total = simd::zero();
+      for (int64_t j = 0; j < lanes; j += 16) {
+        const F16 p = simd::exp(simd::sub(simd::load(scores + j), top));
+        simd::store(scores + j, p);
+        total = simd::add(total, p);
+      }
+      to.sum[first + i] = to.sum[first + i] * buffers.alpha[i] + simd::reduce_add(total);
+    }
   }
 
   const MlaShape& shape_;
@@ -167,10 +193,10 @@ class TileWork {
 
 }  // namespace
 
-void mla_forward(Context& ctx, const MlaShape& shape, const float* q, std::span<const MlaSlice> slices, float* out,
-                 float* lse) {
-  PERIGEE_CHECK(shape.heads > 0 && shape.latent > 0 && shape.rope >= 0, "heads {} latent {} rope {}", shape.heads,
-                shape.latent, shape.rope);
+void mla_forward(Context& ctx, const MlaShape& shape, const float* q, std::span<const MlaSlice> slices,
+                 float* out, float* lse) {
+  PERIGEE_CHECK(shape.heads > 0 && shape.latent > 0 && shape.rope >= 0, "heads {} latent {} rope {}",
+                shape.heads, shape.latent, shape.rope);
   const int threads = ctx.pool.size();
   int64_t queries = 0;
   for (const MlaSlice& s : slices) {
@@ -179,10 +205,11 @@ void mla_forward(Context& ctx, const MlaShape& shape, const float* q, std::span<
     queries += s.slice.count * shape.heads;
   }
   // Smaller tiles when there would be too few for the threads; not so small that turning blocks dominates.
-  const int64_t tile_queries =
-      std::clamp<int64_t>((queries / (4 * threads) + 5) / 6 * 6, std::min<int64_t>(24, kTileQueries), kTileQueries);
+  const int64_t tile_queries = std::clamp<int64_t>((queries / (4 * threads) + 5) / 6 * 6,
+                                                   std::min<int64_t>(24, kTileQueries), kTileQueries);
   int64_t tile_count = 0;
-  for (const MlaSlice& s : slices) tile_count += (s.slice.count * shape.heads + tile_queries - 1) / tile_queries;
+  for (const MlaSlice& s : slices)
+    tile_count += (s.slice.count * shape.heads + tile_queries - 1) / tile_queries;
   if (tile_count == 0) return;
 
   Scratch::Mark mark(ctx.scratch);
@@ -208,7 +235,7 @@ void mla_forward(Context& ctx, const MlaShape& shape, const float* q, std::span<
     // Later tiles have more keys: claimed first, they leave no long tail.
     mla::for_tasks(ctx, tile_count, Buffers::floats(shape), [&](int64_t i, float* memory) {
       const Tile& tile = tiles[tile_count - 1 - i];
-      const Buffers buffers(shape, memory);
+      const Buffers buffers(memory);
       const TileWork work(shape, tile, q);
       const Partial total = output(tile, buffers.total);
       work.attend(0, total, buffers);
@@ -234,7 +261,7 @@ void mla_forward(Context& ctx, const MlaShape& shape, const float* q, std::span<
       pieces[n++] = {i, span, {p + 2 * tiles[i].count, p, p + tiles[i].count}};
     }
   mla::for_tasks(ctx, spans, Buffers::floats(shape), [&](int64_t i, float* memory) {
-    TileWork(shape, tiles[pieces[i].tile], q).attend(pieces[i].span, pieces[i].partial, Buffers(shape, memory));
+    TileWork(shape, tiles[pieces[i].tile], q).attend(pieces[i].span, pieces[i].partial, Buffers(memory));
   });
   for (int64_t i = 0; i < spans; ++i) {
     const Tile& tile = tiles[pieces[i].tile];

@@ -47,7 +47,8 @@ inline void register_tile(const TileArgs& t, int64_t row, int64_t column, int la
     for (int v = 0; v < V; ++v) {
       if constexpr (kStart == Start::kZero) sum[r][v] = zero();
       if constexpr (kStart == Start::kLoad) sum[r][v] = read(c + r * t.ldc + 16 * v);
-      if constexpr (kStart == Start::kScale) sum[r][v] = mul(set1(t.alpha[row + r]), read(c + r * t.ldc + 16 * v));
+      if constexpr (kStart == Start::kScale)
+        sum[r][v] = mul(set1(t.alpha[row + r]), read(c + r * t.ldc + 16 * v));
     }
   const float* a = t.a + row * t.a_row;
   const float* b = t.b + column / 16 * t.b_vector;
@@ -76,14 +77,26 @@ inline void register_tile(const TileArgs& t, int64_t row, int64_t column, int la
 template <int V, Start kStart, bool kPartial>
 inline void column_strip(const TileArgs& t, int64_t rows, int64_t column, int lanes) {
   int64_t r = 0;
-  for (; r + kTileRows <= rows; r += kTileRows) register_tile<kTileRows, V, kStart, kPartial>(t, r, column, lanes);
+  for (; r + kTileRows <= rows; r += kTileRows)
+    register_tile<kTileRows, V, kStart, kPartial>(t, r, column, lanes);
   switch (rows - r) {
-    case 5: register_tile<5, V, kStart, kPartial>(t, r, column, lanes); break;
-    case 4: register_tile<4, V, kStart, kPartial>(t, r, column, lanes); break;
-    case 3: register_tile<3, V, kStart, kPartial>(t, r, column, lanes); break;
-    case 2: register_tile<2, V, kStart, kPartial>(t, r, column, lanes); break;
-    case 1: register_tile<1, V, kStart, kPartial>(t, r, column, lanes); break;
-    default: break;
+    case 5:
+      register_tile<5, V, kStart, kPartial>(t, r, column, lanes);
+      break;
+    case 4:
+      register_tile<4, V, kStart, kPartial>(t, r, column, lanes);
+      break;
+    case 3:
+      register_tile<3, V, kStart, kPartial>(t, r, column, lanes);
+      break;
+    case 2:
+      register_tile<2, V, kStart, kPartial>(t, r, column, lanes);
+      break;
+    case 1:
+      register_tile<1, V, kStart, kPartial>(t, r, column, lanes);
+      break;
+    default:
+      break;
   }
 }
 
@@ -92,19 +105,34 @@ void tile_product(const TileArgs& t, int64_t rows, int64_t columns) {
   int64_t c = 0;
   for (; c + 16 * kTileVectors <= columns; c += 16 * kTileVectors)
     column_strip<kTileVectors, kStart, false>(t, rows, c, 16);
+  if constexpr (kTileVectors == 4) {
+    // Fewer vectors leave fewer sums in flight: what is left goes in one strip.
+    const int64_t left = (columns - c) / 16;
+    if (left == 3) column_strip<3, kStart, false>(t, rows, c, 16);
+    if (left == 2) column_strip<2, kStart, false>(t, rows, c, 16);
+    if (left > 1) c += 16 * left;
+  }
   for (; c + 16 <= columns; c += 16) column_strip<1, kStart, false>(t, rows, c, 16);
   if (c < columns) column_strip<1, kStart, true>(t, rows, c, static_cast<int>(columns - c));
 }
 
-// C [rows, columns <= 64] = A [rows, nk] times a turned block, C's rows 64 apart. The chain over nk is taken in runs whose
-// part of the block (32 KiB at most) stays in the L1 cache while the rows pass by.
-inline void long_product(const float* a, int64_t nk, int64_t a_row, const float* turned, int64_t panel, float* c,
-                         int64_t rows, int64_t columns) {
-  constexpr int64_t kRun = 112;
-  for (int64_t k = 0; k < nk; k += kRun) {
-    const TileArgs args = {std::min(kRun, nk - k), a + k, a_row, 1, turned + 16 * k, 16, panel, c, 64, nullptr};
-    k == 0 ? tile_product<Start::kZero>(args, rows, columns) : tile_product<Start::kLoad>(args, rows, columns);
-  }
+// The chain over the width is taken in runs of this many columns of a block, whose turned part (28 KiB) stays in the L1
+// cache while the rows pass by.
+inline constexpr int64_t kRun = 112;
+
+// One run, columns [k, k + run) of the width: C [rows, columns <= 64] = or += A [rows, k..] times the turned run; C's rows
+// are 64 apart, the run's panels `panel` floats.
+inline void run_product(const float* a, int64_t k, int64_t run, int64_t a_row, const float* turned,
+                        int64_t panel, float* c, int64_t rows, int64_t columns) {
+  const TileArgs args = {run, a + k, a_row, 1, turned, 16, panel, c, 64, nullptr};
+  k == 0 ? tile_product<Start::kZero>(args, rows, columns) : tile_product<Start::kLoad>(args, rows, columns);
+}
+
+// C [rows, columns <= 64] = A [rows, nk] times a whole turned block.
+inline void long_product(const float* a, int64_t nk, int64_t a_row, const float* turned, int64_t panel,
+                         float* c, int64_t rows, int64_t columns) {
+  for (int64_t k = 0; k < nk; k += kRun)
+    run_product(a, k, std::min(kRun, nk - k), a_row, turned + 16 * k, panel, c, rows, columns);
 }
 
 }  // namespace perigee::kernels::mla

@@ -12,7 +12,9 @@
 
 namespace perigee::kernels::mla {
 
-inline int64_t round_up_16(int64_t n) { return (n + 15) / 16 * 16; }
+inline int64_t round_up_16(int64_t n) {
+  return (n + 15) / 16 * 16;
+}
 
 // body(task, buffer) for every task in [0, tasks), in ascending order of claiming; `floats` of buffer, 64-byte aligned,
 // belong to one worker at a time.
@@ -26,14 +28,19 @@ void for_tasks(Context& ctx, int64_t tasks, int64_t floats, const Body& body) {
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w)
-      for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(t, memory + w * floats);
+      for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;)
+        body(t, memory + w * floats);
   };
   ctx.parallel_for(workers, 1, std::cref(work));  // by reference: a std::function of it allocates nothing
 }
 
-// The first `rows` rows of `block` [64, width] turned on their side, in panels of 16: element (row i, column j) at
-// turned[(i / 16 * width + j) * 16 + i % 16]. Rows up to the next multiple of 16 become zero.
-inline int64_t turned_floats(int64_t width) { return width * kLatentPage + 256; }  // the last square may overhang
-void turn_block(const float* block, int64_t rows, int64_t width, float* turned);
+// The first `rows` rows of `block`, of `columns` floats `width` apart, turned on their side, in panels of 16: element (row i,
+// column j) at turned[(i / 16 * columns + j) * 16 + i % 16]. Rows up to the next multiple of 16 become zero. What lies
+// at the same place in `next` (may be null), the block to be turned after this one, is prefetched.
+inline int64_t turned_floats(int64_t columns) {
+  return columns * kLatentPage + 256;
+}  // the last square may overhang
+void turn_block(const float* block, int64_t rows, int64_t width, int64_t columns, const float* next,
+                float* turned);
 
 }  // namespace perigee::kernels::mla

@@ -159,20 +159,45 @@ inline F16 zero() { return set1(0.0f); }
 inline F16 neg(F16 a) { return sub(zero(), a); }
 
 // Sum of the lanes in one fixed order: lane i with i+8, then with i+4, i+2, i+1.
+// reduce_max takes the lanes in the same order, a > b ? a : b.
+#if defined(PERIGEE_SIMD_AVX512) || defined(PERIGEE_SIMD_AVX2)
+#if defined(PERIGEE_SIMD_AVX512)
+inline __m256 low_half(F16 a) { return _mm512_maskz_extractf32x8_ps(0xff, a.v, 0); }
+inline __m256 high_half(F16 a) { return _mm512_maskz_extractf32x8_ps(0xff, a.v, 1); }
+#else
+inline __m256 low_half(F16 a) { return a.lo; }
+inline __m256 high_half(F16 a) { return a.hi; }
+#endif
 inline float reduce_add(F16 a) {
-  alignas(64) float t[16];
+  const __m256 eight = _mm256_add_ps(low_half(a), high_half(a));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float reduce_max(F16 a) {
+  const __m256 eight = _mm256_max_ps(low_half(a), high_half(a));
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+inline float lane0(F16 a) { return _mm256_cvtss_f32(low_half(a)); }
+#else
+inline float reduce_add(F16 a) {
+  float t[16];
   store(t, a);
   for (int width = 8; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) t[i] = t[i] + t[i + width];
   return t[0];
 }
 inline float reduce_max(F16 a) {
-  alignas(64) float t[16];
+  float t[16];
   store(t, a);
   for (int width = 8; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) t[i] = t[i] > t[i + width] ? t[i] : t[i + width];
   return t[0];
 }
+inline float lane0(F16 a) { return a.v[0]; }
+#endif
 
 // Inner product of n floats; lanes accumulate with stride 16, a tail is padded with zeros.
 inline float dot(const float* a, const float* b, int64_t n) {
@@ -264,7 +289,6 @@ inline F16 softplus(F16 x) {
   return add(max(x, zero()), l);
 }
 
-inline float lane0(F16 a) { alignas(64) float t[16]; store(t, a); return t[0]; }
 // Scalars through the same code, so that a scalar and a lane agree to the bit.
 inline float exp(float x) { return lane0(exp(set1(x))); }
 inline float log(float x) { return lane0(log(set1(x))); }
