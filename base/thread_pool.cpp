@@ -40,8 +40,8 @@ struct ThreadPool::Impl {
   std::atomic<uint32_t> state{0};
   std::atomic<bool> stop{false};
   std::atomic<bool> busy{false};  // a caller is in parallel_for
-  std::atomic<uint32_t> left{
-      0};  // changes whenever the last thread leaves a closed loop; the caller sleeps on it
+  // Changes whenever the last thread leaves a closed loop; the caller sleeps on it.
+  std::atomic<uint32_t> left{0};
 
   // The loop in flight.
   Call call{};
