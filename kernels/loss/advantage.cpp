@@ -82,11 +82,4 @@ void advantage(AdvantageKind kind, std::span<const double> rewards, std::span<do
   }
 }
 
-double soft_overlong_penalty(int64_t length, int64_t limit, int64_t cache) {
-  PERIGEE_CHECK(cache > 0 && cache <= limit, "cache {} limit {}", cache, limit);
-  if (length <= limit - cache) return 0;
-  if (length > limit) return -1;
-  return static_cast<double>(limit - cache - length) / static_cast<double>(cache);
-}
-
 }  // namespace perigee::kernels

@@ -23,9 +23,4 @@ void advantage(AdvantageKind kind, std::span<const double> rewards, std::span<do
 // True when a group teaches nothing: dynamic sampling (DAPO) replaces it.
 bool all_equal(std::span<const double> rewards);
 
-// DAPO's soft overlong penalty, added to the reward: 0 while length <= limit - cache, then falling linearly
-// to -1 at limit, and -1 beyond.
-// REQUIRES 0 < cache <= limit.
-double soft_overlong_penalty(int64_t length, int64_t limit, int64_t cache);
-
 }  // namespace perigee::kernels

@@ -274,10 +274,6 @@ double ptx_loss(double coef, int64_t total_tokens, int64_t tokens, const T* logp
   return tokens == 0 ? 0 : coef * sum / static_cast<double>(total_tokens);
 }
 
-double adapted_entropy_coef(double coef, double entropy, double target, double rate, double max) {
-  return std::clamp(coef + rate * (target - entropy), 0.0, max);
-}
-
 template Normalizer count(const LossBatch<float>&);
 template Normalizer count(const LossBatch<double>&);
 template void policy_loss(const LossConfig&, const Normalizer&, const LossBatch<float>&, float*, float*,

@@ -163,8 +163,4 @@ template <class T>
 double ptx_loss(double coef, int64_t total_tokens, int64_t tokens, const T* logprob, const uint8_t* mask,
                 T* dlogprob);
 
-// The entropy coefficient for the next step, steering the measured mean entropy towards a target:
-// coef + rate * (target - entropy), held within [0, max].
-double adapted_entropy_coef(double coef, double entropy, double target, double rate, double max);
-
 }  // namespace perigee::kernels

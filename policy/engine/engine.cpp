@@ -117,7 +117,7 @@ void Engine::Impl::check(const GenerationGroup& g) const {
     if (need > pool.budget_bytes())
       throw_input(
           "a sequence of {} tokens needs {} MiB of state, more than the budget of {} MiB: raise "
-          "engine.memory_mb",
+          "engine.memory_mib",
           length, (need >> 20) + 1, pool.budget_bytes() >> 20);
     r.sampling.validate(vocab());
   }

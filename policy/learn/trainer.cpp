@@ -19,6 +19,11 @@ struct Predictions {
   float *logprob = nullptr, *lse = nullptr, *entropy = nullptr;  // [entries]
 };
 
+// Rows to hand out at a time when they are only copied.
+int64_t row_grain(int64_t width) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
+}
+
 float inv_temperature(float temperature) {
   return temperature > 0 ? 1.0f / temperature : 1.0f;
 }
@@ -30,8 +35,10 @@ Predictions predict(Context& ctx, const Weights& weights, const MicroBatch& b, c
   p.logprob = ctx.scratch.take<float>(n);
   p.lse = ctx.scratch.take<float>(n);
   p.entropy = ctx.scratch.take<float>(n);
-  for (int64_t i = 0; i < n; ++i)
-    std::copy_n(hidden + b.rows[static_cast<size_t>(i)] * D, D, p.hidden + i * D);
+  ctx.parallel_for(n, row_grain(D), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      std::copy_n(hidden + b.rows[static_cast<size_t>(i)] * D, D, p.hidden + i * D);
+  });
   vocab_logprob_forward(ctx, n, p.hidden, D, weights.matrix(weights.layout->head()),
                         inv_temperature(b.temperature), b.targets.data(), p.logprob, p.lse, p.entropy);
   return p;
@@ -72,6 +79,14 @@ struct Trainer::Impl {
     }
   }
 
+  // Weight of the worked examples' own mean: all there is in a supervised step, learn.ptx_coef beside episodes. Decided
+  // by the batch, not by a minibatch of it that happens to hold nothing else.
+  double curated_coef(const std::vector<TrainSequence>& batch) const {
+    for (const TrainSequence& q : batch)
+      if (!q.curated) return config.ptx_coef;
+    return 1.0;
+  }
+
   struct Totals {
     LossStats stats;
     double ptx = 0;
@@ -93,7 +108,7 @@ struct Trainer::Impl {
 
   void accumulate(const std::byte* weights, const std::vector<MicroBatch>& batches,
                   const std::vector<std::vector<float>>& old, const std::vector<std::vector<float>>& ref,
-                  float* grad, Totals& totals);
+                  double curated_coef, float* grad, Totals& totals);
   void backward(const MicroBatch& b, const std::byte* weights, const Predictions& p, const float* dlogprob,
                 const float* dentropy, TrainPass& pass, float* grad);
   void require_finite(const MicroBatch& b, const std::byte* weights, const Predictions& p);
@@ -149,14 +164,17 @@ void Trainer::Impl::backward(const MicroBatch& b, const std::byte* weights, cons
                          b.targets.data(), p.lse, p.entropy, dlogprob, dentropy, dentry, D,
                          grad + layout.tensor(layout.head()).element_offset);
   std::memset(dhidden, 0, static_cast<size_t>(rows * D) * sizeof(float));
-  for (int64_t i = 0; i < n; ++i)
-    std::copy_n(dentry + i * D, D, dhidden + b.rows[static_cast<size_t>(i)] * D);
+  ctx.parallel_for(n, row_grain(D), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      std::copy_n(dentry + i * D, D, dhidden + b.rows[static_cast<size_t>(i)] * D);
+  });
   pass.backward(dhidden, grad);
 }
 
 void Trainer::Impl::accumulate(const std::byte* weights, const std::vector<MicroBatch>& batches,
                                const std::vector<std::vector<float>>& old,
-                               const std::vector<std::vector<float>>& ref, float* grad, Totals& totals) {
+                               const std::vector<std::vector<float>>& ref, double curated_coef,
+                               float* grad, Totals& totals) {
   Normalizer norm;
   int64_t curated_tokens = 0, policy_sequences = 0;
   for (const MicroBatch& b : batches) {
@@ -168,7 +186,6 @@ void Trainer::Impl::accumulate(const std::byte* weights, const std::vector<Micro
     }
   }
   norm.sequences = policy_sequences;
-  const double ptx_coef = policy_sequences > 0 ? config.ptx_coef : 1.0;
   const bool wants_entropy = config.loss.entropy_coef != 0;
   for (size_t i = 0; i < batches.size(); ++i) {
     const MicroBatch& b = batches[i];
@@ -179,7 +196,7 @@ void Trainer::Impl::accumulate(const std::byte* weights, const std::vector<Micro
     float* dlogprob = ctx.scratch.take<float>(n);
     float* dentropy = wants_entropy && !b.curated ? ctx.scratch.take<float>(n) : nullptr;
     if (b.curated) {
-      totals.ptx += ptx_loss<float>(ptx_coef, curated_tokens, n, p.logprob, nullptr, dlogprob);
+      totals.ptx += ptx_loss<float>(curated_coef, curated_tokens, n, p.logprob, nullptr, dlogprob);
       totals.ptx_tokens += n;
       if (policy_sequences == 0)
         for (int64_t t = 0; t < n; ++t) totals.stats.entropy_sum += p.entropy[t];
@@ -267,13 +284,21 @@ void Trainer::Impl::apply(const std::byte* weights_in, std::byte* weights_out, c
   p.step = steps + 1;
   if (config.grad_clip > 0 && metrics.grad_norm > config.grad_clip)
     p.grad_scale = static_cast<float>(config.grad_clip / metrics.grad_norm);
-  // In float32 the weights arena has the flat layout: it is its own master.
-  if (!narrow && weights_out != weights_in)
-    std::memcpy(weights_out, weights_in, static_cast<size_t>(layout.weight_bytes()));
+  // In float32 the weights arena has the flat layout: it is its own master, read from one arena and written
+  // to the other in one pass.
+  const float* from = narrow ? masters.data() : reinterpret_cast<const float*>(weights_in);
   float* to = narrow ? masters.data() : reinterpret_cast<float*>(weights_out);
-  for (const Range& r : trained)
-    adamw_step(ctx, p, r.count, to + r.begin, to + r.begin, gradient.data() + r.begin, m.data() + r.begin,
+  int64_t copied = 0;
+  const auto keep_until = [&](int64_t end) {  // what is not trained stays
+    if (from != to) std::copy(from + copied, from + end, to + copied);
+  };
+  for (const Range& r : trained) {
+    keep_until(r.begin);
+    copied = r.begin + r.count;
+    adamw_step(ctx, p, r.count, from + r.begin, to + r.begin, gradient.data() + r.begin, m.data() + r.begin,
                v.data() + r.begin);
+  }
+  keep_until(layout.elements());
   if (config.router_bias_rate > 0) balance_router(reinterpret_cast<std::byte*>(to), totals.expert_load);
   if (narrow) layout.flat_to_weights(masters.data(), weights_out);
   ++steps;
@@ -354,10 +379,13 @@ StepMetrics Trainer::step(const std::byte* weights_in, std::byte* weights_out,
   try {
     for (int64_t part = 0; part < parts; ++part) {
       if (minibatches[static_cast<size_t>(part)].empty()) continue;
-      std::fill(s.gradient.begin(), s.gradient.end(), 0.0f);
+      // Half a gigabyte for a model of 136 M: all threads write it.
+      s.ctx.parallel_for(s.layout.elements(), int64_t{1} << 18, [&](int64_t begin, int64_t end) {
+        std::fill(s.gradient.begin() + begin, s.gradient.begin() + end, 0.0f);
+      });
       Impl::Totals totals;
       s.accumulate(current, minibatches[static_cast<size_t>(part)], old[static_cast<size_t>(part)],
-                   ref[static_cast<size_t>(part)], s.gradient.data(), totals);
+                   ref[static_cast<size_t>(part)], s.curated_coef(batch), s.gradient.data(), totals);
       StepMetrics m = s.metrics(totals, s.gradient.data());
       m.lr = scheduled_lr(s.schedule, s.steps - s.schedule_start);
       s.apply(current, weights_out, m, totals);
@@ -392,7 +420,7 @@ StepMetrics Trainer::gradients(const std::byte* weights, const std::vector<Train
   if (s.config.loss.kl_coef != 0) ref = s.frozen_logprobs(reference, batches);
   std::fill(gradient, gradient + s.layout.elements(), 0.0f);
   Impl::Totals totals;
-  s.accumulate(weights, batches, {}, ref, gradient, totals);
+  s.accumulate(weights, batches, {}, ref, s.curated_coef(batch), gradient, totals);
   return s.metrics(totals, gradient);
 }
 

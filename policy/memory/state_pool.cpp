@@ -113,7 +113,7 @@ float* StatePool::allocate(int64_t floats) {
   const size_t bytes = (static_cast<size_t>(floats > 0 ? floats : 1) * sizeof(float) + 63) / 64 * 64;
   auto* p = static_cast<float*>(std::aligned_alloc(64, bytes));
   if (p == nullptr)
-    throw_environment("out of memory for sequence states ({} MiB in use): lower engine.memory_mb",
+    throw_environment("out of memory for sequence states ({} MiB in use): lower engine.memory_mib",
                       allocated_bytes_ >> 20);
   allocated_bytes_ += static_cast<int64_t>(bytes);
   memory_.push_back(p);

@@ -57,15 +57,5 @@ TEST(Advantage, MayOverwriteItsRewards) {
   }
 }
 
-TEST(Advantage, SoftOverlongPenalty) {
-  using kernels::soft_overlong_penalty;
-  EXPECT_EQ(soft_overlong_penalty(0, 100, 20), 0);
-  EXPECT_EQ(soft_overlong_penalty(80, 100, 20), 0);
-  EXPECT_DOUBLE_EQ(soft_overlong_penalty(81, 100, 20), -0.05);
-  EXPECT_DOUBLE_EQ(soft_overlong_penalty(90, 100, 20), -0.5);
-  EXPECT_EQ(soft_overlong_penalty(100, 100, 20), -1);
-  EXPECT_EQ(soft_overlong_penalty(101, 100, 20), -1);
-}
-
 }  // namespace
 }  // namespace perigee

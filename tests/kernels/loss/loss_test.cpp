@@ -230,12 +230,6 @@ TEST(Loss, PtxIsTheMeanOverItsOwnTokens) {
   EXPECT_DOUBLE_EQ(kernels::ptx_loss<float>(1, 4, 4, l.data(), nullptr, d.data()), 15.0 / 4);
 }
 
-TEST(Loss, EntropyCoefficientMovesTowardsTheTarget) {
-  EXPECT_DOUBLE_EQ(kernels::adapted_entropy_coef(0.01, 0.2, 0.5, 0.1, 1), 0.04);
-  EXPECT_EQ(kernels::adapted_entropy_coef(0.01, 2, 0.5, 0.1, 1), 0);
-  EXPECT_EQ(kernels::adapted_entropy_coef(0.99, 0.2, 0.5, 0.1, 1), 1);
-}
-
 TEST(Loss, ImpossibleConfigurationsAreRefused) {
   const auto refused = [](auto change) {
     LossConfig c;

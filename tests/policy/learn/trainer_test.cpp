@@ -188,6 +188,25 @@ TEST(Trainer, KlTermNeedsAndUsesTheReference) {
   EXPECT_GT(trainer.step(model.weights(), out.data(), batch, other.weights()).kl, 0);
 }
 
+// More minibatches than episodes: those that hold worked examples alone keep the weight of worked examples.
+TEST(Trainer, WorkedExamplesBesideEpisodesKeepTheirCoefficientInEveryMinibatch) {
+  SmallModel model(11);
+  kernels::Context ctx(2);
+  TrainerConfig config = config_of(kernels::LossKind::kGrpo);
+  config.ptx_coef = 0.01;
+  config.minibatches = 4;
+  config.schedule.lr = 0;
+  Trainer trainer(ctx, model.layout, config);
+  auto batch = random_batch(12, 1, false);
+  const auto curated = random_batch(13, 8, true);
+  batch.insert(batch.end(), curated.begin(), curated.end());
+  Arena out(model.layout);
+  const double mixed = trainer.step(model.weights(), out.data(), batch).ptx_loss;
+  const double alone = trainer.step(model.weights(), out.data(), curated).ptx_loss;
+  EXPECT_GT(alone, 1);
+  EXPECT_NEAR(mixed, 0.01 * alone, 1e-3 * alone);
+}
+
 TEST(Trainer, RouterBiasMovesTowardsTheUnderused) {
   SmallModel model(9);
   kernels::Context ctx(2);
