@@ -1,10 +1,8 @@
 #include "rollout/tasks.h"
 
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <algorithm>
-#include <filesystem>
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -14,6 +12,7 @@
 
 #include "base/error.h"
 #include "reward/rubric.h"
+#include "tests/base/temp_directory.h"
 
 namespace perigee::rollout {
 namespace {
@@ -255,13 +254,8 @@ TEST(Tasks, BadConfigurationsAreRefusedInOneLine) {
 
 class Files : public ::testing::Test {
  protected:
-  Files() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "perigee-tasks-XXXXXX").string();
-    directory_ = mkdtemp(pattern.data());
-  }
-  ~Files() override { std::filesystem::remove_all(directory_); }
   std::string write(const std::string& name, const std::string& text) {
-    const std::string path = directory_ + "/" + name;
+    const std::string path = directory_ / name;
     std::ofstream(path) << text;
     return path;
   }
@@ -270,7 +264,7 @@ class Files : public ::testing::Test {
     if (!held_out.empty()) config["held_out_path"] = held_out;
     return make_task_source(config, "run.json: tasks", 3);
   }
-  std::string directory_;
+  TempDirectory directory_;
 };
 
 TEST_F(Files, EveryTaskOncePerPass) {

@@ -45,7 +45,7 @@ TEST(Crash, KilledAnywhereKeepsWhatWasAcknowledged) {
   const uint64_t seed = static_cast<uint64_t>(unix_time_us());
   SCOPED_TRACE(fmt::format("seed {}", seed));
   Random random(seed);
-  TempDir dir;
+  TempDirectory dir;
   std::map<int64_t, int32_t> acknowledged;  // segments of each episode
   for (int round = 0; round < 30; ++round) {
     int ends[2];
@@ -138,7 +138,7 @@ Outcome run_with_fault(const std::filesystem::path& file, const FaultPlan& fault
 void sweep(FaultPlan faults) {
   int64_t last = 1;
   {
-    TempDir dir;
+    TempDirectory dir;
     const Outcome whole = run_with_fault(dir / "s", {});
     ASSERT_EQ(whole.acknowledged, 6);
     last = whole.operations;
@@ -148,7 +148,7 @@ void sweep(FaultPlan faults) {
   // Where all fails from n on, neighbouring n differ little: every second one.
   for (int64_t n = 1; n <= last; n += faults.forever ? 2 : 1) {
     SCOPED_TRACE(fmt::format("operation {} of {} fails", n, last));
-    TempDir dir;
+    TempDirectory dir;
     faults.fail_at = n;
     const Outcome outcome = run_with_fault(dir / "s", faults);
     EXPECT_GT(outcome.failures, 0);
@@ -188,7 +188,7 @@ TEST(Fault, IoErrorFromAnyWriteOnWithTornWrites) {
 // A full disk that has room again: the same store goes on. An I/O error: it must be opened again.
 TEST(Fault, AFullDiskIsSurvivedAnIoErrorEndsTheConnection) {
   for (const int code : {SQLITE_FULL, SQLITE_IOERR_WRITE}) {
-    TempDir dir;
+    TempDirectory dir;
     fault_plan() = {};
     Store store(dir / "s", {.vfs = failing_vfs()});
     const int64_t id = lease_group(store, 1)[0];

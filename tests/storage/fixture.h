@@ -1,8 +1,6 @@
-// What the tests of the store share: a directory that is removed afterwards, and records with recognisable
-// content.
+// What the tests of the store share: records with recognisable content.
 #pragma once
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <bit>
 #include <filesystem>
@@ -13,25 +11,9 @@
 #include "base/random.h"
 #include "storage/sqlite.h"
 #include "storage/store.h"
+#include "tests/base/temp_directory.h"
 
 namespace perigee::storage_test {
-
-class TempDir {
- public:
-  TempDir() {
-    std::string path = (std::filesystem::temp_directory_path() / "perigee-store-XXXXXX").string();
-    if (!::mkdtemp(path.data())) throw std::runtime_error("mkdtemp");
-    path_ = path;
-  }
-  ~TempDir() {
-    std::error_code ec;
-    std::filesystem::remove_all(path_, ec);
-  }
-  std::filesystem::path operator/(const std::string& name) const { return path_ / name; }
-
- private:
-  std::filesystem::path path_;
-};
 
 inline RunRecord run_record(const std::string& id = "r") {
   RunRecord run;

@@ -21,7 +21,7 @@ void alter(const std::filesystem::path& file, const std::string& sql) {
 }
 
 TEST(OpenStore, ASecondWriterIsRefusedUntilTheFirstIsGone) {
-  TempDir dir;
+  TempDirectory dir;
   auto first = std::make_unique<Store>(dir / "s");
   expect_error(Error::Kind::kInput, "is writing to this store", [&] { Store second(dir / "s"); });
   first.reset();
@@ -29,7 +29,7 @@ TEST(OpenStore, ASecondWriterIsRefusedUntilTheFirstIsGone) {
 }
 
 TEST(OpenStore, CreateRefusesARunThatIsThere) {
-  TempDir dir;
+  TempDirectory dir;
   { Store store(dir / "s", {.open = StoreOptions::Open::kCreate}); }
   expect_error(Error::Kind::kInput, "holds a run already",
                [&] { Store store(dir / "s", {.open = StoreOptions::Open::kCreate}); });
@@ -41,7 +41,7 @@ TEST(OpenStore, CreateRefusesARunThatIsThere) {
 }
 
 TEST(OpenStore, ForeignFilesAreRefusedUntouched) {
-  TempDir dir;
+  TempDirectory dir;
   std::ofstream(dir / "text")
       << "this is not a database, it only looks like a file that is long enough to be one";
   std::ofstream(dir / "long") << std::string(10000, 'x');
@@ -56,7 +56,7 @@ TEST(OpenStore, ForeignFilesAreRefusedUntouched) {
 }
 
 TEST(OpenStore, ANewerStoreIsReadAndNotWritten) {
-  TempDir dir;
+  TempDirectory dir;
   {
     Store store(dir / "s");
     lease_group(store, 2);
@@ -70,7 +70,7 @@ TEST(OpenStore, ANewerStoreIsReadAndNotWritten) {
 }
 
 TEST(OpenStore, AnEmptyFileOfAKilledMakerIsBegunAgain) {
-  TempDir dir;
+  TempDirectory dir;
   std::ofstream(dir / "zero");
   alter(dir / "wal", "PRAGMA journal_mode = WAL");
   expect_error(Error::Kind::kInput, "empty store", [&] { StoreReader reader(dir / "zero"); });
@@ -83,7 +83,7 @@ TEST(OpenStore, AnEmptyFileOfAKilledMakerIsBegunAgain) {
 // The list of migrations is the same code for one and for many: an older file, with data, is brought forward
 // whole, and a migration that fails leaves the old version as it was.
 TEST(Migrate, AnOlderVersionIsBroughtForwardWithItsData) {
-  TempDir dir;
+  TempDirectory dir;
   const storage::Migration steps[] = {"CREATE TABLE a(x INTEGER) STRICT;",
                                       "ALTER TABLE a ADD COLUMN y INTEGER;",
                                       "CREATE INDEX i ON a(y); UPDATE a SET y = x * 2;"};
@@ -105,7 +105,7 @@ TEST(Migrate, AnOlderVersionIsBroughtForwardWithItsData) {
 
 // A store whose version is one behind: the writer applies what is missing, the reader says who can.
 TEST(OpenStore, AStoreOfVersionZeroIsMigratedByTheWriterOnly) {
-  TempDir dir;
+  TempDirectory dir;
   alter(dir / "s", fmt::format("PRAGMA application_id = {}", storage::kApplicationId));
   expect_error(Error::Kind::kInput, "empty store", [&] { StoreReader reader(dir / "s"); });
   Store store(dir / "s");
@@ -114,7 +114,7 @@ TEST(OpenStore, AStoreOfVersionZeroIsMigratedByTheWriterOnly) {
 }
 
 TEST(Damage, AChangedBlobIsFoundAndNamed) {
-  TempDir dir;
+  TempDirectory dir;
   int64_t id;
   {
     Store store(dir / "s");
@@ -155,7 +155,7 @@ TEST(Damage, AChangedBlobIsFoundAndNamed) {
 }
 
 TEST(Damage, ADamagedPageIsRefusedByTheWriterAndReportedByCheck) {
-  TempDir dir;
+  TempDirectory dir;
   {
     Store store(dir / "s");
     const auto ids = lease_group(store, 64);
@@ -184,7 +184,7 @@ TEST(Damage, ADamagedPageIsRefusedByTheWriterAndReportedByCheck) {
 
 // Readers in other threads while the writer commits: each call sees one committed state.
 TEST(Reader, SeesWholeCommitsWhileTheWriterWrites) {
-  TempDir dir;
+  TempDirectory dir;
   Store store(dir / "s");
   const auto ids = lease_group(store, 8);
   std::atomic<bool> done = false;

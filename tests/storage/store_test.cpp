@@ -18,7 +18,7 @@ bool same_double(double a, double b) {
 }
 
 TEST(Store, EpisodeComesBackWhole) {
-  TempDir dir;
+  TempDirectory dir;
   Segment first, last;
   Reward reward;
   int64_t id;
@@ -74,7 +74,7 @@ TEST(Store, EpisodeComesBackWhole) {
 }
 
 TEST(Store, SeedsAboveTwoToThe63ComeBack) {
-  TempDir dir;
+  TempDirectory dir;
   Store store(dir / "s");
   auto tx = store.begin();
   store.create_run(run_record());
@@ -89,7 +89,7 @@ TEST(Store, SeedsAboveTwoToThe63ComeBack) {
 }
 
 TEST(Store, JudgesEveryKindOfSegment) {
-  TempDir dir;
+  TempDirectory dir;
   Store store(dir / "s");
   const int64_t id = lease_group(store, 1)[0];
   auto tx = store.begin();
@@ -130,7 +130,7 @@ TEST(Store, JudgesEveryKindOfSegment) {
 }
 
 TEST(Store, RewardsComeOnceAndAfterTheFinish) {
-  TempDir dir;
+  TempDirectory dir;
   Store store(dir / "s");
   const auto ids = lease_group(store, 2);
   auto tx = store.begin();
@@ -152,7 +152,7 @@ TEST(Store, RewardsComeOnceAndAfterTheFinish) {
 }
 
 TEST(Store, StepsAreKeptExactlyAndInOrder) {
-  TempDir dir;
+  TempDirectory dir;
   Store store(dir / "s");
   const auto ids = lease_group(store, 3);
   TrainBatch batch{
@@ -188,7 +188,7 @@ TEST(Store, StepsAreKeptExactlyAndInOrder) {
 }
 
 TEST(Store, ARestartGetsBackWhatIsPending) {
-  TempDir dir;
+  TempDirectory dir;
   std::vector<int64_t> a, b;
   {
     Store store(dir / "s");
@@ -229,7 +229,7 @@ TEST(Store, ARestartGetsBackWhatIsPending) {
 }
 
 TEST(Store, MetricsAndEvaluationsAreReplacedByARepeat) {
-  TempDir dir;
+  TempDirectory dir;
   Store store(dir / "s");
   auto tx = store.begin();
   store.create_run(run_record());
@@ -251,7 +251,7 @@ TEST(Store, MetricsAndEvaluationsAreReplacedByARepeat) {
 }
 
 TEST(Store, ListsByFilterOrderAndPage) {
-  TempDir dir;
+  TempDirectory dir;
   Store store(dir / "s");
   std::vector<int64_t> ids;
   for (int g = 0; g < 5; ++g) {
@@ -282,7 +282,7 @@ TEST(Store, ListsByFilterOrderAndPage) {
 }
 
 TEST(Store, UnknownNamesChangeNothingAndSpareTheTransaction) {
-  TempDir dir;
+  TempDirectory dir;
   Store store(dir / "s");
   const int64_t id = lease_group(store, 1)[0];
   auto tx = store.begin();
@@ -297,7 +297,7 @@ TEST(Store, UnknownNamesChangeNothingAndSpareTheTransaction) {
 }
 
 TEST(Store, WhatIsNotCommittedIsNotThere) {
-  TempDir dir;
+  TempDirectory dir;
   Store store(dir / "s");
   const int64_t id = lease_group(store, 1)[0];
   StoreReader reader(dir / "s");
@@ -318,7 +318,7 @@ TEST(Store, WhatIsNotCommittedIsNotThere) {
 
 // Half a group cannot be committed, however the caller deals with the exception.
 TEST(Store, AWriteThatFailedHalfWayLosesItsTransaction) {
-  TempDir dir;
+  TempDirectory dir;
   Store store(dir / "s");
   const int64_t id = lease_group(store, 1)[0];
   auto tx = store.begin();
@@ -336,7 +336,7 @@ TEST(Store, AWriteThatFailedHalfWayLosesItsTransaction) {
 // Any order of arrival, any repeats: the store ends with each segment once, as if they had come in order.
 TEST(Store, ShuffledAndRepeatedMessagesEndTheSame) {
   for (uint64_t seed = 0; seed < 10; ++seed) {
-    TempDir dir;
+    TempDirectory dir;
     Store store(dir / "s");
     const auto ids = lease_group(store, 4);
     std::vector<Segment> messages;
