@@ -228,6 +228,20 @@ void ParamLayout::write_flat(float* flat, const CheckpointTensor& t, const float
   for_each_value(*this, t, [&](int64_t value, int64_t element) { flat[element] = values[value]; });
 }
 
+namespace {
+
+// kernels::to_bf16 of a whole array, without branches: the learner does it to every weight in every step.
+void narrow_to_bf16(const float* from, int64_t n, uint16_t* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t b;
+    std::memcpy(&b, from + i, sizeof b);
+    const uint32_t nearest = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16, nan = (b >> 16) | 0x40u;
+    to[i] = static_cast<uint16_t>((b & 0x7fffffffu) > 0x7f800000u ? nan : nearest);
+  }
+}
+
+}  // namespace
+
 void ParamLayout::flat_to_weights(const float* flat, std::byte* weights) const {
   // The gaps between tensors too: the arena is hashed.
   std::memset(weights, 0, static_cast<size_t>(weight_bytes_));
@@ -237,7 +251,7 @@ void ParamLayout::flat_to_weights(const float* flat, std::byte* weights) const {
         dtype_ == Dtype::kBf16 && (t.form == TensorForm::kPanels || t.form == TensorForm::kTable);
     if (narrow) {
       auto* to = reinterpret_cast<uint16_t*>(weights + t.byte_offset);
-      for (int64_t i = 0; i < t.elements; ++i) to[i] = kernels::to_bf16(from[i]);
+      narrow_to_bf16(from, t.elements, to);
     } else {
       std::memcpy(weights + t.byte_offset, from, static_cast<size_t>(t.elements) * 4);
     }
