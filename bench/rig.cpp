@@ -13,7 +13,7 @@ namespace perigee::bench {
 namespace {
 
 constexpr size_t kReadBytes = size_t{256} << 20;  // several times any last-level cache share of two cores
-constexpr int kMinTurns = 5;
+constexpr int kMinTurns = 5, kMinLongTurns = 3;
 
 // 24 chains of multiply-adds: two units of latency 4 want 8, narrower vectors count double.
 double fma_piece(int64_t steps) {
@@ -85,8 +85,9 @@ bool Rig::wants(const std::string& name) const {
 }
 
 double Rig::fma_rate() {
+  // Pieces of a tenth of a millisecond, so that a thread that the system holds up costs the other one little.
   constexpr int64_t kSteps = 20000;
-  const int64_t pieces = 16 * ctx_.pool.size();
+  const int64_t pieces = 400 * ctx_.pool.size();
   std::atomic<int64_t> flops{0};
   const double t0 = now_s();
   ctx_.pool.parallel_for(pieces, 1, [&](int64_t begin, int64_t end) {
@@ -99,20 +100,39 @@ double Rig::read_rate() {
   constexpr int64_t kPiece = 1 << 18;  // floats
   const auto* p = reinterpret_cast<const float*>(memory_.data());
   std::atomic<float> keep{0};
+  constexpr int64_t kPieces = static_cast<int64_t>(kReadBytes) / 4 / kPiece, kTimes = 4;
   const double t0 = now_s();
-  ctx_.pool.parallel_for(static_cast<int64_t>(kReadBytes) / 4 / kPiece, 1, [&](int64_t begin, int64_t end) {
-    keep = read_piece(p + begin * kPiece, (end - begin) * kPiece);
+  ctx_.pool.parallel_for(kPieces * kTimes, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) keep = read_piece(p + i % kPieces * kPiece, kPiece);
   });
-  return read_.emplace_back(static_cast<double>(kReadBytes) / (now_s() - t0));
+  return read_.emplace_back(static_cast<double>(kReadBytes) * kTimes / (now_s() - t0));
+}
+
+// At least one sample, and a tenth of the time that the turn beside it took: what a sample of some tens of milliseconds
+// finds on a busy machine need not hold for seconds.
+double Rig::ceiling(Bound bound, double turn_s) {
+  if (bound == Bound::kNone) return 0;
+  std::vector<double> samples;
+  const double t0 = now_s();
+  do samples.push_back(bound == Bound::kFma ? fma_rate() : read_rate());
+  while (now_s() - t0 < 0.1 * turn_s);
+  double inverse = 0;  // of equal work each: the harmonic mean is the rate
+  for (const double s : samples) inverse += 1 / s;
+  return static_cast<double>(samples.size()) / inverse;
 }
 
 void Rig::measure(Figure f, const std::function<double()>& turn) {
+  const double first = now_s();
   turn();  // grows the buffers, wakes the threads, fills the caches
   std::vector<double> values, ceilings, shares;
-  double spent = 0;
-  while (f.turns < kMinTurns || spent < options_.seconds) {
-    const double before = ceiling(f.bound), t0 = now_s(), units = turn(), dt = now_s() - t0;
-    const double mean = 0.5 * (before + ceiling(f.bound));
+  double spent = 0, before = ceiling(f.bound, now_s() - first);
+  const auto enough = [&] {
+    return spent >= options_.seconds && f.turns >= (spent >= kMinTurns * options_.seconds ? kMinLongTurns : kMinTurns);
+  };
+  while (!enough()) {
+    const double t0 = now_s(), units = turn(), dt = now_s() - t0, after = ceiling(f.bound, dt);
+    const double mean = 0.5 * (before + after);
+    before = after;
     values.push_back(units / dt);
     ceilings.push_back(mean);
     if (f.bound != Bound::kNone) shares.push_back(units / dt * f.work / mean);

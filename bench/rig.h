@@ -50,7 +50,7 @@ class Rig {
   double read_rate();
 
  private:
-  double ceiling(Bound bound) { return bound == Bound::kFma ? fma_rate() : bound == Bound::kMemory ? read_rate() : 0; }
+  double ceiling(Bound bound, double turn_s);
 
   Options options_;
   Report& report_;
