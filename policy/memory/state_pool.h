@@ -1,8 +1,8 @@
-// The memory of running sequences under one budget: recurrent parts and latent blocks (policy/model/forward.h,
-// StateLayout), with free lists, blocks shared between forks by reference count.
+// The memory of running sequences under one budget: recurrent parts and latent blocks
+// (policy/model/forward.h, StateLayout), with free lists, blocks shared between forks by reference count.
 //
-// Admission is by reservation: a user first reserves what its sequences can need at most and then never fails.
-// Not thread safe. A pool outlives its states.
+// Admission is by reservation: a user first reserves what its sequences can need at most and then never
+// fails. Not thread safe. A pool outlives its states.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -27,7 +27,8 @@ class SequenceState {
   int64_t position() const { return position_; }
 
   // Makes room for `count` more tokens: the blocks they fall into exist and are this sequence's own.
-  // The returned slice (rows from `begin` of the batch) borrows this object's memory until it is next changed.
+  // The returned slice (rows from `begin` of the batch) borrows this object's memory until it is next
+  // changed.
   SequenceSlice extend(int64_t begin, int64_t count);
   // After the forward pass that wrote the rows.
   void advance(int64_t count) { position_ += count; }
@@ -61,7 +62,8 @@ class StatePool {
   int64_t reserved_bytes() const { return reserved_bytes_; }
   int64_t allocated_bytes() const { return allocated_bytes_; }  // from the system, free lists included
 
-  // What a sequence of `tokens` holds at most when its first `shared_tokens` lie in blocks that another holds.
+  // What a sequence of `tokens` holds at most when its first `shared_tokens` lie in blocks that another
+  // holds.
   int64_t bytes_for(int64_t tokens, int64_t shared_tokens = 0) const;
   // Bytes of the full blocks of a prefix.
   int64_t shared_bytes(int64_t tokens) const;
