@@ -78,21 +78,14 @@ LiveGroup& EpisodeBook::adopt(const GroupWithEpisodes& stored, int64_t now_ms, b
     for (const auto& s : e.segments) append_tokens(live, s);
     if (e.state == EpisodeState::kLeased) {
       live.state = LiveEpisode::State::kLeased;
-      live.deadline_ms = now_ms + options_.lease_ms;
+      live.deadline_ms = deadline(live, now_ms);
     }
     scored = scored && e.reward.has_value();
-    if (e.reward) {
-      group.rewards.push_back(*e.reward);
-      // Accuracy is counted over evaluations only, which never come from the store.
-      group.correct.push_back(false);
-    }
+    if (e.reward) group.rewards.push_back(*e.reward);
     group.members.push_back(std::move(live));
   }
   group.scored = scored;
-  if (!scored) {
-    group.rewards.clear();
-    group.correct.clear();
-  }
+  if (!scored) group.rewards.clear();
   const int64_t id = group.record.group_id;
   for (const auto& m : group.members) group_of_episode_[m.spec.episode_id] = id;
   LiveGroup& kept = groups_[id] = std::move(group);
@@ -148,7 +141,7 @@ std::vector<EpisodeKey> EpisodeBook::claim(const std::string& peer, const std::v
     }
     if (e->owner.empty()) ++worker->second.leased;
     e->owner = peer;
-    e->deadline_ms = now_ms + options_.lease_ms;
+    e->deadline_ms = deadline(*e, now_ms);
     kept.insert(key.episode_id);
   }
   // What it held by our book and does not know of (the lease was lost on the way) goes back.
@@ -166,7 +159,7 @@ void EpisodeBook::renew(const std::string& peer, int64_t now_ms) {
   if (worker == policy_workers_.end() || worker->second.leased == 0) return;
   for (auto& [id, g] : groups_)
     for (auto& m : g.members)
-      if (m.state == LiveEpisode::State::kLeased && m.owner == peer) m.deadline_ms = now_ms + options_.lease_ms;
+      if (m.state == LiveEpisode::State::kLeased && m.owner == peer) m.deadline_ms = deadline(m, now_ms);
 }
 
 LiveEpisode* EpisodeBook::episode(int64_t episode_id, LiveGroup** group) {
@@ -187,6 +180,10 @@ void EpisodeBook::give_back(const LiveGroup& group, LiveEpisode& e) {
   e.state = LiveEpisode::State::kOpen;
   e.owner.clear();
   if (!group.evaluation) store_.release_attempt(e.spec.episode_id);
+}
+
+int64_t EpisodeBook::deadline(const LiveEpisode& e, int64_t now_ms) const {
+  return now_ms + (options_.lease_ms << std::clamp(e.attempt - 1, 0, 6));
 }
 
 Append EpisodeBook::judge_evaluation(const LiveEpisode& e, const Segment& s) const {
@@ -266,7 +263,7 @@ void EpisodeBook::lease_group(LiveGroup& group, const std::string& peer, PolicyW
     }
     m.state = LiveEpisode::State::kLeased;
     m.owner = peer;
-    m.deadline_ms = now_ms + options_.lease_ms;
+    m.deadline_ms = deadline(m, now_ms);
     ++worker.leased;
     ++counts_.leases;
     lease.members.push_back({{m.spec.episode_id, m.attempt}, m.spec.seed, m.segment_count, m.tokens});

@@ -46,7 +46,7 @@ struct LiveGroup {
   std::vector<LiveEpisode> members;
   bool scored = false;
   std::vector<Reward> rewards;  // once scored
-  std::vector<bool> correct;
+  std::vector<bool> correct;    // likewise; empty when the group comes from the store, which does not keep it
   std::string scorer;  // peer
   int64_t score_deadline_ms = 0;
 
@@ -116,6 +116,8 @@ class EpisodeBook {
   };
   LiveEpisode* episode(int64_t episode_id, LiveGroup** group = nullptr);
   void give_back(const LiveGroup& group, LiveEpisode& episode);
+  // Longer with every attempt: a worker whose single step outlasts a lease would otherwise lose it for ever.
+  int64_t deadline(const LiveEpisode& episode, int64_t now_ms) const;
   void lease_group(LiveGroup& group, const std::string& peer, PolicyWorker& worker, int64_t now_ms,
                    std::vector<Outgoing>& out);
   Append judge_evaluation(const LiveEpisode& episode, const Segment& segment) const;

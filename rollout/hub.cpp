@@ -193,6 +193,16 @@ void Hub::report_rate(int64_t now_ms) {
   rate_tokens_ = tokens;
 }
 
+std::vector<Outgoing> Hub::last_words(const std::string& line) const {
+  std::vector<Outgoing> out;
+  for (const auto& [id, peer] : peers_)
+    if (peer.role == "supervisor")
+      out.push_back({id, BusMessage("event", {{"run", run_id_},
+                                              {"epoch", epoch_},
+                                              {"body", {{"event", "trouble"}, {"role", "hub"}, {"line", line}}}})});
+  return out;
+}
+
 std::vector<Outgoing> Hub::commit(int64_t now_ms) {
   if (!done_ && failure_.empty()) {
     schedule_.advance(now_ms, out_, events_);

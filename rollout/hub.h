@@ -39,6 +39,9 @@ class Hub {
   // Advances, commits and returns what may be sent now.
   std::vector<Outgoing> commit(int64_t now_ms);
 
+  // What to tell the supervisor when a round threw this: the log may be on the disk that is full.
+  std::vector<Outgoing> last_words(const std::string& line) const;
+
   bool done() const { return done_; }  // finished, failed or stopped: the loop may end once the last messages went out
   const std::string& failure() const { return failure_; }
   const Schedule& schedule() const { return schedule_; }

@@ -52,13 +52,20 @@ RoleResult run_hub(const RoleContext& role, bool keep_leases) {
   net::Router router(role.zmq, role.endpoint, bus_options(role.config));
   while (!role.stop.stop_requested() && !hub.done()) {
     auto in = router.receive(20);
-    hub.begin();
-    for (int n = 0; in; ++n) {
-      hub.handle(*in, now_ms());
-      if (n >= kBatch) break;
-      in = router.receive(0);
+    std::vector<Outgoing> out;
+    try {
+      hub.begin();
+      for (int n = 0; in; ++n) {
+        hub.handle(*in, now_ms());
+        if (n >= kBatch) break;
+        in = router.receive(0);
+      }
+      out = hub.commit(now_ms());
+    } catch (const Error& e) {
+      for (auto& o : hub.last_words(e.what())) router.send(o.peer, std::move(o.message));
+      throw;
     }
-    for (auto& o : hub.commit(now_ms())) {
+    for (auto& o : out) {
       if (o.uncredited)
         router.send_uncredited(o.peer, o.message);
       else

@@ -228,9 +228,7 @@ BusMessage encode(const TrainRequest& request) {
   for (const auto& s : request.batch) {
     rows.push_back({{"n", s.tokens.size()},
                     {"temperature", s.temperature},
-                    {"advantage", s.advantage},
-                    {"reward", s.reward},
-                    {"group", s.group}});
+                    {"advantage", s.advantage}});
     append(tokens, s.tokens);
     append(mask, s.mask);
     append(mu, s.mu);
@@ -263,8 +261,6 @@ std::optional<TrainRequest> decode_train(const BusMessage& message) {
     g.get("n", n);
     g.get("temperature", s.temperature);
     g.get("advantage", s.advantage);
-    g.get("reward", s.reward);
-    g.get("group", s.group);
     if (!g.ok() || n < 1 || n > kMaxTokens || at + n > total) return std::nullopt;
     s.tokens.assign(tokens->begin() + at, tokens->begin() + at + n);
     s.mask.assign(mask->begin() + at, mask->begin() + at + n);

@@ -28,6 +28,12 @@ namespace fs = std::filesystem;
 constexpr const char* kStore = "store.sqlite";
 constexpr const char* kConfig = "config.json";
 
+// To the role's log, which may be on a full disk: then the words are lost and nothing else.
+void say(const std::string& line) {
+  std::fputs((line + "\n").c_str(), stderr);
+  std::fflush(stderr);
+}
+
 std::string join(const std::string& directory, const char* name) { return (fs::path(directory) / name).string(); }
 
 // Holds a run directory for one supervisor; the kernel lets go when the process dies.
@@ -221,10 +227,10 @@ int role_main(const std::string& role, const std::vector<std::string>& args) {
     }
     return 0;
   } catch (const Error& e) {
-    fmt::print(stderr, "{}\n", e.what());
+    say(e.what());
     return e.exit_code();
   } catch (const std::exception& e) {
-    fmt::print(stderr, "internal error: {}\n", e.what());
+    say(fmt::format("internal error: {}", e.what()));
     return 1;
   }
 }

@@ -39,7 +39,13 @@ void Schedule::restore(int64_t now_ms, bool keep_leases) {
     const TrainBatch& batch = *state.last_batch;
     const bool done = batch.version_after <= version_;
     rl_step_ = done ? batch.step : batch.step - 1;
-    if (!done) pending_ = batch;
+    if (!done) {
+      pending_ = batch;
+      const Json detail = Json::parse(batch.detail, nullptr, false);
+      if (detail.is_object() && detail.contains("metrics"))
+        for (const auto& [name, value] : detail["metrics"].items())
+          if (value.is_number()) batch_metrics_.emplace_back(name, value.get<double>());
+    }
   }
   kept_ = store_.checkpoints(run_id_);
   for (const auto& c : kept_) checkpointed_.insert(c.version);
@@ -355,7 +361,6 @@ BusMessage Schedule::train_message(const TrainBatch& batch, bool publish) {
   request.version_before = batch.version_before;
   request.version_after = batch.version_after;
   request.publish = publish;
-  std::map<int64_t, int32_t> index;  // of a group in the batch
   for (const TrainItem& item : batch.items) {
     const EpisodeRecord e = store_.episode(item.episode_id);
     policy::TrainSequence s;
@@ -370,11 +375,14 @@ BusMessage Schedule::train_message(const TrainBatch& batch, bool publish) {
     }
     s.temperature = e.spec.temperature > 0 ? e.spec.temperature : 1.0f;
     s.advantage = static_cast<float>(item.advantage);
-    s.reward = e.reward ? static_cast<float>(e.reward->total) : 0.0f;
-    s.group = index.try_emplace(e.spec.group_id, static_cast<int32_t>(index.size())).first->second;
     request.batch.push_back(std::move(s));
   }
-  return encode(request);
+  BusMessage message = encode(request);
+  for (const auto& frame : message.frames)
+    if (static_cast<int64_t>(frame.size()) > config_.bus.max_message_mib << 20)
+      failure_ = fmt::format("the batch of step {} has a part of {} MiB, and bus.max_message_mib is {}: raise it", batch.step,
+                             frame.size() >> 20, config_.bus.max_message_mib);
+  return message;
 }
 
 void Schedule::advance(int64_t now_ms, std::vector<Outgoing>& out, std::vector<Json>& events) {

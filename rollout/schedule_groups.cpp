@@ -170,7 +170,7 @@ void Schedule::make_batch(const std::vector<int64_t>& group_ids, std::vector<Jso
   batch.step = rl_step_ + 1;
   batch.version_before = version_;
   double lag_sum = 0;
-  int64_t lag_max = 0, tokens = 0, correct = 0, members = 0, length_max = 0;
+  int64_t lag_max = 0, tokens = 0, correct = 0, judged = 0, members = 0, length_max = 0;
   double reward_sum = 0, reward_squares = 0;
   for (const int64_t id : group_ids) {
     const LiveGroup& g = *book_.find(id);
@@ -185,7 +185,10 @@ void Schedule::make_batch(const std::vector<int64_t>& group_ids, std::vector<Jso
       if (g.rewards[i].failed) continue;
       batch.items.push_back({e.spec.episode_id, advantages[at++]});
       ++members;
-      correct += g.correct[i];
+      if (i < g.correct.size()) {
+        ++judged;
+        correct += g.correct[i];
+      }
       reward_sum += g.rewards[i].total;
       reward_squares += g.rewards[i].total * g.rewards[i].total;
       tokens += static_cast<int64_t>(e.tokens.size());
@@ -197,16 +200,11 @@ void Schedule::make_batch(const std::vector<int64_t>& group_ids, std::vector<Jso
       }
     }
   }
-  batch.version_after = batch.items.empty() ? version_ : version_ + 1;
-  const Append verdict = store_.record_batch(run_id_, batch);
-  PERIGEE_CHECK(verdict == Append::kAppended, "batch of step {}: {}", batch.step, append_name(verdict));
-  for (const int64_t id : group_ids) book_.close(id);
   const double n = static_cast<double>(std::max<int64_t>(members, 1));
   const double mean = reward_sum / n;
   batch_tokens_ = tokens;
   batch_metrics_ = {{"reward_mean", mean},
                     {"reward_std", std::sqrt(std::max(0.0, reward_squares / n - mean * mean))},
-                    {"correct", static_cast<double>(correct) / n},
                     {"length_mean", static_cast<double>(tokens) / n},
                     {"length_max", static_cast<double>(length_max)},
                     {"groups", static_cast<double>(group_ids.size())},
@@ -215,6 +213,15 @@ void Schedule::make_batch(const std::vector<int64_t>& group_ids, std::vector<Jso
                     {"rounds", static_cast<double>(round_ + 1)},
                     {"lag_mean", tokens > 0 ? lag_sum / static_cast<double>(tokens) : 0.0},
                     {"lag_max", static_cast<double>(lag_max)}};
+  if (judged > 0) batch_metrics_.emplace_back("correct", static_cast<double>(correct) / static_cast<double>(judged));
+  batch.version_after = batch.items.empty() ? version_ : version_ + 1;
+  // With the batch, so that a hub that takes over reports the step in full.
+  Json kept = Json::object();
+  for (const auto& [name, value] : batch_metrics_) kept[name] = value;
+  batch.detail = Json{{"metrics", std::move(kept)}}.dump();
+  const Append verdict = store_.record_batch(run_id_, batch);
+  PERIGEE_CHECK(verdict == Append::kAppended, "batch of step {}: {}", batch.step, append_name(verdict));
+  for (const int64_t id : group_ids) book_.close(id);
   if (!batch.items.empty()) {
     pending_ = std::move(batch);
     return;

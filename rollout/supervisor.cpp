@@ -185,10 +185,13 @@ class Supervisor {
 
   void event(const Json& body) {
     const std::string kind = body.value("event", "");
-    if (kind == "step" || kind == "evaluation")
+    if (kind == "step" || kind == "evaluation") {
+      trouble_.clear();
       for (auto& r : roles_) r.deaths = 0;
+    }
     if (kind == "finished" || kind == "stopped" || kind == "failed") end_.state = kind;
     if (kind == "failed") end_.failure = body.value("line", "");
+    if (kind == "trouble") trouble_ = body.value("line", "");
     progress_.event(body);
     if (options_.on_event) options_.on_event(body);
   }
@@ -214,7 +217,8 @@ class Supervisor {
         r.start_at = Clock::now() + std::chrono::seconds(2);
         continue;
       }
-      const std::string why = ended->signal == 0 ? last_line(log_file(r)) : std::string();
+      std::string why = ended->signal == 0 ? last_line(log_file(r)) : std::string();
+      if (why.empty() && r.role == "hub") why = trouble_;
       const std::string what = fmt::format("{} ended ({}){}", r.name, ended->text(), why.empty() ? "" : ": " + why);
       ++r.deaths;
       // Exit code 2 is the user's input: it will not get better by trying again. A role that says what it misses (a
@@ -261,6 +265,7 @@ class Supervisor {
   std::string endpoint_, program_;
   std::vector<Role> roles_;
   Progress progress_;
+  std::string trouble_;  // what the hub said when it had to give up, since the last step
   SupervisedEnd end_;
 };
 

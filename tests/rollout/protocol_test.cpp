@@ -46,8 +46,6 @@ TrainRequest sample_train() {
   a.mu = {0, -0.5f, -0.25f};
   a.temperature = 0.9f;
   a.advantage = 1.0f / 3;
-  a.reward = 0.1f;
-  a.group = 2;
   t.batch = {a, a};
   t.batch[1].tokens = {4};
   t.batch[1].mask = {1};
