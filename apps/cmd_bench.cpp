@@ -19,11 +19,13 @@ std::string number(double x) {
   return x >= 100 ? fmt::format("{:.0f}", x) : x >= 10 ? fmt::format("{:.1f}", x) : fmt::format("{:.3g}", x);
 }
 
-const char* bound_name(Bound b) { return b == Bound::kFma ? "fma" : b == Bound::kMemory ? "memory" : "none"; }
+const char* bound_name(Bound b) {
+  return b == Bound::kFma ? "fma" : b == Bound::kMemory ? "memory" : "none";
+}
 
 void print_header() {
-  fmt::print("{:<18} {:>9} {:<11} {:>9} {:>6} {:>5}  {:<16} {}\n", "figure", "value", "unit", "limit", "share", "aim",
-             "ceiling", "what");
+  fmt::print("{:<18} {:>9} {:<11} {:>9} {:>6} {:>5}  {:<16} {}\n", "figure", "value", "unit", "limit",
+             "share", "aim", "ceiling", "what");
 }
 
 // A line as soon as it is known: a whole run takes minutes.
@@ -41,8 +43,13 @@ void print_line(const Figure& f) {
 nlohmann::json to_json(const bench::Report& r, const bench::Options& o) {
   nlohmann::json figures = nlohmann::json::array();
   for (const Figure& f : r.figures) {
-    nlohmann::json j = {{"name", f.name},   {"unit", f.unit}, {"value", f.value}, {"quartiles", {f.low, f.high}},
-                        {"turns", f.turns}, {"note", f.note}, {"bound", bound_name(f.bound)}};
+    nlohmann::json j = {{"name", f.name},
+                        {"unit", f.unit},
+                        {"value", f.value},
+                        {"quartiles", {f.low, f.high}},
+                        {"turns", f.turns},
+                        {"note", f.note},
+                        {"bound", bound_name(f.bound)}};
     if (f.bound != Bound::kNone) {
       j["work_per_unit"] = f.work;
       j["ceiling"] = f.ceiling;
@@ -52,11 +59,12 @@ nlohmann::json to_json(const bench::Report& r, const bench::Options& o) {
     if (f.aim > 0) j["aim"] = f.aim;
     figures.push_back(std::move(j));
   }
-  return {{"device", {{"cpu", r.cpu}, {"simd", r.simd}, {"processors", r.processors}, {"threads", r.threads}}},
-          {"commit", r.commit},
-          {"configuration", {{"model", o.model}, {"seconds", o.seconds}, {"what", o.what}}},
-          {"ceilings", {{"fma_gflops", r.fma_gflops}, {"memory_read_gbs", r.memory_gbs}}},
-          {"figures", std::move(figures)}};
+  return {
+      {"device", {{"cpu", r.cpu}, {"simd", r.simd}, {"processors", r.processors}, {"threads", r.threads}}},
+      {"commit", r.commit},
+      {"configuration", {{"model", o.model}, {"seconds", o.seconds}, {"what", o.what}}},
+      {"ceilings", {{"fma_gflops", r.fma_gflops}, {"memory_read_gbs", r.memory_gbs}}},
+      {"figures", std::move(figures)}};
 }
 
 }  // namespace
@@ -71,13 +79,15 @@ void add_bench(Program& program) {
   auto o = std::make_shared<Choice>();
   Command command = program.command("bench", "Measure speed beside what the machine allows", kGroupMachine);
   command
-      .positional("what", o->what,
-                  "figures or their families, commas between them: decode, prefill, train, tiny, kda, store, bus; "
-                  "all without it",
-                  false)
+      .positional(
+          "what", o->what,
+          "figures or their families, commas between them: decode, prefill, train, tiny, kda, store, bus; "
+          "all without it",
+          false)
       .option("--seconds", o->bench.seconds, "S", "measure each figure at least this long")
       .option("--threads", o->threads, "N", "threads to use; 0: one per processor")
-      .option("--model", o->bench.model, "FILE", "config.json of the model that decode, prefill and train run")
+      .option("--model", o->bench.model, "FILE",
+              "config.json of the model that decode, prefill and train run")
       .option("--dir", o->bench.directory, "DIR", "where the store is written while it is measured")
       .flag("--json", o->json, "print one JSON object")
       .example("bench")
@@ -85,7 +95,8 @@ void add_bench(Program& program) {
       .example("bench --json > bench.json");
   command.action([o] {
     bench::Options& b = o->bench;
-    if (!(b.seconds > 0 && b.seconds <= 3600)) throw_input("--seconds is {}: give a number above 0", b.seconds);
+    if (!(b.seconds > 0 && b.seconds <= 3600))
+      throw_input("--seconds is {}: give a number above 0", b.seconds);
     if (o->threads < 0 || o->threads > 1024) throw_input("--threads is {}: give 0 to 1024", o->threads);
     b.threads = static_cast<int>(o->threads);
     for (size_t at = 0; at < o->what.size();) {
@@ -98,8 +109,9 @@ void add_bench(Program& program) {
     if (o->json) {
       print_json(to_json(report, b));
     } else {
-      fmt::print("{}, {}, {} of {} processors; {:.0f} GFLOP/s multiply-add, {:.1f} GB/s read; commit {}\n", report.cpu,
-                 report.simd, report.threads, report.processors, report.fma_gflops, report.memory_gbs, report.commit);
+      fmt::print("{}, {}, {} of {} processors; {:.0f} GFLOP/s multiply-add, {:.1f} GB/s read; commit {}\n",
+                 report.cpu, report.simd, report.threads, report.processors, report.fma_gflops,
+                 report.memory_gbs, report.commit);
     }
     return 0;
   });

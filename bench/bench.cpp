@@ -31,10 +31,11 @@ std::string cpu_name() {
 std::vector<std::string> figure_names() {
   std::vector<std::string> names;
   for (const char* dtype : {"f32", "bf16"})
-    for (const char* figure : {"decode-1", "decode-deep", "decode-64", "prefill-512", "prefill-4096", "train"})
+    for (const char* figure :
+         {"decode-1", "decode-deep", "decode-64", "prefill-512", "prefill-4096", "train"})
       names.push_back(std::string(figure) + "-" + dtype);
-  for (const char* name : {"tiny-decode", "tiny-train", "kda-chunked", "kda-recurrent", "store-episodes", "store-groups",
-                           "bus-messages", "bus-bytes"})
+  for (const char* name : {"tiny-decode", "tiny-train", "kda-chunked", "kda-recurrent", "store-episodes",
+                           "store-groups", "bus-messages", "bus-bytes"})
     names.emplace_back(name);
   return names;
 }
@@ -45,7 +46,8 @@ Report run(const Options& options, void (*done)(const Figure&)) {
     const bool known = std::any_of(names.begin(), names.end(),
                                    [&](const std::string& n) { return n == w || n.starts_with(w + "-"); });
     if (!known)
-      throw_input("unknown figure {}{}; the figures are {}", quote(w), did_you_mean(w, names), fmt::join(names, ", "));
+      throw_input("unknown figure {}{}; the figures are {}", quote(w), did_you_mean(w, names),
+                  fmt::join(names, ", "));
   }
   Report report;
   Rig rig(options, report, done);

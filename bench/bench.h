@@ -22,7 +22,7 @@ enum class Bound { kNone, kFma, kMemory };
 
 struct Figure {
   std::string name, unit;
-  double value = 0;  // median, in `unit`
+  double value = 0;          // median, in `unit`
   double low = 0, high = 0;  // quartiles
   Bound bound = Bound::kNone;
   double work = 0;     // multiply-adds counted twice (FLOP), or bytes, per unit of value

@@ -90,7 +90,8 @@ class EpisodeWriter {
 
   void check() {
     const EpisodeRecord e = store_.episode(last_.episode_id);
-    PERIGEE_CHECK(e.segments.size() == 1 && e.segments[0].tokens == last_.tokens && e.segments[0].logprobs == last_.logprobs,
+    PERIGEE_CHECK(e.segments.size() == 1 && e.segments[0].tokens == last_.tokens &&
+                      e.segments[0].logprobs == last_.logprobs,
                   "episode {} did not come back as it was", last_.episode_id);
   }
 
@@ -119,8 +120,8 @@ void store_figure(Rig& rig, const char* name, bool each, const char* note) {
 }
 
 // One worker sends, the hub's end receives, over the same socket type that a run uses.
-void bus_figure(Rig& rig, const char* name, int64_t messages, int64_t frame_bytes, const char* unit, double per_message,
-                const char* note) {
+void bus_figure(Rig& rig, const char* name, int64_t messages, int64_t frame_bytes, const char* unit,
+                double per_message, const char* note) {
   if (!rig.wants(name)) return;
   const TemporaryDirectory directory(rig.options().directory);
   zmq::context_t context(1);

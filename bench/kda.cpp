@@ -33,7 +33,8 @@ struct Inputs {
       for (float* x : {q.data() + i, k.data() + i}) {
         double sum = 0;
         for (int64_t j = 0; j < kDim; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(x[j]);
-        const auto scale = static_cast<float>((x == k.data() + i ? 1.0 : 1 / std::sqrt(double{kDim})) / std::sqrt(sum));
+        const auto scale =
+            static_cast<float>((x == k.data() + i ? 1.0 : 1 / std::sqrt(double{kDim})) / std::sqrt(sum));
         for (int64_t j = 0; j < kDim; ++j) x[j] *= scale;
       }
   }
@@ -50,7 +51,8 @@ void recurrent_head(const Inputs& in, int64_t head, float* s, float* out) {
     F16 seen[kVectors], o[kVectors];
     for (int64_t x = 0; x < kVectors; ++x) seen[x] = o[x] = zero();
     for (int64_t i = 0; i < kDim; ++i) {
-      const F16 a = set1(simd::exp(in.g[static_cast<size_t>(at + i)])), k = set1(in.k[static_cast<size_t>(at + i)]);
+      const F16 a = set1(simd::exp(in.g[static_cast<size_t>(at + i)])),
+                k = set1(in.k[static_cast<size_t>(at + i)]);
       for (int64_t x = 0; x < kVectors; ++x) {
         const F16 row = mul(load(s + i * kDim + 16 * x), a);
         store(s + i * kDim + 16 * x, row);
@@ -90,7 +92,8 @@ void bench_kda(Rig& rig) {
   };
   const auto run_recurrent = [&] {
     ctx.pool.parallel_for(kHeads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t h = begin; h < end; ++h) recurrent_head(in, h, states.data() + h * kDim * kDim, recurrent.data());
+      for (int64_t h = begin; h < end; ++h)
+        recurrent_head(in, h, states.data() + h * kDim * kDim, recurrent.data());
     });
     return static_cast<double>(kRows);
   };
@@ -98,7 +101,8 @@ void bench_kda(Rig& rig) {
   run_recurrent();
   double difference = 0, size = 0;
   for (size_t i = 0; i < floats; ++i) {
-    difference = std::max(difference, std::abs(static_cast<double>(chunked[i]) - static_cast<double>(recurrent[i])));
+    difference =
+        std::max(difference, std::abs(static_cast<double>(chunked[i]) - static_cast<double>(recurrent[i])));
     size = std::max(size, std::abs(static_cast<double>(recurrent[i])));
   }
   // Both are float32 and order their sums differently over a memory of a few hundred tokens.

@@ -46,14 +46,16 @@ TokenWork token_work(const ParamLayout& layout) {
     if (!c.is_moe(i)) continue;
     for (int64_t e = 0; e < c.num_experts; ++e)
       for (const int t : {layout.layer(i).expert_gate_up, layout.layer(i).expert_down})
-        share[static_cast<size_t>(t + e)] = static_cast<double>(c.experts_per_token) / static_cast<double>(c.num_experts);
+        share[static_cast<size_t>(t + e)] =
+            static_cast<double>(c.experts_per_token) / static_cast<double>(c.num_experts);
   }
   for (size_t t = 0; t < share.size(); ++t) {
     const ParamSpec& p = layout.tensors()[t];
     if (p.form != TensorForm::kPanels && p.form != TensorForm::kPanelsF32) continue;
     const double n = static_cast<double>(p.n * p.k) * share[t];
     w.elements += n;
-    w.bytes += n * (p.form == TensorForm::kPanels ? static_cast<double>(kernels::dtype_bytes(layout.dtype())) : 4);
+    w.bytes +=
+        n * (p.form == TensorForm::kPanels ? static_cast<double>(kernels::dtype_bytes(layout.dtype())) : 4);
   }
   const ParamSpec& head = layout.tensor(layout.head());
   w.head_elements = static_cast<double>(head.n * head.k);
@@ -83,7 +85,8 @@ std::vector<int32_t> random_tokens(const ModelConfig& c, int64_t n, uint64_t see
   return tokens;
 }
 
-GenerationGroup group_of(const ModelConfig& c, int64_t members, int64_t prompt, int64_t new_tokens, uint64_t first_id) {
+GenerationGroup group_of(const ModelConfig& c, int64_t members, int64_t prompt, int64_t new_tokens,
+                         uint64_t first_id) {
   GenerationGroup g;
   g.prompt = random_tokens(c, prompt, first_id + 1);
   for (int64_t i = 0; i < members; ++i) {
@@ -125,12 +128,13 @@ void check_exact(kernels::Context& ctx, const Model& m) {
     std::vector<int32_t> targets(tokens[s].begin() + 1, tokens[s].end());
     std::vector<float> logprob(targets.size()), lse(targets.size());
     kernels::vocab_logprob_forward(ctx, rows - 1, hidden, c.hidden_size,
-                                   Weights{&m.layout, m.weights.data()}.matrix(m.layout.head()), 1.0f, targets.data(),
-                                   logprob.data(), lse.data(), nullptr);
+                                   Weights{&m.layout, m.weights.data()}.matrix(m.layout.head()), 1.0f,
+                                   targets.data(), logprob.data(), lse.data(), nullptr);
     for (size_t i = 0; i < logprobs[s].size(); ++i)
-      PERIGEE_CHECK(std::memcmp(&logprobs[s][i], &logprob[logprob.size() - logprobs[s].size() + i], sizeof(float)) == 0,
-                    "sequence {} token {}: the engine {} the learner {}", s, i, logprobs[s][i],
-                    logprob[logprob.size() - logprobs[s].size() + i]);
+      PERIGEE_CHECK(
+          std::memcmp(&logprobs[s][i], &logprob[logprob.size() - logprobs[s].size() + i], sizeof(float)) == 0,
+          "sequence {} token {}: the engine {} the learner {}", s, i, logprobs[s][i],
+          logprob[logprob.size() - logprobs[s].size() + i]);
   }
 }
 
@@ -144,7 +148,8 @@ void decode(Rig& rig, const Model& m, const Figure& figure, int64_t batch, int64
   rig.measure(figure, [&] {
     out.clear();
     for (int64_t i = 0; i < steps; ++i) engine.step(out);
-    PERIGEE_CHECK(static_cast<int64_t>(out.size()) == batch * steps, "{} tokens in {} steps", out.size(), steps);
+    PERIGEE_CHECK(static_cast<int64_t>(out.size()) == batch * steps, "{} tokens in {} steps", out.size(),
+                  steps);
     return static_cast<double>(out.size());
   });
 }
@@ -161,7 +166,8 @@ void prefill(Rig& rig, const Model& m, const Figure& figure, int64_t tokens) {
   });
 }
 
-void train(Rig& rig, const Model& m, const Figure& figure, int64_t sequences, int64_t length, int64_t prompt) {
+void train(Rig& rig, const Model& m, const Figure& figure, int64_t sequences, int64_t length,
+           int64_t prompt) {
   TrainerConfig config;
   config.schedule.lr = 1e-6;
   Trainer trainer(rig.context(), m.layout, config);
@@ -209,21 +215,28 @@ void bench_model(Rig& rig) {
       f.note = note;
       return f;
     };
-    const double decode_aim = f32 ? 0.75 : 0.65, flops = 2 * w.elements, body = 2 * (w.elements - w.head_elements);
+    const double decode_aim = f32 ? 0.75 : 0.65, flops = 2 * w.elements,
+                 body = 2 * (w.elements - w.head_elements);
     if (wants("decode-1"))
       decode(rig, m, figure("decode-1", Bound::kMemory, w.bytes, decode_aim, "batch 1, depth 16"), 1, 16, 24);
     if (wants("decode-deep"))
-      decode(rig, m, figure("decode-deep", Bound::kMemory, w.bytes + latent_bytes(config, 4096), 0, "batch 1, depth 4,096"),
+      decode(rig, m,
+             figure("decode-deep", Bound::kMemory, w.bytes + latent_bytes(config, 4096), 0,
+                    "batch 1, depth 4,096"),
              1, 4096, 16);
     if (wants("decode-64"))
       decode(rig, m, figure("decode-64", Bound::kFma, flops, 0.55, "batch 64, depth 16"), 64, 16, 4);
-    if (wants("prefill-512")) prefill(rig, m, figure("prefill-512", Bound::kFma, body, 0.60, "one prompt of 512"), 512);
+    if (wants("prefill-512"))
+      prefill(rig, m, figure("prefill-512", Bound::kFma, body, 0.60, "one prompt of 512"), 512);
     if (wants("prefill-4096"))
-      prefill(rig, m, figure("prefill-4096", Bound::kFma, body + attention_flops(config, 2048), 0.60, "one prompt of 4,096"),
+      prefill(rig, m,
+              figure("prefill-4096", Bound::kFma, body + attention_flops(config, 2048), 0.60,
+                     "one prompt of 4,096"),
               4096);
     if (wants("train"))
-      train(rig, m, figure("train", Bound::kFma, 3 * flops, 0.40, "8 sequences of 512, AdamW, loss on every token"), 8, 512,
-            1);
+      train(rig, m,
+            figure("train", Bound::kFma, 3 * flops, 0.40, "8 sequences of 512, AdamW, loss on every token"),
+            8, 512, 1);
   }
 }
 

@@ -71,7 +71,9 @@ HugeBuffer::HugeBuffer(size_t bytes) : bytes_(bytes) {
   madvise(data_, rounded, MADV_HUGEPAGE);  // a wish: refused, the pages are small and the figures say so
 }
 
-HugeBuffer::~HugeBuffer() { std::free(data_); }
+HugeBuffer::~HugeBuffer() {
+  std::free(data_);
+}
 
 Rig::Rig(const Options& options, Report& report, void (*done)(const Figure&))
     : options_(options), report_(report), done_(done), ctx_(options.threads), memory_(kReadBytes) {
@@ -127,7 +129,8 @@ void Rig::measure(Figure f, const std::function<double()>& turn) {
   std::vector<double> values, ceilings, shares;
   double spent = 0, before = ceiling(f.bound, now_s() - first);
   const auto enough = [&] {
-    return spent >= options_.seconds && f.turns >= (spent >= kMinTurns * options_.seconds ? kMinLongTurns : kMinTurns);
+    return spent >= options_.seconds &&
+           f.turns >= (spent >= kMinTurns * options_.seconds ? kMinLongTurns : kMinTurns);
   };
   while (!enough()) {
     const double t0 = now_s(), units = turn(), dt = now_s() - t0, after = ceiling(f.bound, dt);
