@@ -277,6 +277,38 @@ const Schema::Field& Schema::known(const std::string& key, std::string_view wher
   throw_input("{}: {}: unknown key{}", where, key, did_you_mean(key, keys()));
 }
 
+const Schema::Field* Schema::container_of(const std::string& key) const {
+  for (const Field& f : fields_)
+    if (f.object && key.starts_with(f.key + ".")) return &f;
+  return nullptr;
+}
+
+namespace {
+// What path ("0.weight") names inside value, made where an object lacks it.
+json& descend(json& value, const std::string& key, size_t begin, std::string_view where) {
+  json* at = &value;
+  for (size_t end = begin - 1; end < key.size(); begin = end + 1) {
+    end = std::min(key.find('.', begin), key.size());
+    const std::string outer = key.substr(0, begin - 1), part = key.substr(begin, end - begin);
+    if (part.empty()) throw_input("{}: {}: a key stands on each side of a dot", where, key);
+    if (at->is_null()) *at = json::object();
+    if (at->is_array()) {
+      const bool digits = part.size() <= 9 && part.find_first_not_of("0123456789") == std::string::npos;
+      if (!digits || std::stoul(part) >= at->size())
+        throw_input("{}: {}: {} is no index into {}, a list of {}", where, key, quote(part), outer,
+                    at->size());
+      at = &(*at)[std::stoul(part)];
+    } else if (at->is_object()) {
+      at = &(*at)[part];
+    } else {
+      throw_input("{}: {}: {} is {}, which has no {} inside", where, key, outer, json_brief(*at),
+                  quote(part));
+    }
+  }
+  return *at;
+}
+}  // namespace
+
 // Flattens nested objects to dotted keys, down to a registered key.
 void Schema::collect(const json& value, const std::string& prefix, std::string_view where,
                      Assignments& out) const {
@@ -333,9 +365,16 @@ void Schema::set(std::string_view assignment, std::string_view where) {
   if (equals == std::string_view::npos || equals == 0)
     throw_input("{}: {} is not key=value", where, quote(assignment));
   const std::string key(assignment.substr(0, equals)), value(assignment.substr(equals + 1));
-  const Field& field = known(key, where);
   if (!is_utf8(value)) throw_input("{}: {}: the value is not UTF-8", where, key);
   json v = json::parse(value, nullptr, false);
+  if (const Field* container = index_.contains(key) ? nullptr : container_of(key)) {
+    if (!is_utf8(key)) throw_input("{}: {}: the key is not UTF-8", where, quote(key));
+    json whole = container->get();
+    descend(whole, key, container->key.size() + 1, where) = v.is_discarded() ? json(value) : std::move(v);
+    apply({{container, std::move(whole)}}, where);
+    return;
+  }
+  const Field& field = known(key, where);
   if (field.list && !v.is_array()) {
     v = json::array();
     for (size_t at = 0; at <= value.size() && !value.empty();) {

@@ -76,7 +76,8 @@ class Schema {
   void load_file(const std::string& path);
   void load(const nlohmann::json& value, std::string_view where);
   // "key=value", as --set takes it. The value is JSON, or the text itself where the field holds one; a list
-  // may be given as a,b,c. where names the source in messages.
+  // may be given as a,b,c. where names the source in messages. Behind the key of a JSON field stands a path into its
+  // value: tasks.max_digits, reward.0.weight; a new key of an object is added, for the field's module to check.
   void set(std::string_view assignment, std::string_view where = "--set");
 
   // The effective configuration: every key, nested, in order of registration.
@@ -113,6 +114,8 @@ class Schema {
                Assignments& out) const;
   void apply(const Assignments& assignments, std::string_view where);
   const Field& known(const std::string& key, std::string_view where) const;
+  // The JSON field that key leads into, or null.
+  const Field* container_of(const std::string& key) const;
 
   std::vector<Field> fields_;
   std::map<std::string, size_t> index_;

@@ -126,6 +126,26 @@ TEST(Config, ErrorsSayWhereWhatAndWhatToDo) {
   }
 }
 
+TEST(Config, SetReachesIntoAJsonField) {
+  Fixture f;
+  ASSERT_EQ(f.load(R"({"rewards": [{"kind": "exact"}, {"kind": "length", "weight": 0.5}]})"), "no error");
+  EXPECT_EQ(f.set("rewards.1.weight=2"), "no error");
+  EXPECT_EQ(f.set("rewards.0.options.name=plain text"), "no error");
+  EXPECT_EQ(f.c.rewards, json::parse(R"([{"kind": "exact", "options": {"name": "plain text"}},
+                                         {"kind": "length", "weight": 2}])"));
+  EXPECT_TRUE(f.s.given("rewards"));
+  const json before = f.c.rewards;
+  EXPECT_EQ(f.set("rewards.2.weight=1"),
+            "--set: rewards.2.weight: \"2\" is no index into rewards, a list of 2");
+  EXPECT_EQ(f.set("rewards.x=1"), "--set: rewards.x: \"x\" is no index into rewards, a list of 2");
+  EXPECT_EQ(f.set("rewards.1.weight.x=1"),
+            "--set: rewards.1.weight.x: rewards.1.weight is 2, which has no \"x\" inside");
+  EXPECT_EQ(f.set("rewards.=1"), "--set: rewards.: a key stands on each side of a dot");
+  EXPECT_EQ(f.set("rewards..kind=1"), "--set: rewards..kind: a key stands on each side of a dot");
+  EXPECT_EQ(f.set("rewardz.0.kind=1").substr(0, 32), "--set: rewardz.0.kind: unknown k");
+  EXPECT_EQ(f.c.rewards, before);
+}
+
 TEST(Config, AFileThatIsNotJsonOrSaysAKeyTwiceIsRefused) {
   const TempDirectory dir;
   for (const char* text : {"", "{", "{\"loss\": \"grpo\"} x", "{\"loss\": \"grpo\", \"loss\": \"dapo\"}",
