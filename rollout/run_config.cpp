@@ -72,6 +72,12 @@ void describe_generation(Schema& s, RunConfig& c, Raw& raw) {
   s.field("rollout.top_k", &p.top_k, "0: off", Range{0, 1e9});
   s.field("rollout.top_p", &p.top_p, "1: off", Range{1e-6, 1});
   s.field("rollout.min_p", &p.min_p, "0: off", Range{0, 1});
+  s.field("rollout.repetition_penalty", &p.repetition_penalty,
+          "divides positive and multiplies negative logits of tokens seen; 1: off", Range{1e-3, 1e3});
+  s.field("rollout.presence_penalty", &p.presence_penalty, "taken from the logit of a token generated so far; 0: off",
+          Range{-1e3, 1e3});
+  s.field("rollout.frequency_penalty", &p.frequency_penalty, "the same for each time it was generated; 0: off",
+          Range{-1e3, 1e3});
   s.field("rollout.lease_seconds", &c.rollout.lease_seconds, "a worker silent for so long loses its work to another",
           Range{0.1, 86400});
 
@@ -200,6 +206,22 @@ void make_absolute(std::string& path, const std::filesystem::path& base) {
     path = fs::absolute(base / path, ec).lexically_normal().string();
 }
 
+void make_absolute(nlohmann::json& path, const std::filesystem::path& base) {
+  if (!path.is_string()) return;
+  std::string text = path.get<std::string>();
+  make_absolute(text, base);
+  path = text;
+}
+
+// The object in the file at the path: one of its keys is to be changed.
+void open_model_config(nlohmann::json& config, const std::filesystem::path& base) {
+  make_absolute(config, base);
+  std::filesystem::path path = config.get<std::string>();
+  if (path.empty()) return;
+  if (std::filesystem::is_directory(path)) path /= "config.json";
+  config = parse_json(read_file(path.string()), path.string());
+}
+
 RunConfig parse(const nlohmann::json* value, const std::string& file, const std::string& where,
                 const std::vector<std::string>& overrides) {
   RunConfig c = defaults();
@@ -210,15 +232,17 @@ RunConfig parse(const nlohmann::json* value, const std::string& file, const std:
     schema.load(*value, where);
   else
     schema.load_file(file);
-  for (const auto& o : overrides) schema.set(o);
   const std::filesystem::path base = file.empty() ? "." : std::filesystem::path(file).parent_path();
+  for (const auto& o : overrides) {
+    if (o.starts_with("model.config.") && c.model.config.is_string()) open_model_config(c.model.config, base);
+    schema.set(o);
+  }
   make_absolute(c.model.path, base);
   make_absolute(c.tokenizer.path, base);
-  if (c.model.config.is_string()) {
-    std::string path = c.model.config.get<std::string>();
-    make_absolute(path, base);
-    c.model.config = path;
-  }
+  make_absolute(c.model.config, base);
+  if (c.tasks.is_object())
+    for (const char* key : {"path", "held_out_path"})
+      if (const auto it = c.tasks.find(key); it != c.tasks.end()) make_absolute(*it, base);
   check(schema, c, raw, where);
   return c;
 }

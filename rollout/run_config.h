@@ -96,8 +96,9 @@ struct RunConfig {
 
 // ERRORS (input): one line, naming the file and the key: unknown, mistyped (with the nearest), of another type, out of
 // range, or impossible together with another.
-// overrides: "key=value" as --set takes them, later ones win. A relative path in the file (model.config, model.path,
-// tokenizer.path) that is not there as it is counts from the file's directory.
+// overrides: "key=value" as --set takes them, later ones win. A relative path (model.config, model.path,
+// tokenizer.path, tasks.path, tasks.held_out_path) that is not there as it is counts from the file's directory; the
+// effective configuration holds absolute ones.
 RunConfig parse_run_config(const nlohmann::json& value, const std::string& where,
                            const std::vector<std::string>& overrides = {});
 RunConfig load_run_config(const std::string& path, const std::vector<std::string>& overrides = {});

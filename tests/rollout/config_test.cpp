@@ -1,13 +1,20 @@
 #include "rollout/run_config.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <stdlib.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
+#include <fstream>
 
 #include "base/error.h"
 #include "rollout/progress.h"
+#include "rollout/protocol.h"
 #include "rollout/weights_channel.h"
+#include "tests/rollout/cluster.h"
 
 namespace perigee::rollout {
 namespace {
@@ -48,6 +55,39 @@ TEST(RunConfig, OverridesWinInOrderAndAreChecked) {
   EXPECT_EQ(c.run.name, "x");
   EXPECT_THROW(with({}, {"learn.stepz=3"}), Error);
   EXPECT_THROW(with({}, {"learn.steps=0"}), Error);
+}
+
+TEST(RunConfig, OverridesReachIntoTasksRewardAndModel) {
+  const auto c = with({}, {"tasks.max_digits=3", "reward.0.weight=2", "model.config.x=5"});
+  EXPECT_EQ(c.tasks["max_digits"], 3);
+  EXPECT_EQ(c.reward[0]["weight"], 2);
+  EXPECT_EQ(c.effective["model"]["config"]["x"], 5);
+  const TempDir dir;
+  std::ofstream(dir.path / "model.json") << R"({"hidden_size": 64, "vocab_size": 300})";
+  const std::string path = (dir.path / "model.json").string();
+  const auto from_file = with({{"model", {{"config", path}}}}, {"model.config.hidden_size=128"});
+  EXPECT_EQ(from_file.model.config, nlohmann::json::parse(R"({"hidden_size": 128, "vocab_size": 300})"));
+}
+
+TEST(RunConfig, SamplingOfTheFileReachesTheSampler) {
+  const auto c = with({{"rollout",
+                        {{"repetition_penalty", 1.25}, {"presence_penalty", 0.5}, {"frequency_penalty", -0.25}}}});
+  const auto sent = sampling_from_json(sampling_to_json(c.rollout.sampling), 1);
+  ASSERT_TRUE(sent);
+  EXPECT_EQ(sent->repetition_penalty, 1.25f);
+  EXPECT_EQ(sent->presence_penalty, 0.5f);
+  EXPECT_EQ(sent->frequency_penalty, -0.25f);
+  EXPECT_THROW(with({}, {"rollout.repetition_penalty=0"}), Error);
+}
+
+TEST(RunConfig, TaskFilesAreKeptAsAbsolutePaths) {
+  const TempDir dir;
+  nlohmann::json value = least();
+  value["tasks"] = {{"kind", "jsonl"}, {"path", "train.jsonl"}, {"held_out_path", ""}};
+  std::ofstream(dir.path / "run.json") << value.dump();
+  const auto c = load_run_config((dir.path / "run.json").string());
+  EXPECT_EQ(c.effective["tasks"]["path"], (dir.path / "train.jsonl").string());
+  EXPECT_EQ(c.effective["tasks"]["held_out_path"], "");
 }
 
 TEST(RunConfig, EveryKeyIsInTheDocumentation) {
