@@ -1,6 +1,7 @@
 #include "rollout/progress.h"
 
 #include <fmt/format.h>
+#include <sys/ioctl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -28,6 +29,12 @@ std::string duration_text(double s) {
 std::string bar(double share, int width) {
   const int full = std::clamp(static_cast<int>(share * width + 0.5), 0, width);
   return std::string(static_cast<size_t>(full), '#') + std::string(static_cast<size_t>(width - full), '.');
+}
+
+// Columns of the terminal's window; many where it does not say.
+size_t window_columns(std::FILE* out) {
+  winsize size{};
+  return ::ioctl(::fileno(out), TIOCGWINSZ, &size) == 0 && size.ws_col > 0 ? size.ws_col : 1000;
 }
 
 }  // namespace
@@ -65,9 +72,9 @@ void Progress::event(const nlohmann::json& e) {
       } else if (e.value("skipped", false)) {
         note(fmt::format("step {}/{}  skipped: no group had a difference in reward", step_, config_.learn.steps));
       } else {
-        note(fmt::format("step {}/{}  reward {:.3f}  right {:.2f}  kl {:.5f}  mismatch {:.2g}  entropy {:.3f}  length {:.1f}  "
+        note(fmt::format("step {}/{}  reward {:.3f}  right {:.2f}  kl {}  mismatch {:.2g}  entropy {:.3f}  length {:.1f}  "
                          "{:.0f} tokens/s  lag {:.0f}  left {}",
-                         step_, config_.learn.steps, metric(metrics_, "reward_mean"), metric(metrics_, "correct"), metric(metrics_, "kl"),
+                         step_, config_.learn.steps, metric(metrics_, "reward_mean"), metric(metrics_, "correct"), kl_text(),
                          metric(metrics_, "mismatch_max"), metric(metrics_, "entropy"), metric(metrics_, "length_mean"),
                          metric(metrics_, "tokens_per_s"), metric(metrics_, "lag_max"), time_left()));
       }
@@ -94,6 +101,11 @@ std::string Progress::time_left() const {
   return duration_text(seconds(phase_start_, Clock::now()) / static_cast<double>(done) * static_cast<double>(total - step_));
 }
 
+std::string Progress::kl_text() const {
+  if (config_.learn.trainer.loss.kl_coef == 0) return "-";
+  return fmt::format("{:.5f}", metric(metrics_, "kl"));
+}
+
 std::vector<std::string> Progress::view() const {
   const bool warm = phase_ == "warmup";
   const int64_t total = warm ? config_.warmup.steps : config_.learn.steps;
@@ -105,8 +117,8 @@ std::vector<std::string> Progress::view() const {
   if (warm)
     lines.push_back(fmt::format("loss {:.4f}   grad norm {:.3f}   lr {:.2e}", m("loss"), m("grad_norm"), m("lr")));
   else
-    lines.push_back(fmt::format("reward {:.3f}   accuracy {}   KL {:.5f}   mismatch {:.2g}   entropy {:.3f}   length {:.1f}",
-                                m("reward_mean"), accuracy_ < 0 ? "-" : fmt::format("{:.3f}", accuracy_), m("kl"),
+    lines.push_back(fmt::format("reward {:.3f}   accuracy {}   KL {}   mismatch {:.2g}   entropy {:.3f}   length {:.1f}",
+                                m("reward_mean"), accuracy_ < 0 ? "-" : fmt::format("{:.3f}", accuracy_), kl_text(),
                                 m("mismatch_max"), m("entropy"), m("length_mean")));
   lines.push_back(fmt::format("{:.0f} tokens/s   lag {:.1f} (max {:.0f})   groups: {} open, {} scored", tokens_per_s_,
                               m("lag_mean"), m("lag_max"), groups_open_, groups_scored_));
@@ -123,8 +135,10 @@ void Progress::draw() {
   if (drawn_lines_ > 0 && now - last_draw_ < std::chrono::milliseconds(100)) return;
   last_draw_ = now;
   erase();
+  // A line that wraps would take two rows, and erase() counts lines.
+  const size_t columns = window_columns(out_);
   for (const auto& line : view()) {
-    fmt::print(out_, "{}\n", line);
+    fmt::print(out_, "{}\n", std::string_view(line).substr(0, columns));
     ++drawn_lines_;
   }
   std::fflush(out_);

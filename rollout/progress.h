@@ -32,6 +32,7 @@ class Progress {
   void draw();
   void erase();
   std::string time_left() const;
+  std::string kl_text() const;  // "-" where no reference is measured
 
   const RunConfig& config_;
   std::FILE* out_;

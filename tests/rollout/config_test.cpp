@@ -159,5 +159,54 @@ TEST(Progress, TheViewSaysWhatTheEventsSaid) {
   EXPECT_EQ(text.find('\x1b'), std::string::npos);
 }
 
+TEST(Progress, TheKlIsShownOnlyWhereAReferenceIsMeasured) {
+  const auto shown = [](const nlohmann::json& patch) {
+    const auto config = with(patch);
+    std::FILE* out = std::tmpfile();
+    Progress progress(config, out, Progress::Style::kLines);
+    progress.event({{"event", "step"}, {"phase", "rl"}, {"step", 1}, {"metrics", {{"kl", 0.0}}}});
+    std::string text = progress.view()[1] + "\n";
+    std::rewind(out);
+    for (int c; (c = std::fgetc(out)) != EOF;) text += static_cast<char>(c);
+    std::fclose(out);
+    return text;
+  };
+  const std::string none = shown({{"learn", {{"kl_coef", 0}}}}), some = shown({{"learn", {{"kl_coef", 0.1}}}});
+  EXPECT_NE(none.find("KL -   "), std::string::npos) << none;
+  EXPECT_NE(none.find("kl -  "), std::string::npos) << none;
+  EXPECT_NE(some.find("KL 0.00000   "), std::string::npos) << some;
+  EXPECT_NE(some.find("kl 0.00000  "), std::string::npos) << some;
+}
+
+TEST(Progress, TheLiveViewKeepsWithinTheWindow) {
+  const int terminal = ::posix_openpt(O_RDWR | O_NOCTTY);
+  ASSERT_GE(terminal, 0);
+  ASSERT_EQ(::grantpt(terminal), 0);
+  ASSERT_EQ(::unlockpt(terminal), 0);
+  winsize size{};
+  size.ws_row = 24;
+  size.ws_col = 40;
+  ASSERT_EQ(::ioctl(terminal, TIOCSWINSZ, &size), 0);
+  std::FILE* out = std::fopen(::ptsname(terminal), "r+");
+  ASSERT_NE(out, nullptr);
+  const auto config = with({});
+  {
+    Progress progress(config, out, Progress::Style::kLive);
+    progress.event({{"event", "step"}, {"phase", "rl"}, {"step", 10}, {"metrics", nlohmann::json::object()}});
+    for (const auto& line : progress.view()) EXPECT_GT(line.size(), 40u) << line;
+  }
+  std::fflush(out);
+  std::string text(4096, '\0');
+  text.resize(static_cast<size_t>(std::max<ssize_t>(0, ::read(terminal, text.data(), text.size()))));
+  std::fclose(out);
+  ::close(terminal);
+  EXPECT_NE(text.find("learning"), std::string::npos) << text;
+  size_t width = 0;
+  for (const char c : text.substr(0, text.find('\x1b'))) {
+    width = c == '\r' || c == '\n' ? 0 : width + 1;
+    ASSERT_LE(width, 40u) << text;
+  }
+}
+
 }  // namespace
 }  // namespace perigee::rollout
