@@ -8,11 +8,14 @@
 #include "apps/model_files.h"
 #include "apps/output.h"
 #include "base/error.h"
+#include "base/file.h"
+#include "base/json.h"
 #include "base/random.h"
 #include "base/text.h"
 #include "kernels/context.h"
 #include "policy/engine/engine.h"
 #include "policy/tokenizer/chat.h"
+#include "rollout/conversation.h"
 #include "rollout/setup.h"
 
 namespace perigee::apps {
@@ -20,7 +23,8 @@ namespace {
 
 struct Options {
   std::string model, dtype = "auto", ids, system;
-  std::optional<std::string> prompt, chat;
+  std::string tools;
+  std::optional<std::string> prompt, chat, messages;
   SamplingOptions sampling;
   int64_t count = 1, max_tokens = 256, threads = 0, memory_mib = 1024;
   bool json = false, ignore_stop = false, special = false;
@@ -61,15 +65,27 @@ class Stream {
 };
 
 std::vector<int32_t> prompt_of(const Options& o, const OpenModel& model) {
-  const int given = (o.prompt ? 1 : 0) + (o.chat ? 1 : 0) + (o.ids.empty() ? 0 : 1);
-  if (given != 1) throw_input("generate: give one of --prompt, --chat and --ids");
+  const int given = (o.prompt ? 1 : 0) + (o.chat ? 1 : 0) + (o.messages ? 1 : 0) + (o.ids.empty() ? 0 : 1);
+  if (given != 1) throw_input("generate: give one of --prompt, --chat, --messages and --ids");
   if (!o.system.empty() && !o.chat) throw_input("generate: --system goes with --chat");
+  if (!o.tools.empty() && !o.chat && !o.messages)
+    throw_input("generate: --tools goes with --chat or --messages");
   if (!o.ids.empty()) return parse_ids(o.ids, model.config().vocab_size);
-  if (o.chat) {
+  if (o.chat || o.messages) {
     std::vector<policy::Message> messages;
+    std::string tools;
+    if (!o.tools.empty()) {
+      const std::string text = read_file(o.tools);
+      parse_json(text, o.tools);  // says what is wrong, and where
+      tools = rollout::tools_text(nlohmann::ordered_json::parse(text), o.tools);
+    }
+    if (o.messages)
+      return policy::render_chat(
+          model.tokenizer(),
+          rollout::read_messages(parse_json(read_file(*o.messages), *o.messages), *o.messages), tools, true);
     if (!o.system.empty()) messages.push_back({policy::Role::kSystem, o.system});
     messages.push_back({policy::Role::kUser, *o.chat});
-    return policy::render_chat(model.tokenizer(), messages, "", true);
+    return policy::render_chat(model.tokenizer(), messages, tools, true);
   }
   std::vector<int32_t> ids{model.config().bos_id};
   const std::vector<int32_t> plain = model.tokenizer().encode(*o.prompt, o.special);
@@ -172,6 +188,9 @@ void add_generate(Program& program) {
       .option("--prompt", o->prompt, "TEXT", "continue this text")
       .option("--chat", o->chat, "TEXT", "answer this message of a user, in the chat template")
       .option("--system", o->system, "TEXT", "the system message before --chat")
+      .option("--messages", o->messages, "FILE",
+              "answer a conversation, a JSON list of messages (docs/tasks.md)")
+      .option("--tools", o->tools, "FILE", "tools that --chat or --messages may call, a JSON list")
       .option("--ids", o->ids, "IDS", "continue these token ids: 1,2,3")
       .flag("--special", o->special,
             "names of special tokens in --prompt, such as <|im_end|>, mean those tokens")

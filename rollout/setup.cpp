@@ -25,7 +25,10 @@ policy::ModelConfig model_config(const RunConfig& config) {
 std::string text_of(const Task& task) {
   if (task.messages.empty()) return task.prompt;
   std::string text;
-  for (const auto& m : task.messages) text += fmt::format("{}: {}\n", m.role, m.content);
+  for (const auto& m : task.messages) {
+    text += fmt::format("{}: {}\n", policy::role_name(m.role), m.content);
+    for (const auto& call : m.tool_calls) text += fmt::format("call: {}({})\n", call.name, call.arguments);
+  }
   return text;
 }
 
@@ -79,14 +82,23 @@ std::vector<int32_t> RunTasks::prompt_tokens(const Task& task) const {
     tokenizer_.append_plain(task.prompt, ids);
     return ids;
   }
-  std::vector<policy::Message> messages;
-  for (const auto& m : task.messages) {
-    policy::Message message;
-    message.role = policy::parse_role(m.role);
-    message.content = m.content;
-    messages.push_back(std::move(message));
-  }
-  return policy::render_chat(tokenizer_, messages, "", true);
+  return policy::render_chat(tokenizer_, task.messages, task.tools, true);
+}
+
+void RunTasks::check(const RunConfig& config, int64_t max_length) const {
+  if (const int64_t held_out = held_out_count(); held_out > 0 && config.eval.tasks > held_out)
+    throw_input("eval.tasks: {} is more than the {} held-out tasks there are", config.eval.tasks, held_out);
+  const bool worked = config.warmup.steps > 0 || config.learn.ptx_batch > 0;
+  const auto check_one = [&](const Task& task, bool is_train) {
+    const std::string where = task.where.empty() ? "" : task.where + ": ";
+    if (is_train && worked && task.worked_example.empty()) refuse_worked_example(task);
+    const auto prompt = static_cast<int64_t>(prompt_tokens(task).size());
+    if (prompt + config.rollout.max_new_tokens > max_length)
+      throw_input("{}rollout.max_new_tokens: {} after a prompt of {} tokens exceed the model's {}", where,
+                  config.rollout.max_new_tokens, prompt, max_length);
+  };
+  for (uint64_t i = 0; i < std::max<uint64_t>(1, source_->train_count()); ++i) check_one(source_->train(i), true);
+  for (uint64_t i = 0; i < std::max<uint64_t>(1, source_->held_out_count()); ++i) check_one(source_->held_out(i), false);
 }
 
 PreparedTask RunTasks::prepare(const Task& task) const {

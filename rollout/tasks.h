@@ -27,21 +27,20 @@
 #include <string_view>
 #include <vector>
 
-namespace perigee::rollout {
+#include "policy/tokenizer/chat.h"
 
-struct Message {
-  std::string role, content;
-  bool operator==(const Message&) const = default;
-};
+namespace perigee::rollout {
 
 struct Task {
   uint64_t index = 0;
   std::string prompt;             // plain text; empty when messages are given
-  std::vector<Message> messages;  // for the chat template
+  std::vector<policy::Message> messages;  // for the chat template
+  std::string tools;              // for the chat template: the text of the list of tools, or ""
   std::string answer;             // for the verifier
   std::string worked_example;     // a whole response ending in the answer, for the warm-up; files: may be ""
   std::string difficulty;         // the level's name
   std::string verifier;  // that the answer is for: "numeric", "countdown", "exact"; empty: the run's default
+  std::string where;     // FILE:LINE that it stands in; empty: generated
   bool operator==(const Task&) const = default;
 };
 

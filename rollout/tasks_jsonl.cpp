@@ -1,8 +1,8 @@
 // Tasks from files with one JSON object per line:
 //   {"prompt": "..." | "messages": [{"role": "user", "content": "..."}], "answer": "...",
-//    "verifier": "numeric", "worked_example": "..."}
-// verifier and worked_example may be absent; id, source and metadata may stand there and mean nothing. Empty
-// lines are skipped.
+//    "verifier": "numeric", "worked_example": "...", "tools": [...]}
+// with messages and tools as in rollout/conversation.h. verifier, worked_example and tools may be absent; id, source
+// and metadata may stand there and mean nothing. Empty lines are skipped.
 #include <algorithm>
 #include <bit>
 #include <set>
@@ -11,6 +11,7 @@
 #include "base/file.h"
 #include "base/text.h"
 #include "reward/verifiers.h"
+#include "rollout/conversation.h"
 #include "rollout/tasks_detail.h"
 
 namespace perigee::rollout {
@@ -33,28 +34,23 @@ uint64_t permuted(uint64_t i, uint64_t n, uint64_t key) {
   return i;
 }
 
-std::vector<Message> read_messages(JsonReader& line) {
-  std::vector<Message> messages;
-  const nlohmann::json* list = line.find("messages");
-  if (!list->is_array() || list->empty()) line.fail("messages", "a list of messages is expected");
-  for (size_t i = 0; i < list->size(); ++i) {
-    JsonReader message((*list)[i], line.where(), fmt::format("messages[{}]", i));
-    messages.push_back({message.string("role"), message.string("content")});
-    message.finish();
-  }
-  return messages;
-}
-
 Task read_task(std::string_view text, const std::string& where) {
   const nlohmann::json value = parse_json(text, where);
   JsonReader line(value, where);
   Task task;
+  task.where = where;
   if (line.has("prompt") == line.has("messages"))
     throw_input("{}: either \"prompt\" or \"messages\" is expected", where);
   if (line.has("prompt"))
     task.prompt = line.string("prompt");
   else
-    task.messages = read_messages(line);
+    task.messages = read_messages(*line.find("messages"), where);
+  if (line.has("tools")) {
+    if (task.messages.empty()) line.fail("tools", "they go with messages");
+    // Again, for the order in which the keys of the tools were written.
+    task.tools = tools_text(nlohmann::ordered_json::parse(text).at("tools"), where);
+  }
+  line.ignore("tools");
   const nlohmann::json* answer = line.find("answer");
   if (answer != nullptr && answer->is_number())
     task.answer = answer->dump();
@@ -73,7 +69,12 @@ Task read_task(std::string_view text, const std::string& where) {
 
 std::string canonical(const Task& task) {
   std::string text = "jsonl " + task.prompt;
-  for (const auto& m : task.messages) text += '\x1e' + m.role + '\x1f' + m.content;
+  for (const auto& m : task.messages) {
+    text += fmt::format("\x1e{}\x1f{}", policy::role_name(m.role), m.content);
+    for (const auto& call : m.tool_calls) text += fmt::format("\x1d{}\x1f{}\x1f{}", call.id, call.name, call.arguments);
+    if (!m.tool_call_id.empty()) text += '\x1d' + m.tool_call_id;
+  }
+  if (!task.tools.empty()) text += '\x1c' + task.tools;
   return text;
 }
 

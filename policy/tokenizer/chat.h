@@ -38,6 +38,7 @@ struct Message {
   std::string content;
   std::vector<ToolCall> tool_calls = {};  // of the assistant only
   std::string tool_call_id = {};          // of a tool's result only
+  bool operator==(const Message&) const = default;
 };
 
 // The whole conversation. tools: the text of the JSON list of tools, used as it is, or "". With generate,

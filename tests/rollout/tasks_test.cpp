@@ -296,10 +296,29 @@ TEST_F(Files, MessagesVerifierAndOwnHeldOutFile) {
   const auto held_out =
       write("b.jsonl", "{\"prompt\": \"p\", \"answer\": \"x\", \"worked_example\": \"w\"}\r\n");
   const auto s = open(train, held_out);
-  EXPECT_EQ(s->train(5).messages, (std::vector<Message>{{"system", "s"}, {"user", "u"}}));
+  EXPECT_EQ(s->train(5).messages, (std::vector<policy::Message>{{policy::Role::kSystem, "s"}, {policy::Role::kUser, "u"}}));
   EXPECT_EQ(s->train(5).verifier, "numeric");
   EXPECT_EQ(s->held_out(2).prompt, "p");
   EXPECT_EQ(s->held_out(2).worked_example, "w");
+  EXPECT_NE(refusal([&] { open(train, train); }).find("training must not see it"), std::string::npos);
+}
+
+TEST_F(Files, ToolsAndTheirCallsReachTheTask) {
+  const auto train = write("a.jsonl", R"({"tools": [{"type": "function", "function": {"name": "add", "description": "sum"}}],)"
+      R"( "messages": [{"role": "user", "content": "1+2?"},)"
+      R"( {"role": "assistant", "content": null, "tool_calls": [{"id": "functions.add:0", "type": "function",)"
+      R"( "function": {"name": "add", "arguments": "{\"b\":2}"}}]},)"
+      R"( {"role": "tool", "tool_call_id": "functions.add:0", "content": "3"}], "answer": "3"})");
+  const auto held_out = write("b.jsonl", R"({"messages": [{"role": "user", "content": "1+2?"}], "answer": "3"})");
+  const Task task = open(train, held_out)->train(0);
+  EXPECT_EQ(task.tools, R"([{"type":"function","function":{"name":"add","description":"sum"}}])");
+  EXPECT_EQ(task.where, train + ":1");
+  EXPECT_EQ(task.messages,
+            (std::vector<policy::Message>{{policy::Role::kUser, "1+2?"},
+                                          {policy::Role::kAssistant, "", {{"functions.add:0", "add", "{\"b\":2}"}}},
+                                          {policy::Role::kTool, "3", {}, "functions.add:0"}}));
+  // A prompt is the same problem only with the same tools and calls.
+  EXPECT_EQ(refusal([&] { open(train, held_out); }), "accepted");
   EXPECT_NE(refusal([&] { open(train, train); }).find("training must not see it"), std::string::npos);
 }
 
@@ -317,6 +336,13 @@ TEST_F(Files, ABadLineIsNamedByItsNumber) {
   expect(R"({"prompt": "p", "messages": [], "answer": "a"})", "either \"prompt\" or \"messages\"");
   expect(R"({"messages": [], "answer": "a"})", "a list of messages");
   expect(R"({"messages": [{"role": "user"}], "answer": "a"})", "messages[0].content: missing");
+  expect(R"({"messages": [{"role": "usr", "content": "x"}], "answer": "a"})", "messages[0].role: role \"usr\" is not one of");
+  expect(R"({"messages": [{"role": "tool", "content": "x"}], "answer": "a"})", "messages[0].tool_call_id: missing");
+  expect(R"({"messages": [{"role": "user", "content": "x", "tool_calls": []}], "answer": "a"})", "only the assistant");
+  expect(R"({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "1"}}]}], "answer": "a"})",
+         "messages[0].tool_calls[0].function.arguments: the text of an object");
+  expect(R"({"messages": [{"role": "user", "content": "x"}], "tools": {}, "answer": "a"})", "tools: a list of objects");
+  expect(R"({"prompt": "p", "tools": [], "answer": "a"})", "tools: they go with messages");
   expect(R"({"prompt": "p"})", "answer: missing");
   expect(R"({"prompt": "p", "anwser": "a", "answer": "b"})", "anwser: unknown key; did you mean answer?");
   expect(R"({"prompt": 3, "answer": "a"})", "prompt: a text");
