@@ -113,6 +113,10 @@ int evaluate(const Options& o) {
   const rollout::RunConfig config = rollout::load_run_config(config_path, o.sets);
   const OpenModel model(model_path, o.dtype);
   const rollout::RunTasks tasks(config, model.config(), model.tokenizer());
+  const int64_t wanted = o.tasks.value_or(config.eval.tasks), held_out = tasks.held_out_count();
+  if (held_out > 0 && wanted > held_out)
+    throw_input("eval: {} tasks are asked for and {} are held out; give --tasks {}", wanted, held_out,
+                held_out);
   const reward::Rubric rubric = reward::Rubric::parse(config.reward, config_path + ": reward");
   std::vector<Answer> answers = generate_all(config, o, model, tasks);
   int64_t correct = 0, tokens = 0, failed = 0;

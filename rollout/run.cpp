@@ -75,13 +75,18 @@ void check_everything(const RunConfig& config) {
   const auto tokenizer = make_tokenizer(config, layout->config());
   const RunTasks tasks(config, layout->config(), *tokenizer);
   const auto rubric = reward::Rubric::parse(config.reward, "reward");
-  const int64_t limit = layout->config().max_length;
-  for (const auto& task : {tasks.train(0), tasks.held_out(0)}) {
-    const auto prompt = static_cast<int64_t>(task.prompt.size());
-    if (prompt + config.rollout.max_new_tokens > limit)
-      throw_input("rollout.max_new_tokens: {} after a prompt of {} tokens exceed the model's {}", config.rollout.max_new_tokens,
-                  prompt, limit);
+  tasks.check(config, layout->config().max_length);
+}
+
+// Nothing there, or only what a run left that was killed before its configuration was written.
+bool is_unused(const std::string& directory) {
+  std::error_code ec;
+  if (!fs::is_directory(directory, ec)) return false;
+  for (const auto& entry : fs::directory_iterator(directory, ec)) {
+    const std::string name = entry.path().filename().string();
+    if (name != "run.lock" && !(name.starts_with("config.json.") && name.ends_with(".tmp"))) return false;
   }
+  return !ec;
 }
 
 // The hub of a supervisor that was killed dies a moment after it: waits until it has let go of the store's lock.

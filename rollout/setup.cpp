@@ -32,6 +32,11 @@ std::string text_of(const Task& task) {
   return text;
 }
 
+[[noreturn]] void refuse_worked_example(const Task& task) {
+  throw_input("{}: worked_example: missing, and the run learns from them; set warmup.steps and learn.ptx_batch to 0",
+              task.where.empty() ? "tasks" : task.where);
+}
+
 }  // namespace
 
 std::shared_ptr<const policy::ParamLayout> make_layout(const RunConfig& config) {
@@ -123,8 +128,7 @@ PreparedTask RunTasks::held_out(int64_t index) const { return prepare(source_->h
 policy::TrainSequence RunTasks::worked_example(int64_t index) const {
   const Task task = source_->train(source_->train_index(static_cast<uint64_t>(kWorkedOffset + index)));
   if (task.worked_example.empty())
-    throw_input("tasks: there are no worked examples for the warm-up (task {}); set warmup.steps and learn.ptx_batch to 0",
-                task.index);
+    refuse_worked_example(task);
   policy::TrainSequence s;
   s.tokens = prompt_tokens(task);
   s.mask.assign(s.tokens.size(), 0);

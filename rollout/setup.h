@@ -25,6 +25,12 @@ class RunTasks {
   // tokenizer outlives it.
   RunTasks(const RunConfig& config, const policy::ModelConfig& model, const policy::Tokenizer& tokenizer);
 
+  // Every task of a file, and one of a generator, fits the run. max_length: the model's.
+  // ERRORS (input): with FILE:LINE, a prompt too long, a worked example missing where the run learns from them; more
+  // tasks for an evaluation than are held out.
+  void check(const RunConfig& config, int64_t max_length) const;
+  // Distinct held-out tasks; 0: no such number.
+  int64_t held_out_count() const { return static_cast<int64_t>(source_->held_out_count()); }
   PreparedTask train(int64_t ordinal) const;
   PreparedTask held_out(int64_t index) const;
   // The index-th worked example: prompt, example and stop token. ERRORS (input): the source has none.

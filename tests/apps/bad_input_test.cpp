@@ -117,6 +117,36 @@ class BadModel : public ::testing::Test {
  protected:
   void SetUp() override {
     fs::copy(golden("tiny/config.json"), place_ / "config.json");
+// What only the run can know of a line is found before the run begins, in whichever line it stands.
+TEST_F(BadConfiguration, EveryJsonLineFitsTheRun) {
+  const auto run = [&](const std::string& train, const nlohmann::json& patch, const std::string& needle) {
+    spill(place_ / "train.jsonl", train);
+    spill(place_ / "test.jsonl", R"({"prompt": "9+1=", "answer": "10"})");
+    nlohmann::json whole = {{"tasks",
+                             {{"kind", "jsonl"},
+                              {"path", "train.jsonl"},
+                              {"held_out_path", "test.jsonl"},
+                              {"min_digits", nullptr},
+                              {"max_digits", nullptr}}},
+                            {"eval", {{"tasks", 1}}},
+                            {"warmup", {{"steps", 0}}}};
+    whole.merge_patch(patch);
+    refused(whole, needle);
+  };
+  std::string lines;
+  for (int i = 0; i < 20; ++i)
+    lines +=
+        nlohmann::json({{"prompt", std::to_string(i) + "="}, {"answer", i}, {"worked_example", "x"}}).dump() +
+        "\n";
+  const nlohmann::json plain = {{"prompt", "1+1="}, {"answer", "2"}};
+  const nlohmann::json wordy = {{"prompt", std::string(5000, '1')}, {"answer", "2"}, {"worked_example", "2"}};
+  run(lines + plain.dump(), {{"warmup", {{"steps", 1}}}}, "train.jsonl:21: worked_example: missing");
+  nlohmann::json model = nlohmann::json::parse(slurp(golden("tiny/config.json")));
+  model["model_max_length"] = 2048;
+  run(lines + wordy.dump(), {{"model", {{"config", model}}}}, "train.jsonl:21: rollout.max_new_tokens");
+  run(lines, {{"eval", {{"tasks", 2}}}}, "eval.tasks: 2 is more than the 1 held-out tasks");
+}
+
     fs::copy(golden("tiny/model.safetensors"), file());
     bytes_ = slurp(file());
     uint64_t header = 0;
