@@ -108,7 +108,7 @@ void add_resume(Program& program) {
   declare_common(command, *o);
   command.example("resume --latest").example("resume runs/second");
   command.action(
-      [o] { return report(rollout::resume(find_run(o->run).directory.string(), o->train()), o->json); });
+      [o] { return report(rollout::resume(find_resumable(o->run).string(), o->train()), o->json); });
 }
 
 }  // namespace perigee::apps

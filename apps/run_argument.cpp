@@ -19,6 +19,12 @@ RunRecord record_in(const fs::path& directory) {
   return runs.back();
 }
 
+// Where a run that was named so may live.
+std::vector<fs::path> places(const fs::path& given) {
+  return {given, given.filename() == kStoreFile ? given.parent_path() : given,
+          fs::path(kRunsDirectory) / given};
+}
+
 bool holds_store(const fs::path& directory) {
   std::error_code ignored;
   return fs::exists(directory / kStoreFile, ignored);
@@ -62,9 +68,7 @@ RunPlace find_run(const RunArgument& argument) {
   }
   if (argument.run.empty())
     throw_input("which run? Give its directory or id, or --latest; perigee runs lists them");
-  const fs::path given = argument.run;
-  for (const fs::path& directory : {given, given.filename() == kStoreFile ? given.parent_path() : given,
-                                    fs::path(kRunsDirectory) / given})
+  for (const fs::path& directory : places(argument.run))
     if (holds_store(directory)) return {directory, record_in(directory).id};
   std::vector<std::string> names;
   for (const ListedRun& run : list_runs()) {
@@ -74,6 +78,18 @@ RunPlace find_run(const RunArgument& argument) {
   }
   throw_input("no run {}: neither a directory with {} nor an id under ./{}{}; perigee runs lists them",
               quote(argument.run), kStoreFile, kRunsDirectory, did_you_mean(argument.run, names));
+}
+
+fs::path find_resumable(const RunArgument& argument) {
+  if (!argument.latest && !argument.run.empty()) {
+    std::error_code ignored;
+    // A store first: a model's directory of the same name holds a config.json too.
+    for (const char* file : {kStoreFile, kConfigFile})
+      for (const fs::path& directory : places(argument.run))
+        if (fs::exists(directory / file, ignored) && fs::exists(directory / kConfigFile, ignored))
+          return directory;
+  }
+  return find_run(argument).directory;
 }
 
 }  // namespace perigee::apps

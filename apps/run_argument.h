@@ -13,6 +13,7 @@ namespace perigee::apps {
 // Where runs live unless run.dir says otherwise.
 inline constexpr char kRunsDirectory[] = "runs";
 inline constexpr char kStoreFile[] = "store.sqlite";
+inline constexpr char kConfigFile[] = "config.json";
 
 struct RunPlace {
   std::filesystem::path directory;
@@ -29,6 +30,9 @@ void declare_run(Command& command, RunArgument& argument);
 
 // ERRORS (input): neither or both given; no such run (with the nearest); nothing under runs/.
 RunPlace find_run(const RunArgument& argument);
+// The directory of a run to go on with. Besides what find_run finds, one that holds the run's configuration but no run
+// in its store yet: it was killed as it started. ERRORS (input): as find_run.
+std::filesystem::path find_resumable(const RunArgument& argument);
 
 // Directories under `root` that hold a store, newest run first; unreadable ones come last, with a reason in
 // `problem`.

@@ -137,7 +137,7 @@ RunConfig run_config_of(const std::string& run_dir) {
 RunOutcome train(RunConfig config, const TrainOptions& options) {
   const std::string run_dir = new_run_dir(config);
   std::error_code ec;
-  if (fs::exists(run_dir, ec) && !(fs::is_directory(run_dir, ec) && fs::is_empty(run_dir, ec))) {
+  if (fs::exists(run_dir, ec) && !is_unused(run_dir)) {
     const bool run = file_exists(join(run_dir, kStore)) || file_exists(join(run_dir, kConfig));
     if (run) throw_input("{} holds another run; choose another run.dir, or go on with it: perigee resume {}", run_dir, run_dir);
     throw_input("{} is there already and is no empty directory; choose another run.dir", run_dir);

@@ -134,6 +134,36 @@ TEST_F(WholeRun, AnotherRunIsNotWrittenOver) {
   EXPECT_EQ(again.json()["weights_hash"], trained_->json()["weights_hash"]);
 }
 
+// A run that was killed between writing its configuration and its store, or before its run was in the store.
+TEST_F(WholeRun, ResumesARunKilledAsItStarted) {
+  for (const bool with_store : {false, true}) {
+    const std::string name = with_store ? "empty-store" : "no-store", place = *place_ / "runs/" + name;
+    fs::create_directory(place);
+    nlohmann::json config = nlohmann::json::parse(slurp(directory() + "/config.json"));
+    config["run"]["dir"] = place;
+    spill(place + "/config.json", config.dump());
+    if (with_store) spill(place + "/store.sqlite", "");
+    const Said said = run_perigee({"resume", with_store ? place : name, "--in-process", "--json"}, here());
+    EXPECT_EQ(said.code, 0) << said.err;
+    EXPECT_EQ(said.json()["weights_hash"], trained_->json()["weights_hash"]);
+    fs::remove_all(place);
+  }
+}
+
+// A run that was killed before it wrote its configuration left nothing to go on with, and is begun anew.
+TEST_F(WholeRun, TrainsWhereOnlyALockWasLeft) {
+  const std::string place = *place_ / "locked";
+  fs::create_directory(place);
+  spill(place + "/run.lock", "");
+  spill(place + "/notes.txt", "mine");
+  expect_refused({"train", *place_ / "run.json", "--set", "run.dir=" + place}, "no empty directory");
+  fs::remove(place + "/notes.txt");
+  const Said said =
+      run_perigee({"train", *place_ / "run.json", "--set", "run.dir=" + place, "--in-process", "--json"});
+  ASSERT_EQ(said.code, 0) << said.err;
+  EXPECT_EQ(said.json()["weights_hash"], trained_->json()["weights_hash"]);
+}
+
 TEST_F(WholeRun, ProcessesAndThreadsEndWithTheSameWeights) {
   const std::string other = *place_ / "processes";
   const Said said = run_perigee({"train", *place_ / "run.json", "--set", "run.dir=" + other, "--json"});
