@@ -55,8 +55,24 @@ void declare_sampling(Command& command, SamplingOptions& o) {
       .option("--repetition-penalty", o.repetition_penalty, "X", "1: off")
       .option("--presence-penalty", o.presence_penalty, "X", "0: off")
       .option("--frequency-penalty", o.frequency_penalty, "X", "0: off")
+      .list("--logit-bias", o.logit_bias, "ID=B",
+            "adds B to the logit of this token; -inf: never; may be repeated")
       .option("--seed", o.seed, "N", "the same seed gives the same tokens");
 }
+
+namespace {
+std::pair<int32_t, float> parse_bias(const std::string& text) {
+  int32_t id = 0;
+  float bias = 0;
+  const char* const end = text.data() + text.size();
+  const auto [equals, error] = std::from_chars(text.data(), end, id);
+  if (error == std::errc{} && equals != end && *equals == '=')
+    if (const auto [after, wrong] = std::from_chars(equals + 1, end, bias);
+        wrong == std::errc{} && after == end)
+      return {id, bias};
+  throw_input("--logit-bias {}: ID=B is expected, a token id and a number", quote(text));
+}
+}  // namespace
 
 kernels::SamplingParams SamplingOptions::params(int64_t vocab) const {
   kernels::SamplingParams p;
@@ -68,6 +84,7 @@ kernels::SamplingParams SamplingOptions::params(int64_t vocab) const {
   p.repetition_penalty = static_cast<float>(repetition_penalty);
   p.presence_penalty = static_cast<float>(presence_penalty);
   p.frequency_penalty = static_cast<float>(frequency_penalty);
+  for (const std::string& bias : logit_bias) p.logit_bias.push_back(parse_bias(bias));
   p.validate(vocab);
   return p;
 }

@@ -35,11 +35,12 @@ policy::Dtype parse_dtype(const std::string& name);
 // "1,2,3" or "[1, 2, 3]" or numbers separated by blanks. ERRORS (input): not a number, or outside [0, vocab).
 std::vector<int32_t> parse_ids(const std::string& text, int64_t vocab);
 
-// The sampling options that generate and eval share.
+// The sampling options of generate.
 struct SamplingOptions {
   double temperature = 1, top_p = 1, min_p = 0;
   int64_t top_k = 0;
   double repetition_penalty = 1, presence_penalty = 0, frequency_penalty = 0;
+  std::vector<std::string> logit_bias;  // ID=B
   int64_t seed = 0;
   kernels::SamplingParams params(int64_t vocab) const;  // ERRORS (input): out of range
 };

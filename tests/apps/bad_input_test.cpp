@@ -80,6 +80,10 @@ TEST_F(BadConfiguration, KeysAndValues) {
   spill(place_ / "good.json", small_run(place_ / "run").dump());
   expect_refused({"train", place_ / "good.json", "--set", "learn.stepps=3"}, "did you mean learn.steps?");
   expect_refused({"train", place_ / "good.json", "--set", "nonsense"}, "nonsense");
+  // Inside of sections that their own modules read.
+  expect_refused({"train", place_ / "good.json", "--set", "tasks.max_digitz=3"}, "did you mean max_digits?");
+  expect_refused({"train", place_ / "good.json", "--set", "reward.0.wieght=2"}, "did you mean weight?");
+  expect_refused({"train", place_ / "good.json", "--set", "model.config.hidden_size=0"}, "hidden_size");
 }
 
 TEST_F(BadConfiguration, ImpossibleShapes) {
@@ -113,10 +117,6 @@ TEST_F(BadConfiguration, JsonLinesNameTheLine) {
       << said.err;
 }
 
-class BadModel : public ::testing::Test {
- protected:
-  void SetUp() override {
-    fs::copy(golden("tiny/config.json"), place_ / "config.json");
 // What only the run can know of a line is found before the run begins, in whichever line it stands.
 TEST_F(BadConfiguration, EveryJsonLineFitsTheRun) {
   const auto run = [&](const std::string& train, const nlohmann::json& patch, const std::string& needle) {
@@ -147,6 +147,10 @@ TEST_F(BadConfiguration, EveryJsonLineFitsTheRun) {
   run(lines, {{"eval", {{"tasks", 2}}}}, "eval.tasks: 2 is more than the 1 held-out tasks");
 }
 
+class BadModel : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    fs::copy(golden("tiny/config.json"), place_ / "config.json");
     fs::copy(golden("tiny/model.safetensors"), file());
     bytes_ = slurp(file());
     uint64_t header = 0;
@@ -193,6 +197,8 @@ TEST_F(BadModel, OtherInputs) {
   expect_refused({"score", "--model", place_.path()}, "--text");
   expect_refused({"generate", "--model", place_.path(), "--prompt", "x", "--top-p", "7"}, "top_p");
   expect_refused({"generate", "--model", place_.path(), "--prompt", "x", "-n", "0"}, "-n 0");
+  expect_refused({"generate", "--model", place_.path(), "--prompt", "x", "--logit-bias", "5"}, "ID=B");
+  expect_refused({"generate", "--model", place_.path(), "--prompt", "x", "--logit-bias", "9999=1"}, "9999");
   expect_refused({"score", "--model", place_.path(), "--text", "x", "--dtype", "int4"}, "bfloat16");
 }
 

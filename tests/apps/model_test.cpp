@@ -58,6 +58,47 @@ TEST(Generate, SameSeedSameText) {
   EXPECT_EQ(a.out.empty() ? '\0' : a.out.back(), '\n');
 }
 
+TEST(Generate, LogitBiasMovesTheChoice) {
+  const auto tokens = [](std::vector<std::string> more) {
+    std::vector<std::string> args{
+        "generate",     "--model", golden("tiny"), "--prompt",     "12+30=", "--temperature", "0",
+        "--max-tokens", "4",       "--json",       "--ignore-stop"};
+    args.insert(args.end(), more.begin(), more.end());
+    const Said said = run_perigee(args);
+    EXPECT_EQ(said.code, 0) << said.err;
+    return said.json()["samples"][0]["tokens"].get<std::vector<int>>();
+  };
+  const std::vector<int> plain = tokens({});
+  EXPECT_EQ(tokens({"--logit-bias", "65=1000"}), (std::vector<int>{65, 65, 65, 65}));
+  EXPECT_NE(tokens({"--logit-bias", std::to_string(plain[0]) + "=-inf"})[0], plain[0]);
+}
+
+// A conversation from files is the one that --chat makes of the same words; tools change the prompt.
+TEST(Generate, ConversationsAndToolsFromFiles) {
+  TempDirectory place;
+  const auto text = [](std::vector<std::string> more) {
+    std::vector<std::string> args{"generate", "--model", golden("tiny"), "--max-tokens",
+                                  "12",       "--json",  "--ignore-stop"};
+    args.insert(args.end(), more.begin(), more.end());
+    const Said said = run_perigee(args);
+    EXPECT_EQ(said.code, 0) << said.err;
+    return said.json()["samples"][0]["logprobs"].dump();
+  };
+  spill(place / "m.json", R"([{"role": "system", "content": "Add."}, {"role": "user", "content": "1+2?"}])");
+  spill(place / "t.json", R"([{"type": "function", "function": {"name": "add"}}])");
+  const std::string chat = text({"--system", "Add.", "--chat", "1+2?"}),
+                    file = text({"--messages", place / "m.json"});
+  EXPECT_EQ(chat, file);
+  const std::string with_tools = text({"--messages", place / "m.json", "--tools", place / "t.json"});
+  EXPECT_NE(with_tools, file);
+  EXPECT_EQ(with_tools, text({"--system", "Add.", "--chat", "1+2?", "--tools", place / "t.json"}));
+  spill(place / "m.json", R"([{"role": "usr", "content": "1+2?"}])");
+  expect_refused({"generate", "--model", golden("tiny"), "--messages", place / "m.json"},
+                 "did you mean user?");
+  expect_refused({"generate", "--model", golden("tiny"), "--prompt", "x", "--tools", place / "t.json"},
+                 "--messages");
+}
+
 TEST(Score, TextIsBytesAfterTheBeginToken) {
   const nlohmann::json tokens =
       run_perigee({"score", "--model", golden("tiny"), "--text", "a\nb"}).json()["tokens"];
