@@ -1,3 +1,4 @@
+#include "commit.h"
 #include "bench/bench.h"
 
 #include <algorithm>
@@ -8,10 +9,6 @@
 #include "base/text.h"
 #include "bench/rig.h"
 #include "kernels/simd/simd.h"
-
-#ifndef PERIGEE_COMMIT
-#define PERIGEE_COMMIT "unknown"
-#endif
 
 namespace perigee::bench {
 namespace {
