@@ -27,6 +27,7 @@ void HubClient::say_hello() {
   header["name"] = name_;
   header["run"] = run_;
   header["pid"] = ::getpid();
+  header["from"] = kept_.empty() ? next_seq_ : kept_.front().seq;
   joined_ = false;
   last_hello_ = Clock::now();
   ++hellos_;
@@ -41,7 +42,14 @@ void HubClient::on_time() {
   }
   if (now - last_heartbeat_ >= std::chrono::milliseconds(options_.heartbeat_ms)) {
     last_heartbeat_ = now;
-    dealer_.send(BusMessage("heartbeat", {{"epoch", epoch_}}));
+    // With the last number that was sent: so the hub notices when it was lost and nothing follows it.
+    int64_t upto = next_seq_ - 1;
+    for (const auto& kept : kept_)
+      if (!kept.sent) {
+        upto = kept.seq - 1;
+        break;
+      }
+    dealer_.send(BusMessage("heartbeat", {{"epoch", epoch_}, {"upto", upto}}));
   }
   pump();
 }
@@ -111,11 +119,12 @@ void HubClient::send(BusMessage message) {
 }
 
 void HubClient::forget(const std::function<bool(const BusMessage&)>& pred) {
-  std::erase_if(kept_, [&](const Kept& kept) {
-    if (!pred(kept.message)) return false;
+  for (Kept& kept : kept_) {
+    if (!pred(kept.message)) continue;
     kept_bytes_ -= kept.message.bytes();
-    return true;
-  });
+    kept.message = BusMessage("moot", {{"seq", kept.seq}, {"run", run_}});
+    kept_bytes_ += kept.message.bytes();
+  }
 }
 
 }  // namespace perigee::rollout

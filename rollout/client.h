@@ -41,7 +41,7 @@ class HubClient {
   bool joined() const { return joined_; }
   int64_t unacknowledged() const { return static_cast<int64_t>(kept_.size()); }
   int64_t unacknowledged_bytes() const { return kept_bytes_; }
-  // Forgets kept messages that `pred` says are moot (work that was taken away).
+  // Empties kept messages that `pred` says are moot (work that was taken away); their numbers stay, as type "moot".
   void forget(const std::function<bool(const net::Message&)>& pred);
   // Calls f with each kept message.
   template <class F>

@@ -1,6 +1,7 @@
 #include "rollout/episode_book.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace perigee::rollout {
 namespace {
@@ -182,6 +183,11 @@ void EpisodeBook::give_back(const LiveGroup& group, LiveEpisode& e) {
   if (!group.evaluation) store_.release_attempt(e.spec.episode_id);
 }
 
+void EpisodeBook::take_away(const LiveGroup& group, LiveEpisode& e) {
+  if (!e.owner.empty()) cancelled_[e.owner].push_back({e.spec.episode_id, e.attempt});
+  give_back(group, e);
+}
+
 int64_t EpisodeBook::deadline(const LiveEpisode& e, int64_t now_ms) const {
   return now_ms + (options_.lease_ms << std::clamp(e.attempt - 1, 0, 6));
 }
@@ -215,6 +221,8 @@ Append EpisodeBook::take_segment(const Segment& segment) {
     append_tokens(*e, segment);
     counts_.tokens += static_cast<int64_t>(segment.tokens.size());
   }
+  // What is between was lost: this attempt cannot go on.
+  if (verdict == Append::kGap) take_away(*group, *e);
   return counted(verdict);
 }
 
@@ -275,7 +283,7 @@ void EpisodeBook::assign(int64_t now_ms, std::vector<Outgoing>& out) {
   for (auto& [id, g] : groups_) {
     for (auto& m : g.members)
       if (m.state == LiveEpisode::State::kLeased && m.deadline_ms < now_ms) {
-        give_back(g, m);
+        take_away(g, m);
         ++counts_.leases_expired;
       }
     if (!g.scorer.empty() && g.score_deadline_ms < now_ms) {
@@ -284,6 +292,8 @@ void EpisodeBook::assign(int64_t now_ms, std::vector<Outgoing>& out) {
       g.scorer.clear();
     }
   }
+  for (auto& [peer, keys] : std::exchange(cancelled_, {}))
+    if (policy_workers_.contains(peer)) out.push_back({peer, BusMessage("cancel", {{"episodes", std::move(keys)}})});
   // Evaluations first: in asynchronous mode new weights wait for them. They have negative ids, the first opened is the
   // greatest; training groups go in the order of their ids.
   std::vector<LiveGroup*> order;
@@ -367,6 +377,11 @@ int64_t EpisodeBook::lowest_worker_version(int64_t none) const {
   for (const auto& [peer, w] : policy_workers_)
     if (w.version >= 0) lowest = std::min(lowest, w.version);
   return lowest;
+}
+
+bool EpisodeBook::a_worker_has(int64_t version) const {
+  return std::any_of(policy_workers_.begin(), policy_workers_.end(),
+                     [&](const auto& worker) { return worker.second.version == version; });
 }
 
 }  // namespace perigee::rollout

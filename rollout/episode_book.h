@@ -6,7 +6,8 @@
 // sampled anew after a crash.
 //
 // A lease whose deadline passes, whose worker is gone or who says it holds it no more goes back: the episode is
-// leased again as a new attempt that goes on from the last committed token.
+// leased again as a new attempt that goes on from the last committed token. So does one of whose segments one is
+// missing. The former owner is told to drop what it may still generate.
 //
 // Not thread safe. Writes to the store need an active transaction (the hub's); all that is sent in answer must wait
 // for its commit.
@@ -94,7 +95,7 @@ class EpisodeBook {
   Append take_segment(const Segment& segment);
   Append take_scores(const ScoredGroup& scored);
 
-  // Gives back leases and scores whose time is over, then hands out what is open to workers that have room.
+  // Takes away leases and scores whose time is over, then hands out what is open to workers that have room.
   void assign(int64_t now_ms, std::vector<Outgoing>& out);
 
   // Takes the group out of the book: it was trained, evaluated, or (with a reason) is dropped, which cancels what of it
@@ -109,6 +110,7 @@ class EpisodeBook {
   const BookCounts& counts() const { return counts_; }
   int64_t policy_workers() const { return static_cast<int64_t>(policy_workers_.size()); }
   int64_t lowest_worker_version(int64_t none) const;  // among the policy workers that are there
+  bool a_worker_has(int64_t version) const;
 
  private:
   struct PolicyWorker {
@@ -116,6 +118,7 @@ class EpisodeBook {
   };
   LiveEpisode* episode(int64_t episode_id, LiveGroup** group = nullptr);
   void give_back(const LiveGroup& group, LiveEpisode& episode);
+  void take_away(const LiveGroup& group, LiveEpisode& episode);  // gives back, and the owner is told
   // Longer with every attempt: a worker whose single step outlasts a lease would otherwise lose it for ever.
   int64_t deadline(const LiveEpisode& episode, int64_t now_ms) const;
   void lease_group(LiveGroup& group, const std::string& peer, PolicyWorker& worker, int64_t now_ms,
@@ -131,6 +134,7 @@ class EpisodeBook {
   std::map<std::string, PolicyWorker> policy_workers_;
   std::map<std::string, int64_t> reward_workers_;  // groups being scored there
   std::deque<int64_t> completed_;
+  std::map<std::string, Json> cancelled_;  // by owner; sent by assign
   int64_t next_evaluation_id_ = -1;
   BookCounts counts_;
 };

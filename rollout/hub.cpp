@@ -1,6 +1,8 @@
 #include "rollout/hub.h"
 
+#include <algorithm>
 #include <filesystem>
+#include <utility>
 
 namespace perigee::rollout {
 
@@ -20,7 +22,13 @@ Hub::Hub(const RunConfig& config, const std::string& run_id, const std::string& 
   transaction_.reset();
 }
 
-void Hub::begin() { transaction_.emplace(store_.begin()); }
+void Hub::begin() {
+  transaction_.emplace(store_.begin());
+  for (const auto& id : std::exchange(unreachable_, {})) {
+    counts_.lost_peers += peers_.contains(id);
+    forget_peer(id);
+  }
+}
 
 void Hub::forget_peer(const std::string& id) {
   const auto it = peers_.find(id);
@@ -49,6 +57,9 @@ void Hub::hello(const net::Inbound& in, int64_t now_ms) {
   Peer& peer = peers_[in.peer];
   peer.role = *role;
   peer.name = *name;
+  // Where its numbers go on: what came before was acknowledged, by this hub or a former one.
+  peer.last_seq = std::max(peer.last_seq, field<int64_t>(h, "from").value_or(1) - 1);
+  peer.acked_seq = std::max(peer.acked_seq, peer.last_seq);
 
   std::vector<EpisodeKey> drop;
   if (*role == "policy") {
@@ -100,6 +111,11 @@ void Hub::handle(const net::Inbound& in, int64_t now_ms) {
       peer.acked_seq = std::min(peer.acked_seq, *seq - 1);  // acknowledged again
       return;
     }
+    if (*seq != peer.last_seq + 1) {
+      ++counts_.gaps;
+      out_.push_back({in.peer, BusMessage(net::kWho), true});
+      return;
+    }
     peer.last_seq = *seq;
     if (field<std::string>(h, "run") != run_id_) {
       ++counts_.wrong_run;
@@ -111,8 +127,14 @@ void Hub::handle(const net::Inbound& in, int64_t now_ms) {
 
 void Hub::apply(const std::string& peer_id, Peer& peer, const BusMessage& message, int64_t now_ms) {
   const std::string type = message.type();
-  if (type == "heartbeat") {
+  if (type == "moot") {
+    // A message that is not needed any more: it only keeps the numbers without a gap.
+  } else if (type == "heartbeat") {
     book_.renew(peer_id, now_ms);
+    if (field<int64_t>(message.header, "upto").value_or(0) > peer.last_seq) {
+      ++counts_.gaps;
+      out_.push_back({peer_id, BusMessage(net::kWho), true});
+    }
   } else if (type == "segment" && peer.role == "policy") {
     if (const auto segment = decode_segment(message))
       book_.take_segment(*segment);
@@ -120,6 +142,11 @@ void Hub::apply(const std::string& peer_id, Peer& peer, const BusMessage& messag
       ++counts_.unreadable;
   } else if (type == "weights_ready" && peer.role == "policy") {
     book_.policy_worker_has(peer_id, field<int64_t>(message.header, "version").value_or(-1));
+  } else if (type == "weights_missing" && peer.role == "policy") {
+    if (const auto notice = decode_weights(message))
+      schedule_.weights_missing(notice->version, notice->shm);
+    else
+      ++counts_.unreadable;
   } else if (type == "scored" && peer.role == "reward") {
     if (const auto scored = decode_scored(message))
       book_.take_scores(*scored);
@@ -188,7 +215,8 @@ void Hub::report_rate(int64_t now_ms) {
   events_.push_back({{"event", "rate"},
                      {"tokens_per_s", static_cast<double>(tokens - rate_tokens_) / seconds},
                      {"groups_open", open},
-                     {"groups_scored", scored}});
+                     {"groups_scored", scored},
+                     {"stalls", stalls_}});
   rate_ms_ = now_ms;
   rate_tokens_ = tokens;
 }

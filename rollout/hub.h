@@ -9,6 +9,8 @@
 //      (episode, attempt, index), (step), (version) in the store.
 //  H3  A message of another run, another hub epoch or a peer that never said hello is refused and counted; its sender is
 //      asked who it is.
+//  H4  A message of a worker is applied only after all it sent before: one that comes too early is refused, and its
+//      sender is asked who it is and sends again what was not acknowledged.
 //
 // Not thread safe. Hub knows no sockets: run_hub connects it to a Router; tests talk to it directly.
 #pragma once
@@ -23,7 +25,7 @@
 namespace perigee::rollout {
 
 struct HubCounts {
-  int64_t messages = 0, duplicates = 0, strangers = 0, wrong_run = 0, unreadable = 0, commits = 0;
+  int64_t messages = 0, duplicates = 0, gaps = 0, lost_peers = 0, strangers = 0, wrong_run = 0, unreadable = 0, commits = 0;
 };
 
 class Hub {
@@ -35,6 +37,11 @@ class Hub {
   // One round: begin, handle any number of messages, commit. Throws what the store throws; then nothing of the round
   // was acknowledged and the Hub is not to be used any more.
   void begin();
+  // A message to this peer was lost. The hub forgets it, as if it had died, in the next round; if it lives it is asked
+  // who it is and says what it holds.
+  void unreachable(const std::string& peer) { unreachable_.push_back(peer); }
+  // For the "rate" event: messages that had to wait for a slow peer so far.
+  void count_stalls(int64_t total) { stalls_ = total; }
   void handle(const net::Inbound& in, int64_t now_ms);
   // Advances, commits and returns what may be sent now.
   std::vector<Outgoing> commit(int64_t now_ms);
@@ -69,6 +76,8 @@ class Hub {
   std::map<std::string, Peer> peers_;
   std::vector<Outgoing> out_;
   std::vector<Json> events_;
+  std::vector<std::string> unreachable_;
+  int64_t stalls_ = 0;
   std::optional<Store::Transaction> transaction_;
   HubCounts counts_;
   bool done_ = false;

@@ -68,9 +68,11 @@ RoleResult run_hub(const RoleContext& role, bool keep_leases) {
     for (auto& o : out) {
       if (o.uncredited)
         router.send_uncredited(o.peer, o.message);
-      else
-        router.send(o.peer, std::move(o.message));
+      else if (!router.send(o.peer, std::move(o.message)))
+        hub.unreachable(o.peer);
     }
+    for (const auto& peer : router.take_gone()) hub.unreachable(peer);
+    hub.count_stalls(router.stalls());
   }
   // Credits still come in: what waits for them goes out.
   for (const int64_t until = now_ms() + kFarewellMs; now_ms() < until;)

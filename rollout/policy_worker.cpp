@@ -1,6 +1,7 @@
 // The policy worker: leases in, tokens out. One thread: receive what is there, take one engine step, send segments.
 #include <fmt/format.h>
 
+#include <cstdio>
 #include <map>
 #include <optional>
 
@@ -82,7 +83,12 @@ class PolicyWorker {
   void change_weights(const WeightsNotice& notice) {
     const bool same = have_weights_ && engine_.version() == notice.version && hash_ == notice.hash;
     if (!same) {
-      if (!weights_.take(notice, layout_->weight_bytes())) return;
+      if (!weights_.take(notice, layout_->weight_bytes())) {
+        // The learner died, or newer ones are on their way: the hub knows which.
+        std::fputs(fmt::format("weights version {} are not there any more ({})\n", notice.version, notice.shm).c_str(), stderr);
+        client_.send_durable(encode("weights_missing", notice));
+        return;
+      }
       engine_.set_weights(weights_.data(), notice.version);
       weights_.release_former();
       have_weights_ = true;

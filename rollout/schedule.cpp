@@ -75,6 +75,16 @@ void Schedule::learner_joined(const std::string& peer, bool loaded, uint32_t ver
 void Schedule::learner_left() {
   learner_.clear();
   learner_loaded_ = learner_busy_ = false;
+  announced_lost_ = true;
+}
+
+void Schedule::weights_missing(uint32_t version, const std::string& shm) {
+  if (announced_ && announced_->version == version && announced_->shm == shm) announced_.reset();
+  if (learner_.empty() || !published_ || published_->version != version || published_->shm != shm) return;
+  // The learner is asked to publish them again. A learner that is there cannot lose them by itself.
+  published_.reset();
+  if (++missing_ > 3)
+    failure_ = fmt::format("weights version {} vanish from shared memory ({}): something else removes them", version, shm);
 }
 
 void Schedule::learner_loaded(uint32_t version, const std::string& hash) {
@@ -144,6 +154,7 @@ void Schedule::learner_stepped(const Stepped& s) {
 
 void Schedule::learner_published(const WeightsNotice& notice) {
   if (waiting_publish_) learner_busy_ = waiting_publish_ = false;
+  if (published_ && published_->version != notice.version) missing_ = 0;
   published_ = notice;
 }
 
@@ -268,6 +279,17 @@ void Schedule::take_completed(std::vector<Json>& events) {
   if (evaluation_ && evaluation_->open.empty()) end_evaluation(events);
 }
 
+void Schedule::abandon_hopeless_evaluation(std::vector<Outgoing>& out) {
+  if (!evaluation_ || book_.a_worker_has(evaluation_->version)) return;
+  const bool can_be_had = announced_ && announced_->version == evaluation_->version && !announced_lost_;
+  if (can_be_had) return;
+  const bool generated = std::all_of(evaluation_->open.begin(), evaluation_->open.end(),
+                                     [&](int64_t id) { return book_.find(id)->generated(); });
+  if (generated) return;  // only scores are missing
+  for (const int64_t id : evaluation_->open) book_.drop(id, "evaluation_lost", out);
+  evaluation_.reset();
+}
+
 void Schedule::announce(std::vector<Outgoing>& out) {
   if (published_ && published_->version == version_ &&
       (!announced_ || announced_->version != published_->version || announced_->shm != published_->shm)) {
@@ -275,6 +297,7 @@ void Schedule::announce(std::vector<Outgoing>& out) {
     const bool wait = evaluation_ && evaluation_->version != published_->version;
     if (!wait) {
       announced_ = published_;
+      announced_lost_ = false;
       out.push_back({std::string(kAllPolicyWorkers), encode("weights", *announced_)});
     }
   }
@@ -391,13 +414,13 @@ void Schedule::advance(int64_t now_ms, std::vector<Outgoing>& out, std::vector<J
   events.insert(events.end(), stepped_events_.begin(), stepped_events_.end());
   stepped_events_.clear();
   take_completed(events);
+  abandon_hopeless_evaluation(out);
   announce(out);
   const bool current = announced_ && announced_->version == version_;
   std::string phase;
   int64_t step = 0;
   const bool asynchronous = warmup_over_ && config_.rollout.mode == RunMode::kAsync;
-  if (!evaluation_ && announced_ && (current || asynchronous) && evaluation_due(&phase, &step))
-    start_evaluation(phase, step);
+  if (!evaluation_ && current && evaluation_due(&phase, &step)) start_evaluation(phase, step);
   if (warmup_over_ && have_version_ && !(evaluation_ && !asynchronous)) {
     if (rl_step_ < config_.learn.steps) {
       if (asynchronous)

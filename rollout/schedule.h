@@ -59,6 +59,8 @@ class Schedule {
   void learner_stepped(const Stepped& stepped);
   void learner_published(const WeightsNotice& notice);
   void learner_saved(const Checkpoint& checkpoint);
+  // A policy worker did not find the weights that were announced to it: they are announced anew, or newer ones.
+  void weights_missing(uint32_t version, const std::string& shm);
   // The weights that policy workers should have; nullopt before the first.
   const std::optional<WeightsNotice>& announced() const { return announced_; }
 
@@ -93,6 +95,8 @@ class Schedule {
   void command_learner(std::vector<Outgoing>& out);
   bool checkpoint_due() const;
   void announce(std::vector<Outgoing>& out);
+  // An evaluation of weights that nobody has and nobody can get any more is dropped, to be begun again of newer ones.
+  void abandon_hopeless_evaluation(std::vector<Outgoing>& out);
   void finish(std::vector<Outgoing>& out, std::vector<Json>& events);
   BusMessage train_message(const TrainBatch& batch, bool publish);
   // schedule_groups.cpp
@@ -143,6 +147,8 @@ class Schedule {
   std::string saving_path_;
   std::optional<WeightsNotice> published_;  // the newest
   std::optional<WeightsNotice> announced_;
+  bool announced_lost_ = false;  // the learner that published them is gone, and they with it
+  int64_t missing_ = 0;          // times that a worker missed what the learner had just published
   int64_t retired_ = -1;
 
   std::optional<RunningEvaluation> evaluation_;

@@ -79,9 +79,20 @@ int64_t count_field(const Json& header, const char* key, int64_t limit) {
   return n < 0 || n > limit ? -1 : n;
 }
 
+void check_size(const BusOptions& options, const Message& message, size_t bytes) {
+  if (static_cast<int64_t>(bytes) <= options.max_message_bytes) return;
+  throw_environment("a message \"{}\" has a part of {} bytes, and at most {} may be sent: raise bus.max_message_mib",
+                    message.type(), bytes, options.max_message_bytes);
+}
+void check_frames(const BusOptions& options, const Message& message) {
+  for (const auto& frame : message.frames) check_size(options, message, frame.size());
+}
+
 // Header and frames, all or nothing. False when the queue is full; zmq::error_t otherwise.
-bool send_parts(zmq::socket_t& socket, const std::string* peer, const Message& message, int64_t* bytes) {
+bool send_parts(zmq::socket_t& socket, const BusOptions& options, const std::string* peer, const Message& message,
+                int64_t* bytes) {
   const std::vector<uint8_t> header = Json::to_cbor(message.header);
+  check_size(options, message, header.size());
   *bytes = static_cast<int64_t>(header.size());
   const auto dontwait = zmq::send_flags::dontwait, more = zmq::send_flags::sndmore | dontwait;
   // Only the first part can find the queue full; the others follow it.
@@ -151,7 +162,11 @@ std::optional<Inbound> Router::receive(int timeout_ms) {
       peer.credits = window;
     } else if (it != peers_.end()) {
       it->second.credits = std::min(it->second.credits + credit, kMaxWindow);
-      pump(id, it->second);
+      if (!pump(id, it->second)) {
+        // What it says now is of a connection that came back: the caller asks who it is.
+        gone_.push_back(id);
+        peers_.erase(it);
+      }
     }
     if (type == "credit") continue;
     return Inbound{std::move(id), std::move(*message)};
@@ -161,7 +176,7 @@ std::optional<Inbound> Router::receive(int timeout_ms) {
 Router::Sent Router::transmit(const std::string& peer, const Message& message) {
   int64_t bytes = 0;
   try {
-    if (!send_parts(socket_, &peer, message, &bytes)) return Sent::kFull;
+    if (!send_parts(socket_, options_, &peer, message, &bytes)) return Sent::kFull;
   } catch (const zmq::error_t& e) {
     if (e.num() == EHOSTUNREACH) {
       ++counts_.unroutable;
@@ -174,23 +189,20 @@ Router::Sent Router::transmit(const std::string& peer, const Message& message) {
   return Sent::kSent;
 }
 
-void Router::pump(const std::string& peer, Peer& state) {
+bool Router::pump(const std::string& peer, Peer& state) {
   while (state.credits > 0 && !state.queue.empty()) {
     const Sent sent = transmit(peer, state.queue.front());
-    if (sent == Sent::kFull) return;
-    if (sent == Sent::kGone) {
-      state.queue.clear();
-      state.queued_bytes = 0;
-      state.credits = 0;
-      return;
-    }
+    if (sent == Sent::kFull) return true;
+    if (sent == Sent::kGone) return false;
     --state.credits;
     state.queued_bytes -= state.queue.front().bytes();
     state.queue.pop_front();
   }
+  return true;
 }
 
 bool Router::send(const std::string& peer, Message message) {
+  check_frames(options_, message);
   auto it = peers_.find(peer);
   if (it == peers_.end()) return false;
   Peer& state = it->second;
@@ -198,6 +210,7 @@ bool Router::send(const std::string& peer, Message message) {
     const Sent sent = transmit(peer, message);
     if (sent == Sent::kGone) {
       peers_.erase(it);
+      gone_.push_back(peer);
       return false;
     }
     if (sent == Sent::kSent) {
@@ -206,6 +219,7 @@ bool Router::send(const std::string& peer, Message message) {
     }
   }
   ++state.stalls;
+  ++stalls_;
   state.queued_bytes += message.bytes();
   state.queue.push_back(std::move(message));
   return true;
@@ -214,8 +228,6 @@ bool Router::send(const std::string& peer, Message message) {
 bool Router::send_uncredited(const std::string& peer, const Message& message) {
   return transmit(peer, message) == Sent::kSent;
 }
-
-void Router::drop(const std::string& peer) { peers_.erase(peer); }
 
 std::optional<PeerStats> Router::peer(const std::string& peer) const {
   const auto it = peers_.find(peer);
@@ -276,7 +288,8 @@ bool Dealer::send(Message message) {
 
 bool Dealer::transmit(const Message& message) {
   int64_t bytes = 0;
-  if (!send_parts(socket_, nullptr, message, &bytes)) return false;
+  check_frames(options_, message);
+  if (!send_parts(socket_, options_, nullptr, message, &bytes)) return false;
   ++counts_.sent;
   counts_.sent_bytes += bytes;
   return true;

@@ -7,6 +7,7 @@
 //  B2  Between one Dealer and one Router messages keep their order, in either direction.
 //  B3  A message that cannot be parsed or that breaks a limit is counted and ignored; it never reaches the caller.
 //  B4  No call blocks longer than the timeout it is given. "Would block" is a returned value.
+//  B5  A frame longer than max_message_bytes is an Error of the sender: the other end would close the connection.
 //
 // Thread safety: an object belongs to one thread at a time.
 #pragma once
@@ -18,6 +19,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 #include <zmq.hpp>
 
@@ -74,14 +76,17 @@ class Router {
   // resets its sender: credits are what it says ("window"), and what was queued for it is dropped.
   std::optional<Inbound> receive(int timeout_ms);
   // Sends, or queues until the peer gives a credit. False when there is no such peer (any more).
+  // Throws Error(kEnvironment) for a message that no peer would accept (B5).
   bool send(const std::string& peer, Message message);
   // Like send but outside the credits, never queued: to ask a stranger for its hello, at most once per message of it.
   bool send_uncredited(const std::string& peer, const Message& message);
-  // Forgets the peer and what is queued for it.
-  void drop(const std::string& peer);
+  // Peers that could not be reached, since the last call: they are forgotten, and what was queued for them is lost.
+  // One that lives says who it is when it is asked.
+  std::vector<std::string> take_gone() { return std::exchange(gone_, {}); }
 
   std::optional<PeerStats> peer(const std::string& peer) const;
   int64_t waiting() const;  // messages of all peers that wait for credits
+  int64_t stalls() const { return stalls_; }  // messages that had to wait for a credit, whoever they were for
   const BusCounts& counts() const { return counts_; }
 
  private:
@@ -91,11 +96,13 @@ class Router {
   };
   enum class Sent { kSent, kFull, kGone };
   Sent transmit(const std::string& peer, const Message& message);
-  void pump(const std::string& peer, Peer& state);
+  bool pump(const std::string& peer, Peer& state);  // false: it is gone
 
   BusOptions options_;
   zmq::socket_t socket_;
   std::map<std::string, Peer> peers_;
+  std::vector<std::string> gone_;
+  int64_t stalls_ = 0;
   BusCounts counts_;
 };
 
@@ -107,6 +114,7 @@ class Dealer {
   // The next message, waiting up to timeout_ms. Taking it gives its credit back (in batches, or with the next send).
   std::optional<Message> receive(int timeout_ms);
   // False when the queue to the Router is full: try again later. A "hello" gets the window and resets the credits.
+  // Throws Error(kEnvironment) for a message that the Router would not accept (B5).
   bool send(Message message);
 
   const std::string& id() const { return id_; }

@@ -127,15 +127,30 @@ class Cluster {
       Script& w = *ready[static_cast<size_t>(random_.next_int(0, static_cast<int64_t>(ready.size()) - 1))];
       const BusMessage m = w.outbox.front();
       w.outbox.pop_front();
+      if (losses_to_hub > 0 && m.type() != "hello" && random_.next_int(0, 19) == 0) {
+        --losses_to_hub;
+        continue;
+      }
       hub_->handle({w.id, m}, now_ms_);
       if (repeat_ && random_.next_int(0, 9) == 0) hub_->handle({w.id, m}, now_ms_);
     }
     for (auto& o : hub_->commit(now_ms_))
       for (auto& [name, w] : workers_)
-        if (w->id == o.peer) receive(*w, o.message);
+        if (w->id == o.peer) {
+          if (losses_to_workers > 0 && !o.uncredited && random_.next_int(0, 19) == 0) {
+            --losses_to_workers;
+            hub_->unreachable(w->id);
+          } else {
+            receive(*w, o.message);
+          }
+        }
     for (auto& [name, w] : workers_) {
       if (w->role == "policy") generate(*w);
-      if (w->joined && random_.next_int(0, 20) == 0) w->post(BusMessage("heartbeat"));
+      if (random_.next_int(0, 20) > 0) continue;
+      if (w->joined)
+        w->post(BusMessage("heartbeat", {{"upto", w->seq - 1}}));
+      else if (w->outbox.empty())
+        hello(*w);  // a greeting that was not answered
     }
   }
 
@@ -153,6 +168,9 @@ class Cluster {
   const RunConfig& config() const { return config_; }
   Script& worker(const std::string& name) { return *workers_.at(name); }
   void repeat_messages(bool on) { repeat_ = on; }
+  // Messages still to be lost on the way; the bus notices those to workers.
+  int losses_to_hub = 0, losses_to_workers = 0;
+  bool weights_vanish = false;
   // Rewards of every group are equal where this says so.
   std::function<bool(int64_t task_index)> dull = [](int64_t) { return false; };
 
@@ -192,6 +210,7 @@ class Cluster {
       h["target"] = learner_.version;
       if (learner_.published) h["published"] = encode("published", *learner_.published).header;
     }
+    h["from"] = s.kept.empty() ? s.seq : s.kept.front().header["seq"].get<int64_t>();
     s.joined = false;
     s.outbox.push_back(BusMessage("hello", h));
   }
@@ -215,6 +234,12 @@ class Cluster {
       const auto lease = decode_lease(m);
       for (const auto& member : lease->members) running_[s.name].push_back({member, lease->max_new_tokens, lease->version});
     } else if (type == "weights") {
+      // Weights live as long as the learner that published them.
+      const auto learner = workers_.find("learner");
+      if (weights_vanish || m.header["shm"] != "/none-" + learner->second->id) {
+        s.send(encode("weights_missing", *decode_weights(m)));
+        return;
+      }
       versions_[s.name] = m.header["version"];
       s.send(BusMessage("weights_ready", {{"version", m.header["version"]}}));
     } else if (type == "score") {
@@ -228,9 +253,9 @@ class Cluster {
     std::erase_if(running_[s.name], [&](const Generating& g) {
       return g.member.key.episode_id == key[0] && g.member.key.attempt == key[1];
     });
-    std::erase_if(s.kept, [&](const BusMessage& m) {
-      return m.type() == "segment" && m.header["episode"] == key[0] && m.header["attempt"] == key[1];
-    });
+    for (auto& m : s.kept)
+      if (m.type() == "segment" && m.header["episode"] == key[0] && m.header["attempt"] == key[1])
+        m = BusMessage("moot", {{"seq", m.header["seq"]}, {"run", "run"}});
   }
 
   // One segment of one episode that is being generated.

@@ -146,6 +146,38 @@ TEST(Hub, ALeaseThatIsNotRenewedGoesBack) {
   expect_sound(*c);
 }
 
+TEST(Hub, AnExpiredLeaseIsCancelledAtItsOwner) {
+  auto c = cluster(5, {{"warmup", {{"steps", 0}}}});
+  const auto leased = [&]() -> const LiveEpisode* {
+    for (const auto& [id, g] : c->hub().book().groups())
+      for (const auto& m : g.members)
+        if (m.state == LiveEpisode::State::kLeased) return &m;
+    return nullptr;
+  };
+  for (int i = 0; i < 5000 && leased() == nullptr; ++i) c->turn();
+  ASSERT_NE(leased(), nullptr);
+  const Json key{leased()->spec.episode_id, leased()->attempt};
+  c->hub().begin();
+  bool cancelled = false;
+  for (const auto& o : c->hub().commit(1'000'000))
+    if (o.message.type() == "cancel" && o.peer == c->worker("policy-0").id)
+      for (const auto& k : o.message.header["episodes"]) cancelled = cancelled || k == key;
+  EXPECT_TRUE(cancelled);
+}
+
+TEST(Hub, LostMessagesAreNoticedAndSentAgain) {
+  const std::string expected = plain_hash();
+  for (uint64_t seed = 1; seed < 12; ++seed) {
+    auto c = cluster(seed, {}, 2);
+    c->losses_to_hub = c->losses_to_workers = 10;
+    EXPECT_EQ(c->finish(), expected) << "seed " << seed;
+    expect_sound(*c);
+    EXPECT_GT(c->hub().counts().gaps, 0);
+    EXPECT_GT(c->hub().counts().lost_peers, 0);
+    if (HasFailure()) break;
+  }
+}
+
 TEST(Hub, StrangersAndOtherRunsAreRefused) {
   auto c = cluster(6);
   for (int i = 0; i < 5; ++i) c->turn();
@@ -182,7 +214,15 @@ TEST(Hub, GapsInSegmentsAreRefused) {
   s.versions = {0};
   EXPECT_EQ(c->hub().book().take_segment(s), Append::kGap);
   EXPECT_EQ(c->hub().book().counts().gaps, 1);
-  c->hub().commit(0);
+  // The attempt is over: its owner is told, and the episode is generated on by the next.
+  const int64_t episode_id = s.episode_id;
+  const int32_t attempt = s.attempt;
+  bool cancelled = false;
+  for (const auto& o : c->hub().commit(0))
+    if (o.message.type() == "cancel") cancelled = cancelled || o.message.header["episodes"] == Json::array({{episode_id, attempt}});
+  EXPECT_TRUE(cancelled);
+  EXPECT_EQ(e->attempt, attempt + 1);
+  c->hub().unreachable(c->worker("policy-0").id);  // nobody delivered what that commit said
   EXPECT_EQ(c->finish(), plain_hash({{"warmup", {{"steps", 0}}}}));
   expect_sound(*c);
 }
@@ -257,6 +297,57 @@ TEST(Hub, AsynchronousRunsSurviveKillsToo) {
     expect_sound(*c);
     EXPECT_EQ(c->hub().schedule().rl_step(), 8);
   }
+}
+
+// The evaluation that is under way, as its open groups tell; -1: none.
+int64_t evaluated_version(Cluster& c) {
+  for (const auto& [id, g] : c.hub().book().groups())
+    if (g.evaluation && !g.generated()) return g.version;
+  return -1;
+}
+
+TEST(Hub, AnEvaluationOfWeightsThatNobodyHasAnyMoreIsBegunAgain) {
+  const Json patch{{"rollout", {{"mode", "async"}, {"max_policy_lag", 3}}}, {"learn", {{"steps", 12}}}, {"eval", {{"tasks", 40}}}};
+  int met = 0;
+  for (uint64_t seed = 1; seed < 8; ++seed) {
+    auto c = cluster(seed, patch);
+    // Until the learner is past the version that is evaluated.
+    const auto past = [&] {
+      const int64_t version = evaluated_version(*c);
+      return version >= 0 && c->hub().schedule().phase() == "rl" && version < c->hub().schedule().version();
+    };
+    for (int i = 0; i < 20000 && !c->hub().done() && !past(); ++i) c->turn();
+    if (c->hub().done()) continue;
+    ++met;
+    c->restart("learner");
+    c->restart("policy-0");
+    c->finish();
+    expect_sound(*c);
+    EXPECT_EQ(c->hub().schedule().rl_step(), 12);
+    if (HasFailure()) break;
+  }
+  EXPECT_GT(met, 0);
+}
+
+TEST(Hub, AnEvaluationIsOfTheWeightsOfItsStepOrLater) {
+  for (uint64_t seed = 1; seed < 8; ++seed) {
+    auto c = cluster(seed, {{"rollout", {{"mode", "async"}, {"max_policy_lag", 2}}}, {"learn", {{"steps", 12}}}}, 2);
+    c->finish();
+    for (const auto& e : c->store().evaluations("run")) {
+      const auto version = *c->store().version("run", e.version);
+      if (e.phase == "rl") {
+        EXPECT_EQ(version.phase, "rl") << "step " << e.step;
+      }
+      EXPECT_GE(version.step, e.step) << e.phase;
+    }
+  }
+}
+
+TEST(Hub, WeightsThatVanishUnderALivingLearnerStopTheRun) {
+  auto c = cluster(1);
+  c->weights_vanish = true;
+  for (int i = 0; i < 5000 && !c->hub().done(); ++i) c->turn();
+  EXPECT_NE(c->hub().failure().find("vanish"), std::string::npos) << c->hub().failure();
 }
 
 TEST(Hub, AStepThatComesOutDifferentlyTheSecondTimeStopsTheRun) {

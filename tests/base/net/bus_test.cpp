@@ -126,6 +126,8 @@ TEST(Bus, StrangersAndTheGoneAreAValueNotAnException) {
   const auto until = Clock::now() + std::chrono::seconds(5);
   while (router.send(id, Message("work")) && Clock::now() < until) router.receive(5);
   EXPECT_FALSE(router.peer(id).has_value());
+  EXPECT_EQ(router.take_gone(), std::vector<std::string>{id});
+  EXPECT_TRUE(router.take_gone().empty());
 }
 
 TEST(Bus, WhatCannotBeParsedIsCountedAndIgnored) {
@@ -193,6 +195,32 @@ TEST(Bus, AnOversizedMessageNeverArrives) {
     if (auto in = router.receive(50)) {
       EXPECT_NE(in->message.type(), "segment");
     }
+}
+
+TEST(Bus, AMessageThatNobodyWouldAcceptIsAClearErrorOfItsSender) {
+  zmq::context_t context;
+  BusOptions options;
+  options.max_message_bytes = 100000;
+  Router router(context, inproc("big"), options);
+  Dealer dealer(context, inproc("big"), "w", options);
+  dealer.send(Message("hello"));
+  const std::string peer = next(router).peer;
+  Message frame("segment"), header("segment", {{"text", std::string(200000, 'x')}});
+  frame.frames = {std::string(200000, 'x')};
+  for (const Message& m : {frame, header}) {
+    try {
+      dealer.send(m);
+      ADD_FAILURE() << "the dealer sent it";
+    } catch (const Error& e) {
+      EXPECT_NE(std::string(e.what()).find("max_message_mib"), std::string::npos) << e.what();
+    }
+    try {
+      router.send(peer, m);
+      ADD_FAILURE() << "the router sent it";
+    } catch (const Error& e) {
+      EXPECT_NE(std::string(e.what()).find("\"segment\""), std::string::npos) << e.what();
+    }
+  }
 }
 
 TEST(Bus, TwoRoutersOnOneEndpointAreOneClearError) {
