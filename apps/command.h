@@ -54,8 +54,9 @@ class Program {
   ~Program();
   // group: the heading it stands under in `perigee --help`; empty: not listed.
   Command command(const std::string& name, const std::string& summary, const std::string& group);
-  // Parses and runs. Exit codes: 0, 2 for bad input (nothing was written), 1 for a broken environment or a
-  // bug; other codes are the command's own. An error is one line on stderr: "perigee: error: ...".
+  // Parses and runs. Exit codes: 0, 2 for what is refused, bad input or a broken environment (base/error.h), 1 for what
+  // ran and failed and for a bug; other codes are the command's own. An error is one line on stderr:
+  // "perigee: error: ...".
   int main(int argc, char** argv);
 
  private:

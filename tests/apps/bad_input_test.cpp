@@ -145,6 +145,7 @@ TEST_F(BadConfiguration, EveryJsonLineFitsTheRun) {
   model["model_max_length"] = 2048;
   run(lines + wordy.dump(), {{"model", {{"config", model}}}}, "train.jsonl:21: rollout.max_new_tokens");
   run(lines, {{"eval", {{"tasks", 2}}}}, "eval.tasks: 2 is more than the 1 held-out tasks");
+  expect_refused({"eval", "--config", place_ / "run.json", "--model", golden("tiny")}, "give --tasks 1");
 }
 
 class BadModel : public ::testing::Test {
@@ -230,7 +231,7 @@ TEST(Init, LeavesNothingWhenTheDiskIsFull) {
 TEST(Output, FullStandardOutputIsAnError) {
   const std::string command = std::string(PERIGEE_PROGRAM) + " doctor --json > /dev/full 2> /dev/null";
   const int status = std::system(command.c_str());
-  EXPECT_EQ(WEXITSTATUS(status), 1);
+  EXPECT_EQ(WEXITSTATUS(status), 2);
 }
 
 TEST(NewerStore, IsRefused) {
