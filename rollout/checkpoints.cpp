@@ -2,7 +2,9 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
+#include <fstream>
 
 #include "base/error.h"
 #include "base/file.h"
@@ -13,6 +15,29 @@ namespace {
 
 namespace fs = std::filesystem;
 constexpr const char* kOptimizer = "optimizer.bin";
+
+bool same_content(const fs::path& a, const fs::path& b) {
+  std::ifstream x(a, std::ios::binary), y(b, std::ios::binary);
+  std::vector<char> p(1 << 20), q(1 << 20);
+  while (x && y) {
+    x.read(p.data(), static_cast<std::streamsize>(p.size()));
+    y.read(q.data(), static_cast<std::streamsize>(q.size()));
+    if (x.gcount() != y.gcount() || !std::equal(p.begin(), p.begin() + x.gcount(), q.begin())) return false;
+  }
+  return x.eof() && y.eof();
+}
+
+// Every file of `fresh` is in `there`, with the same bytes.
+bool same_files(const fs::path& fresh, const fs::path& there) {
+  for (const auto& entry : fs::directory_iterator(fresh))
+    if (!same_content(entry.path(), there / entry.path().filename())) return false;
+  return true;
+}
+
+// "v" and eight digits, as the hub names them.
+bool is_checkpoint_name(const std::string& name) {
+  return name.size() == 9 && name[0] == 'v' && name.find_first_not_of("0123456789", 1) == std::string::npos;
+}
 
 }  // namespace
 
@@ -37,12 +62,34 @@ SavedCheckpoint save_checkpoint(const std::string& directory, const policy::Para
   saved.weights_hash = hash128(weights, static_cast<size_t>(layout.weight_bytes())).hex();
   saved.optimizer_hash = hash128(state.data(), state.size()).hex();
   for (const auto& entry : fs::directory_iterator(temporary)) saved.bytes += static_cast<int64_t>(entry.file_size());
-  // One of that name is from a learner that died before the store knew of it.
-  fs::remove_all(target, ec);
+  // One of that name is from a learner that died before the store knew of it, or it was damaged.
+  const bool replaces = fs::exists(target, ec);
+  if (replaces && same_files(temporary, target)) {
+    fs::remove_all(temporary, ec);
+    return saved;
+  }
+  const fs::path former = parent / fmt::format(".{}-{}-former", target.filename().string(), ::getpid());
+  fs::remove_all(former, ec);
+  if (replaces) {
+    fs::rename(target, former, ec);
+    if (ec) throw_environment("cannot rename {} to {}: {}", target.string(), former.string(), ec.message());
+  }
   fs::rename(temporary, target, ec);
   if (ec) throw_environment("cannot rename {} to {}: {}", temporary.string(), target.string(), ec.message());
   sync_directory(parent.string());
+  if (replaces) fs::remove_all(former, ec);
   return saved;
+}
+
+void sweep_checkpoints(const std::string& run_dir, const std::set<std::string>& kept) {
+  std::error_code ec;
+  std::vector<fs::path> obsolete;
+  for (const auto& entry : fs::directory_iterator(fs::path(run_dir) / "checkpoints", ec)) {
+    const std::string name = entry.path().filename().string();
+    const bool leftover = name.starts_with(".v");
+    if (leftover || (is_checkpoint_name(name) && !kept.contains("checkpoints/" + name))) obsolete.push_back(entry.path());
+  }
+  for (const auto& path : obsolete) fs::remove_all(path, ec);  // what stays costs space and nothing else
 }
 
 void load_checkpoint_weights(const std::string& directory, const policy::ParamLayout& layout, std::byte* weights) {

@@ -1,6 +1,7 @@
 // A checkpoint of a run: a directory with the model (config.json and safetensors in float32, as any other program reads
 // it) and optimizer.bin, the trainer's state. It appears complete or not at all.
 #pragma once
+#include <set>
 #include <string>
 
 #include "policy/learn/trainer.h"
@@ -13,9 +14,14 @@ struct SavedCheckpoint {
   int64_t bytes = 0;
 };
 
-// Writes `directory`, replacing one of that name. weights: an arena of the layout.
+// Writes `directory`. One of that name stays when it has the same content; another one is set aside until the new one
+// has its place, so that at no time there is none. weights: an arena of the layout.
 SavedCheckpoint save_checkpoint(const std::string& directory, const policy::ParamLayout& layout, const std::byte* weights,
                                 const policy::Trainer& trainer);
+
+// Removes from the run's directory of checkpoints what no run needs: what a killed learner began, and checkpoints that
+// are not in `kept` (paths in the run directory). Only while no learner runs.
+void sweep_checkpoints(const std::string& run_dir, const std::set<std::string>& kept);
 
 // The weights into an arena; with a trainer also its state, which must have the hash given.
 // ERRORS: Error(kEnvironment) naming the file that is missing or damaged.

@@ -176,6 +176,10 @@ void Hub::apply_learner(const BusMessage& message) {
     const auto version = field<uint32_t>(h, "version");
     const auto hash = field<std::string>(h, "hash");
     if (version && hash) return schedule_.learner_loaded(*version, *hash);
+  } else if (type == "load_failed") {
+    const auto version = field<uint32_t>(h, "version");
+    const auto line = field<std::string>(h, "line");
+    if (version && line) return schedule_.learner_load_failed(*version, *line);
   } else if (type == "stepped") {
     if (const auto stepped = decode_stepped(message)) return schedule_.learner_stepped(*stepped);
   } else if (type == "published") {

@@ -81,7 +81,18 @@ class Learner {
     const std::string type = command.type();
     const Json& h = command.header;
     if (type == "load") {
-      load(h);
+      // A damaged checkpoint is not the end: the hub knows older ones.
+      const auto path = field<std::string>(h, "path");
+      const uint32_t version = field<uint32_t>(h, "version").value_or(0);
+      try {
+        load(h);
+      } catch (const Error& e) {
+        if (!path || path->empty()) throw;
+        loaded_ = false;
+        weights_.abandon(version);
+        reference_.reset();
+        client_.send_durable(BusMessage("load_failed", {{"version", version}, {"line", e.what()}}));
+      }
     } else if (type == "warm") {
       const int64_t from = field<int64_t>(h, "from").value_or(0), to = field<int64_t>(h, "to").value_or(-1);
       target_ = static_cast<uint32_t>(to);

@@ -9,12 +9,14 @@
 #include <cstring>
 #include <ctime>
 #include <filesystem>
+#include <set>
 #include <thread>
 
 #include "base/error.h"
 #include "base/file.h"
 #include "base/json.h"
 #include "reward/rubric.h"
+#include "rollout/checkpoints.h"
 #include "rollout/roles.h"
 #include "rollout/setup.h"
 #include "rollout/supervisor.h"
@@ -118,6 +120,12 @@ std::string open_run(const RunConfig& config, const std::string& run_dir) {
 
 RunOutcome supervised(const RunConfig& config, const std::string& run_dir, const std::string& run_id,
                       const TrainOptions& options) {
+  {
+    std::set<std::string> kept;
+    StoreReader reader(join(run_dir, kStore));
+    for (const auto& c : reader.checkpoints(run_id)) kept.insert(c.path);
+    sweep_checkpoints(run_dir, kept);
+  }
   const SupervisedEnd end = supervise(config, run_dir, run_id, options);
   RunOutcome outcome = read_outcome(run_dir);
   outcome.state = end.state;
@@ -187,7 +195,10 @@ RunOutcome read_outcome(const std::string& run_dir) {
     outcome.version = versions.back().version;
     outcome.weights_hash = versions.back().weights_hash;
   }
-  for (const int64_t step : reader.train_steps(outcome.run_id)) outcome.steps = std::max(outcome.steps, step);
+  // The last batch may have been recorded without its step being done.
+  const auto steps = reader.train_steps(outcome.run_id);
+  for (auto step = steps.rbegin(); step != steps.rend() && outcome.steps == 0; ++step)
+    if (!versions.empty() && reader.train_batch(outcome.run_id, *step)->version_after <= outcome.version) outcome.steps = *step;
   return outcome;
 }
 

@@ -47,6 +47,7 @@ void Schedule::restore(int64_t now_ms, bool keep_leases) {
           if (value.is_number()) batch_metrics_.emplace_back(name, value.get<double>());
     }
   }
+  beginning_unknown_ = pending_ || !state.pending.empty();
   kept_ = store_.checkpoints(run_id_);
   for (const auto& c : kept_) checkpointed_.insert(c.version);
   EpisodeFilter all;
@@ -103,9 +104,22 @@ void Schedule::learner_loaded(uint32_t version, const std::string& hash) {
     return;
   }
   const auto recorded = store_.version(run_id_, version);
-  if (!recorded || recorded->weights_hash != hash)
-    failure_ = fmt::format("the weights loaded as version {} have hash {}, but the store says {}: the checkpoint is damaged",
-                           version, hash, recorded ? recorded->weights_hash : "nothing of it");
+  if (recorded && recorded->weights_hash == hash) return;
+  const std::string line = fmt::format("the weights loaded as version {} have hash {}, but the store says {}", version, hash,
+                                       recorded ? recorded->weights_hash : "nothing of it");
+  const bool checkpoint = std::any_of(kept_.begin(), kept_.end(), [&](const Checkpoint& c) { return c.version == version; });
+  if (checkpoint)
+    learner_load_failed(version, line + ": the checkpoint is damaged");
+  else
+    failure_ = line;
+}
+
+void Schedule::learner_load_failed(uint32_t version, const std::string& line) {
+  learner_busy_ = learner_loaded_ = false;
+  stepped_events_.push_back({{"event", "trouble"}, {"role", "learner"}, {"line", line}});
+  // The store keeps its row; when the learner comes by this version again it is saved anew.
+  std::erase_if(kept_, [&](const Checkpoint& c) { return c.version == version; });
+  checkpointed_.erase(version);
 }
 
 void Schedule::learner_stepped(const Stepped& s) {
@@ -140,12 +154,15 @@ void Schedule::learner_stepped(const Stepped& s) {
     rl_step_ = s.step;
     pending_.reset();
     values.insert(values.end(), batch_metrics_.begin(), batch_metrics_.end());
-    const double seconds = static_cast<double>(std::max<int64_t>(now_ms_ - step_began_ms_, 1)) / 1000;
-    values.emplace_back("step_seconds", seconds);
-    values.emplace_back("tokens_per_s", static_cast<double>(batch_tokens_) / seconds);
+    if (!beginning_unknown_) {
+      const double seconds = static_cast<double>(std::max<int64_t>(now_ms_ - step_began_ms_, 1)) / 1000;
+      values.emplace_back("step_seconds", seconds);
+      values.emplace_back("tokens_per_s", static_cast<double>(batch_tokens_) / seconds);
+    }
+    beginning_unknown_ = false;
     step_began_ms_ = now_ms_;
     batch_metrics_.clear();
-    dropped_equal_ = dropped_old_ = used_since_step_ = 0;
+    dropped_equal_ = dropped_failed_ = dropped_old_ = used_since_step_ = 0;
   }
   store_.record_metrics(run_id_, s.phase, s.step, values);
   stepped_events_.push_back({{"event", "step"}, {"phase", s.phase}, {"step", s.step}, {"version", s.version}});

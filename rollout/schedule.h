@@ -56,6 +56,8 @@ class Schedule {
   void learner_left();
   bool is_learner(const std::string& peer) const { return peer == learner_; }
   void learner_loaded(uint32_t version, const std::string& hash);
+  // A checkpoint that cannot be read: the next older one is tried, and the steps between are run again.
+  void learner_load_failed(uint32_t version, const std::string& line);
   void learner_stepped(const Stepped& stepped);
   void learner_published(const WeightsNotice& notice);
   void learner_saved(const Checkpoint& checkpoint);
@@ -105,6 +107,8 @@ class Schedule {
   void advance_async(std::vector<Outgoing>& out, std::vector<Json>& events);
   bool informative(const LiveGroup& group) const;
   void make_batch(const std::vector<int64_t>& group_ids, std::vector<Json>& events);
+  // Drops a scored group that teaches nothing and counts why.
+  void drop_useless(int64_t group_id, std::vector<Outgoing>& out);
   void feed_back(const LiveGroup& group);
   void restore_feedback(const ResumeState& state);
 
@@ -132,9 +136,11 @@ class Schedule {
   std::vector<int64_t> completed_;  // asynchronous: scored, in order; not yet used
   std::set<int64_t> seen_;         // of completed_, those that were looked at
   int64_t used_since_step_ = 0;     // asynchronous: groups completed since the last step
-  int64_t dropped_equal_ = 0, dropped_old_ = 0, round_ = 0;
+  int64_t dropped_equal_ = 0, dropped_failed_ = 0, dropped_old_ = 0, round_ = 0;
   Metrics batch_metrics_;  // of the pending step, from the hub's side
-  int64_t now_ms_ = 0, step_began_ms_ = 0;  // of the last step's end, or the first group's opening
+  int64_t now_ms_ = 0;
+  int64_t step_began_ms_ = 0;  // of the last step's end, or the first group's opening; 0: not yet
+  bool beginning_unknown_ = false;  // a former hub saw it
   int64_t batch_tokens_ = 0;
 
   // The learner.

@@ -31,6 +31,7 @@ int64_t scored_members(const LiveGroup& group) {
 
 void Schedule::open_groups(int64_t count, int64_t step, int32_t round, int64_t version) {
   // In synchronous mode a step is the time from here; evaluations between steps do not count.
+  if (round == 0 && version >= 0) beginning_unknown_ = false;
   if (round == 0 && (version >= 0 || step_began_ms_ == 0)) step_began_ms_ = now_ms_;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t ordinal = ordinal_++;
@@ -59,6 +60,12 @@ void Schedule::open_groups(int64_t count, int64_t step, int32_t round, int64_t v
 
 bool Schedule::informative(const LiveGroup& group) const {
   return scored_members(group) >= 2 && !(config_.rollout.dynamic_sampling && equal_rewards(group));
+}
+
+void Schedule::drop_useless(int64_t group_id, std::vector<Outgoing>& out) {
+  const bool failed = scored_members(*book_.find(group_id)) < 2;
+  ++(failed ? dropped_failed_ : dropped_equal_);
+  book_.drop(group_id, failed ? "reward_failed" : "equal_rewards", out);
 }
 
 void Schedule::feed_back(const LiveGroup& group) {
@@ -111,8 +118,7 @@ void Schedule::advance_sync(std::vector<Outgoing>& out, std::vector<Json>& event
     (informative(g) ? useful : useless).push_back(id);
   }
   // A group without a difference teaches nothing; without dynamic sampling it stays in the batch, with advantages 0.
-  dropped_equal_ += static_cast<int64_t>(useless.size());
-  for (const int64_t id : useless) book_.drop(id, scored_members(*book_.find(id)) < 2 ? "reward_failed" : "equal_rewards", out);
+  for (const int64_t id : useless) drop_useless(id, out);
   const auto missing = want - static_cast<int64_t>(useful.size());
   if (config_.rollout.dynamic_sampling && missing > 0 && round_ + 1 < config_.rollout.max_rounds) {
     ++round_;
@@ -145,9 +151,8 @@ void Schedule::advance_async(std::vector<Outgoing>& out, std::vector<Json>& even
     if (informative(*g)) {
       useful.push_back(id);
     } else {
-      book_.drop(id, scored_members(*g) < 2 ? "reward_failed" : "equal_rewards", out);
+      drop_useless(id, out);
       seen_.erase(id);
-      ++dropped_equal_;
     }
   }
   completed_ = std::move(useful);
@@ -209,6 +214,7 @@ void Schedule::make_batch(const std::vector<int64_t>& group_ids, std::vector<Jso
                     {"length_max", static_cast<double>(length_max)},
                     {"groups", static_cast<double>(group_ids.size())},
                     {"groups_equal", static_cast<double>(dropped_equal_)},
+                    {"groups_failed", static_cast<double>(dropped_failed_)},
                     {"groups_too_old", static_cast<double>(dropped_old_)},
                     {"rounds", static_cast<double>(round_ + 1)},
                     {"lag_mean", tokens > 0 ? lag_sum / static_cast<double>(tokens) : 0.0},
@@ -233,7 +239,7 @@ void Schedule::make_batch(const std::vector<int64_t>& group_ids, std::vector<Jso
   events.push_back({{"event", "step"}, {"phase", "rl"}, {"step", batch.step}, {"version", version_}, {"skipped", true}});
   for (const auto& [name, value] : batch_metrics_) events.back()["metrics"][name] = value;
   batch_metrics_.clear();
-  dropped_equal_ = dropped_old_ = used_since_step_ = 0;
+  dropped_equal_ = dropped_failed_ = dropped_old_ = used_since_step_ = 0;
 }
 
 }  // namespace perigee::rollout

@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <set>
 
 #include "base/hash.h"
 #include "base/random.h"
@@ -171,6 +172,7 @@ class Cluster {
   // Messages still to be lost on the way; the bus notices those to workers.
   int losses_to_hub = 0, losses_to_workers = 0;
   bool weights_vanish = false;
+  std::set<std::string> damaged;  // paths of checkpoints that cannot be loaded
   // Rewards of every group are equal where this says so.
   std::function<bool(int64_t task_index)> dull = [](int64_t) { return false; };
 
@@ -317,9 +319,13 @@ class Cluster {
     const std::string type = m.type();
     const Json& h = m.header;
     if (type == "load") {
+      const std::string path = h["path"];
+      if (damaged.contains(path)) {
+        s.send(BusMessage("load_failed", {{"version", h["version"]}, {"line", path + " is damaged"}}));
+        return;
+      }
       learner_.loaded = true;
       learner_.version = h["version"];
-      const std::string path = h["path"];
       learner_.hash = path.empty() ? "start" : saved_.at(path);
       s.send(BusMessage("loaded", {{"version", learner_.version}, {"hash", learner_.hash}}));
     } else if (type == "warm") {

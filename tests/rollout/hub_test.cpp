@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <map>
 #include <set>
 
@@ -348,6 +349,35 @@ TEST(Hub, WeightsThatVanishUnderALivingLearnerStopTheRun) {
   c->weights_vanish = true;
   for (int i = 0; i < 5000 && !c->hub().done(); ++i) c->turn();
   EXPECT_NE(c->hub().failure().find("vanish"), std::string::npos) << c->hub().failure();
+}
+
+TEST(Hub, BehindADamagedCheckpointTheRunGoesOnFromAnOlderOneOrFromTheStart) {
+  const std::string expected = plain_hash();
+  for (const bool all : {false, true}) {
+    auto c = cluster(1);
+    for (int i = 0; i < 20000 && c->hub().schedule().rl_step() < 3; ++i) c->turn();
+    const auto kept = c->store().checkpoints("run");
+    ASSERT_EQ(kept.size(), 2u);
+    c->damaged.insert(kept.back().path);
+    if (all) c->damaged.insert(kept.front().path);
+    c->restart("learner");
+    EXPECT_EQ(c->finish(), expected);
+    expect_sound(*c);
+  }
+}
+
+TEST(Hub, AStepWhoseBeginningAFormerHubSawHasNoDuration) {
+  auto c = cluster(1);
+  for (int i = 0; i < 20000 && c->store().train_steps("run").size() < 2; ++i) c->turn();
+  ASSERT_EQ(c->hub().schedule().rl_step(), 1);  // the batch of step 2 is recorded, the step is not done
+  c->restart_hub();
+  c->finish();
+  for (const auto& m : c->store().metrics("run", "rl")) {
+    const auto found = std::count_if(m.values.begin(), m.values.end(), [](const auto& v) {
+      return v.first == "step_seconds" || v.first == "tokens_per_s";
+    });
+    EXPECT_EQ(found, m.step == 2 ? 0 : 2) << "step " << m.step;
+  }
 }
 
 TEST(Hub, AStepThatComesOutDifferentlyTheSecondTimeStopsTheRun) {

@@ -220,6 +220,56 @@ TEST(Run, StoppedAndResumedItEndsWithTheSameWeights) {
   EXPECT_EQ(resume(stopped.run_dir, quiet(true)).weights_hash, expected_hash());  // nothing to do
 }
 
+TEST(Run, ADamagedCheckpointIsPassedOverAndLeftoversAreSwept) {
+  TempDir dir;
+  std::stop_source source;
+  auto options = quiet(true);
+  options.stop = source.get_token();
+  options.on_event = [&](const nlohmann::json& e) {
+    if (e.value("event", "") == "step" && e.value("phase", "") == "rl" && e.value("step", 0) == 3) source.request_stop();
+  };
+  const auto stopped = run(tiny_config(), dir, options);
+  ASSERT_EQ(stopped.state, "stopped");
+  const std::filesystem::path checkpoints = std::filesystem::path(stopped.run_dir) / "checkpoints";
+  for (const auto& entry : std::filesystem::directory_iterator(checkpoints))
+    std::filesystem::resize_file(entry.path() / "optimizer.bin", 10);
+  for (const char* name : {".v00000003-77", "v00000777", "mine"}) std::filesystem::create_directories(checkpoints / name);
+  const auto outcome = resume(stopped.run_dir, quiet(true));
+  expect_sound(outcome);
+  EXPECT_EQ(outcome.weights_hash, expected_hash());
+  EXPECT_FALSE(std::filesystem::exists(checkpoints / ".v00000003-77"));
+  EXPECT_FALSE(std::filesystem::exists(checkpoints / "v00000777"));
+  EXPECT_TRUE(std::filesystem::exists(checkpoints / "mine"));  // nothing of a run's
+}
+
+TEST(Run, ABatchWhoseStepIsNotDoneDoesNotCountAsAStep) {
+  TempDir dir;
+  {
+    StoreOptions options;
+    options.open = StoreOptions::Open::kCreate;
+    Store store(dir.path / "store.sqlite", options);
+    auto t = store.begin();
+    RunRecord record;
+    record.id = "tiny";
+    store.create_run(record);
+    PolicyVersion version;
+    version.version = 3;
+    version.phase = "warmup";
+    version.step = 3;
+    store.record_version("tiny", version);
+    TrainBatch skipped, begun;
+    skipped.step = 1;
+    skipped.version_before = skipped.version_after = 3;
+    begun.step = 2;
+    begun.version_before = 3;
+    begun.version_after = 4;
+    store.record_batch("tiny", skipped);
+    store.record_batch("tiny", begun);
+    t.commit();
+  }
+  EXPECT_EQ(read_outcome(dir.path.string()).steps, 1);
+}
+
 TEST(Run, AsynchronousTokensKeepTheirVersionsWithinTheLag) {
   TempDir dir;
   auto config = tiny_config();
