@@ -1,10 +1,10 @@
-#include "commit.h"
 #include "bench/bench.h"
 
 #include <algorithm>
 #include <fstream>
 #include <thread>
 
+#include "apps/commit.h"
 #include "base/error.h"
 #include "base/text.h"
 #include "bench/rig.h"
@@ -50,7 +50,7 @@ Report run(const Options& options, void (*done)(const Figure&)) {
   Rig rig(options, report, done);
   report.cpu = cpu_name();
   report.simd = simd::kSimdName;
-  report.commit = PERIGEE_COMMIT;
+  report.commit = kCommit;
   report.processors = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
   report.threads = rig.context().pool.size();
   rig.fma_rate();  // both are part of the report, whatever is asked for

@@ -4,7 +4,7 @@ execute_process(COMMAND git describe --always --dirty --abbrev=12 WORKING_DIRECT
 if(failed OR commit STREQUAL "")
   set(commit "unknown")
 endif()
-set(text "#pragma once\n#define PERIGEE_COMMIT \"${commit}\"\n")
+set(text "#include \"apps/commit.h\"\nnamespace perigee {\nconst char* const kCommit = \"${commit}\";\n}\n")
 set(before "")
 if(EXISTS ${OUT})
   file(READ ${OUT} before)

@@ -186,13 +186,21 @@ TEST_F(WholeRun, AsynchronousRunVerifiesToTheBit) {
                             {"group_size", 8}});
   config["learn"].update({{"steps", 16}, {"lr", 0.003}});
   config["engine"] = {{"max_running", 12}};
-  spill(*place_ / "async.json", config.dump());
-  const Said trained = run_perigee({"train", *place_ / "async.json", "--in-process", "--json"});
-  ASSERT_EQ(trained.code, 0) << trained.err;
-  const Said said = run_perigee({"verify", *place_ / "async", "--json"});
-  EXPECT_EQ(said.code, 0) << said.out << said.err;
-  EXPECT_GT(said.json()["attempts_over_several_versions"], 0);
-  EXPECT_EQ(said.json()["differ"], 0);
+  // Whether weights change under an episode is a matter of timing. One run nearly always shows it; several in a row
+  // without it would mean that weights never change in flight.
+  int64_t spanning = 0;
+  for (int run = 0; run < 5 && spanning == 0; ++run) {
+    const std::string dir = *place_ / ("async" + std::to_string(run));
+    config["run"]["dir"] = dir;
+    spill(*place_ / "async.json", config.dump());
+    const Said trained = run_perigee({"train", *place_ / "async.json", "--in-process", "--json"});
+    ASSERT_EQ(trained.code, 0) << trained.err;
+    const Said said = run_perigee({"verify", dir, "--json"});
+    EXPECT_EQ(said.code, 0) << said.out << said.err;
+    EXPECT_EQ(said.json()["differ"], 0);
+    spanning = said.json()["attempts_over_several_versions"];
+  }
+  EXPECT_GT(spanning, 0);
 }
 
 }  // namespace
