@@ -43,22 +43,20 @@ Rebuilder::Rebuilder(kernels::Context& ctx, const rollout::RunConfig& config,
 }
 
 // As the hub sends it to the learner (rollout/schedule.cpp): the same tokens in the same order.
-policy::TrainSequence Rebuilder::sequence(const TrainItem& item, std::map<int64_t, int32_t>& group_index) {
+policy::TrainSequence Rebuilder::sequence(const TrainItem& item) {
   const EpisodeRecord e = store_.episode(item.episode_id);
   policy::TrainSequence s;
   s.tokens = e.spec.prompt;
-  s.mask.assign(s.tokens.size(), 0.0f);
+  s.mask.assign(s.tokens.size(), 0);
   s.mu.assign(s.tokens.size(), 0.0f);
   for (const Segment& segment : e.segments) {
     s.tokens.insert(s.tokens.end(), segment.tokens.begin(), segment.tokens.end());
     s.mu.insert(s.mu.end(), segment.logprobs.begin(), segment.logprobs.end());
-    if (segment.mask.empty()) s.mask.resize(s.tokens.size(), 1.0f);
+    if (segment.mask.empty()) s.mask.resize(s.tokens.size(), 1);
     s.mask.insert(s.mask.end(), segment.mask.begin(), segment.mask.end());
   }
   s.temperature = e.spec.temperature > 0 ? e.spec.temperature : 1.0f;
   s.advantage = static_cast<float>(item.advantage);
-  s.reward = e.reward ? static_cast<float>(e.reward->total) : 0.0f;
-  s.group = group_index.try_emplace(e.spec.group_id, static_cast<int32_t>(group_index.size())).first->second;
   return s;
 }
 
@@ -75,8 +73,7 @@ std::vector<policy::TrainSequence> Rebuilder::batch_for(const PolicyVersion& ver
   const auto it = batches_.find(version.version);
   if (it == batches_.end())
     throw_environment("{}: the store has no batch for version {}", run_dir_, version.version);
-  std::map<int64_t, int32_t> group_index;
-  for (const TrainItem& item : it->second.items) batch.push_back(sequence(item, group_index));
+  for (const TrainItem& item : it->second.items) batch.push_back(sequence(item));
   examples(config_.warmup.steps * config_.warmup.batch + (it->second.step - 1) * config_.learn.ptx_batch,
            config_.learn.ptx_batch);
   return batch;

@@ -33,8 +33,6 @@ struct TrainSequence {
   std::vector<float> mu;        // [tokens] the sampler's log-probability where mask is 1; empty: curated
   float temperature = 1;        // of sampling; log-probabilities are taken at it
   float advantage = 0;
-  float reward = 0;      // for k15
-  int32_t group = 0;     // index of its group in the batch
   bool curated = false;  // a worked example: trained by negative log-likelihood (warm-up, PTX)
 };
 

@@ -28,7 +28,6 @@ std::vector<TrainSequence> random_batch(uint64_t seed, int sequences, bool curat
     }
     q.mask[0] = 0;
     q.advantage = random.next_float() - 0.5f;
-    q.group = i / 4;
     q.curated = curated;
     batch.push_back(q);
   }
