@@ -2,11 +2,15 @@
 #include <fmt/format.h>
 
 #include <cstdio>
+#include <filesystem>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "apps/commands.h"
 #include "apps/output.h"
 #include "base/error.h"
+#include "base/file.h"
+#include "base/process.h"
 #include "bench/bench.h"
 
 namespace perigee::apps {
@@ -30,6 +34,8 @@ void print_header() {
 
 // A line as soon as it is known: a whole run takes minutes.
 void print_line(const Figure& f) {
+  static bool begun = false;
+  if (!std::exchange(begun, true)) print_header();
   const bool bound = f.bound != Bound::kNone;
   const std::string ceiling = f.bound == Bound::kFma      ? fmt::format("{:.0f} GFLOP/s", f.ceiling * 1e-9)
                               : f.bound == Bound::kMemory ? fmt::format("{:.1f} GB/s", f.ceiling * 1e-9)
@@ -104,7 +110,11 @@ void add_bench(Program& program) {
       if (end > at) b.what.push_back(o->what.substr(at, end - at));
       at = end + 1;
     }
-    if (!o->json) print_header();
+    // The model of the figures lies beside the sources, which need not be where the user stands.
+    if (const bench::Options usual; b.model == usual.model && !file_exists(b.model)) {
+      const auto root = std::filesystem::path(current_program()).parent_path().parent_path().parent_path();
+      b.model = (root / usual.model).string();
+    }
     const bench::Report report = bench::run(b, o->json ? nullptr : print_line);
     if (o->json) {
       print_json(to_json(report, b));

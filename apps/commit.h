@@ -1,4 +1,4 @@
-// Which commit this program was built from ("-dirty" when files differed), or "unknown". Defined in a generated file.
+// The commit that was checked out when this program was built, or "unknown". Defined in a generated file.
 #pragma once
 
 namespace perigee {
