@@ -3,7 +3,9 @@
 //   an expected outcome   is a returned value (std::optional, an enum), never an exception
 //   a broken environment  perigee::Error: shown to the user as one line that says what, where, and what to do
 #pragma once
+#if !defined(__CUDACC__)
 #include <fmt/format.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -27,6 +29,9 @@ class Error : public std::runtime_error {
   Kind kind_;
 };
 
+// Device sources see checks, without their values, and no formatting: nvcc cannot evaluate fmt's check of format
+// strings, so the lines a user reads are written in host sources.
+#if !defined(__CUDACC__)
 template <class... A>
 [[noreturn]] void throw_input(fmt::format_string<A...> format, A&&... a) {
   throw Error(Error::Kind::kInput, fmt::format(format, std::forward<A>(a)...));
@@ -35,15 +40,23 @@ template <class... A>
 [[noreturn]] void throw_environment(fmt::format_string<A...> format, A&&... a) {
   throw Error(Error::Kind::kEnvironment, fmt::format(format, std::forward<A>(a)...));
 }
+#endif
 
 [[noreturn]] inline void check_failed(const char* file, int line, const char* condition,
                                       const std::string& values) {
-  throw std::logic_error(
-      fmt::format("{}:{}: check failed: {}{}{}", file, line, condition, values.empty() ? "" : ": ", values));
+  throw std::logic_error(std::string(file) + ":" + std::to_string(line) + ": check failed: " + condition +
+                         (values.empty() ? "" : ": ") + values);
 }
 
 }  // namespace perigee
 
+#if defined(__CUDACC__)
+#define PERIGEE_CHECK(condition, ...)                                                                     \
+  do {                                                                                                    \
+    if (!(condition)) [[unlikely]]                                                                        \
+      ::perigee::check_failed(__FILE__, __LINE__, #condition, {});                                        \
+  } while (0)
+#else
 // A precondition. PERIGEE_CHECK(rows <= capacity, "rows {} capacity {}", rows, capacity);
 #define PERIGEE_CHECK(condition, ...)                                                                  \
   do {                                                                                                 \
@@ -60,3 +73,4 @@ std::string values(fmt::format_string<A...> format, A&&... a) {
   return fmt::format(format, std::forward<A>(a)...);
 }
 }  // namespace perigee::detail
+#endif

@@ -1,0 +1,19 @@
+// Calls of the CUDA runtime, from host sources and device sources.
+#pragma once
+#include <cuda_runtime_api.h>
+
+namespace perigee::kernels {
+
+inline constexpr int kLeastCapability = 80;
+
+[[noreturn]] void cuda_failed(cudaError_t error, const char* what, const char* file, int line);
+
+// A call of the CUDA runtime that must succeed.
+#define PERIGEE_CUDA(call)                                                                            \
+  do {                                                                                                \
+    const cudaError_t perigee_error_ = (call);                                                        \
+    if (perigee_error_ != cudaSuccess) [[unlikely]]                                                   \
+      ::perigee::kernels::cuda_failed(perigee_error_, #call, __FILE__, __LINE__);                     \
+  } while (0)
+
+}  // namespace perigee::kernels
