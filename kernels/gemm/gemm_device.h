@@ -1,0 +1,74 @@
+// Matrix products of the linear layers on the device: y = x Wᵀ, dense and grouped by expert.
+// Reference: tests/kernels/gemm/gemm_ref.h. Deep dive: docs/kernels/gemm.md
+//
+// Weights. T = float: the panels of gemm.h, float32, the bits of the CPU's function. T = bf16: the tiles of tiles.h.
+//
+// NUMERICS (bf16). y[t][i] is a function of row t of x, row i of W and (n, k) alone, the same bits for any number of
+// rows, any place of a row among them, alone or in a call with others, dense or by expert. Products are summed in
+// float32 by the tensor cores in ascending k; where n is small k is cut into matmul_segments(n, k) pieces of whole
+// tiles, each summed alone, and the sums added in ascending order.
+//
+// REQUIRES (bf16) k, ldx and ldy are multiples of 8 (ldy of 2 for float32 results); w, x and y are aligned to 16
+// bytes. Rows of x need k elements only: what lies beyond is not read. Tasks of a call write disjoint memory; y does
+// not alias x.
+// ERRORS shapes are checked before the launch. Device faults: Error(kEnvironment) at the next synchronisation.
+// ASYNC on the device's stream; every function may be captured into a graph. A task with no rows does nothing.
+#pragma once
+#include <cstdint>
+#include <span>
+
+#include "kernels/device/device.h"
+#include "kernels/gemm/tiles.h"
+
+namespace perigee::kernels {
+
+// What becomes of a finished product: stored as the activation type, stored as float32, or added once to a float32.
+enum class Store { kAct, kF32, kAddF32 };
+
+// Tasks that one call may have.
+inline constexpr int64_t kMaxMatmulTasks = 96;
+
+template <class T>
+struct DeviceMatmulTask {
+  const void* w;  // [n, k]
+  int64_t n, k;
+  const T* x;     // [rows, ldx], the first k of each row used
+  int64_t ldx;
+  int64_t rows;
+  void* y;        // [rows, ldy], the first n of each row written: T for kAct, else float
+  int64_t ldy;
+  Store store;
+};
+// y = x Wᵀ for every task; tasks is host memory. One launch as a rule.
+template <class T>
+void matmul(Device& device, std::span<const DeviceMatmulTask<T>> tasks);
+
+// Slot s of expert e, offsets[e] <= s < offsets[e + 1], is row source[s] of x times expert e's matrix. How many slots
+// each expert has is known to the device only.
+template <class T>
+struct DeviceExpertTask {
+  const void* w;         // experts matrices [n, k]
+  int64_t expert_bytes;  // from one expert's matrix to the next
+  int64_t experts, n, k;
+  const T* x;              // [*, ldx]
+  int64_t ldx;
+  const int32_t* source;   // device [slots]: the row of x for a slot; null: the slot's own number
+  const int32_t* offsets;  // device [experts + 1], ascending from 0; the last may be below slots, never above
+  int64_t slots;
+  T* y;                    // [slots, ldy]
+  int64_t ldy;
+};
+template <class T>
+void matmul_experts(Device& device, const DeviceExpertTask<T>& task);
+
+// Pieces into which a bf16 product's k is cut: part of the contract, because the result's bits depend on it.
+int64_t matmul_segments(int64_t n, int64_t k);
+
+// Row-major float [n, k] in host memory into host tiles (rounded to nearest even) and back. Any n, k >= 1.
+void pack_tiles(const float* w, int64_t n, int64_t k, bf16* tiles);
+void unpack_tiles(const bf16* tiles, int64_t n, int64_t k, float* w);
+// Row-major bf16 [n, k] in device memory, rows ldw elements apart, into tiles, and back.
+void make_tiles(Device& device, const bf16* w, int64_t ldw, int64_t n, int64_t k, bf16* tiles);
+void undo_tiles(Device& device, const bf16* tiles, int64_t n, int64_t k, bf16* w, int64_t ldw);
+
+}  // namespace perigee::kernels
