@@ -4,15 +4,9 @@
 #include <cstdint>
 
 #include "kernels/context.h"
+#include "kernels/moe/shape.h"
 
 namespace perigee::kernels {
-
-struct RouterShape {
-  int64_t experts = 0, top_k = 0;
-  int64_t groups = 1, top_groups = 1;  // experts % groups == 0
-  bool renormalize = true;
-  float scale = 1;  // routed_scaling_factor
-};
 
 // s = sigmoid(logits). Choice value s + bias; with groups > 1 the top_groups groups with the largest sum of their two
 // best choice values are kept and experts of other groups get choice value 0. The top_k experts are chosen, ties to the
