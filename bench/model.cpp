@@ -55,7 +55,7 @@ TokenWork token_work(const ParamLayout& layout) {
     const double n = static_cast<double>(p.n * p.k) * share[t];
     w.elements += n;
     w.bytes +=
-        n * (p.form == TensorForm::kPanels ? static_cast<double>(kernels::dtype_bytes(layout.dtype())) : 4);
+        n * (p.in_dtype() ? static_cast<double>(kernels::dtype_bytes(layout.dtype())) : 4);
   }
   const ParamSpec& head = layout.tensor(layout.head());
   w.head_elements = static_cast<double>(head.n * head.k);

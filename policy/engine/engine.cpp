@@ -5,8 +5,7 @@
 #include <list>
 #include <unordered_set>
 
-#include "kernels/vocab/vocab.h"
-#include "policy/memory/state_pool.h"
+#include "policy/engine/backend.h"
 
 namespace perigee::policy {
 namespace {
@@ -18,7 +17,8 @@ struct Group {
   std::vector<int32_t> stop_tokens;
   std::deque<GenerationRequest> waiting;  // members without a state of their own yet
   SequenceState state;                    // of the prompt, while members wait for it
-  std::vector<float> logits;              // after the prompt's last token; empty until it is prefilled
+  // After the prompt's last token, kept by the backend; null until it is prefilled.
+  std::shared_ptr<const float> logits;
   int64_t alive = 0;                      // members, waiting ones included
   int64_t reserved = 0;                   // bytes held for the prompt
   bool admitted = false;
@@ -44,11 +44,11 @@ struct Member {
 }  // namespace
 
 struct Engine::Impl {
-  kernels::Context& ctx;
+  std::unique_ptr<Backend> backend;
   const ParamLayout& layout;
   EngineConfig config;
-  StatePool pool;
-  Weights weights;
+  StatePool& pool;
+  bool has_weights = false;
   uint32_t version = 0;
 
   std::deque<std::shared_ptr<Group>> groups;  // with waiting members, in order of arrival
@@ -66,15 +66,17 @@ struct Engine::Impl {
   std::vector<Row> rows;
   std::vector<int32_t> tokens;
   std::vector<SequenceSlice> slices;
+  std::vector<uint8_t> wanted;
   struct Draw {
     Member* member;
+    std::shared_ptr<const float> kept;  // a prompt's logits, or null:
     const float* logits;
-    GeneratedToken out;
   };
   std::vector<Draw> draws;
+  std::vector<Backend::Draw> drawn;
 
-  Impl(kernels::Context& c, const ParamLayout& l, const EngineConfig& e)
-      : ctx(c), layout(l), config(e), pool(l, e.memory_bytes) {}
+  Impl(std::unique_ptr<Backend> b, const ParamLayout& l, const EngineConfig& e)
+      : backend(std::move(b)), layout(l), config(e), pool(backend->pool()) {}
 
   int64_t vocab() const { return layout.config().vocab_size; }
 
@@ -140,9 +142,9 @@ void Engine::Impl::admit() {
       g->admitted = true;
       ++prompts;
     }
-    if (!g->logits.empty()) start_members(*g);
+    if (g->logits != nullptr) start_members(*g);
     // Its members do not all fit yet: nobody passes them.
-    if (!g->waiting.empty() && !g->logits.empty()) return;
+    if (!g->waiting.empty() && g->logits != nullptr) return;
   }
 }
 
@@ -163,7 +165,7 @@ void Engine::Impl::start_members(Group& g) {
     m.reserved = bytes;
     ++counters.forks;
     running.push_back(std::move(m));
-    if (running.back().request.committed.empty()) draws.push_back({&running.back(), g.logits.data(), {}});
+    if (running.back().request.committed.empty()) draws.push_back({&running.back(), g.logits, g.logits.get()});
   }
   if (g.waiting.empty()) release_prompt(g);
 }
@@ -217,7 +219,7 @@ void Engine::Impl::gather() {
              [&](int64_t i) { return m.token_at(i); });
   }
   for (auto& g : groups) {
-    if (!g->admitted || !g->logits.empty() || left == 0) continue;
+    if (!g->admitted || g->logits != nullptr || left == 0) continue;
     const int64_t pending = static_cast<int64_t>(g->prompt.size()) - g->state.position();
     const int64_t count = std::min(left, pending);
     left -= count;
@@ -229,32 +231,19 @@ void Engine::Impl::gather() {
 
 void Engine::Impl::compute() {
   if (rows.empty()) return;
-  using kernels::Scratch;
-  const int64_t D = layout.config().hidden_size, V = vocab();
-  float* hidden = ctx.scratch.take<float>(static_cast<int64_t>(tokens.size()) * D);
-  forward(ctx, weights, pool.layout(), tokens, slices, hidden);
-  int64_t wanted = 0;
-  for (const Row& r : rows) wanted += r.last ? 1 : 0;
-  float* last = ctx.scratch.take<float>(wanted * D);
-  float* logits = ctx.scratch.take<float>(wanted * V);
-  int64_t at = 0;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    if (!rows[i].last) continue;
-    const kernels::Slice& s = slices[i].slice;
-    std::copy_n(hidden + (s.begin + s.count - 1) * D, D, last + at++ * D);
-  }
-  const kernels::MatmulTask head{weights.matrix(layout.head()), last, D, wanted, logits, V};
-  kernels::matmul(ctx, {&head, 1});
-  at = 0;
+  wanted.clear();
+  for (const Row& r : rows) wanted.push_back(r.last ? 1 : 0);
+  const float* logits = backend->forward(tokens, slices, wanted);
   for (const Row& r : rows) {
-    const float* row_logits = r.last ? logits + at++ * V : nullptr;
+    const float* row_logits = logits;
+    if (r.last) logits += vocab();
     if (r.member != nullptr) {
       r.member->state.advance(r.count);
-      if (r.last) draws.push_back({r.member, row_logits, {}});
+      if (r.last) draws.push_back({r.member, nullptr, row_logits});
     } else {
       r.group->state.advance(r.count);
       if (r.last) {
-        r.group->logits.assign(row_logits, row_logits + V);
+        r.group->logits = {backend->keep(row_logits), [b = backend.get()](const float* kept) { b->release(kept); }};
         start_members(*r.group);
       }
     }
@@ -262,38 +251,33 @@ void Engine::Impl::compute() {
 }
 
 void Engine::Impl::draw(std::vector<GeneratedToken>& out) {
-  const int64_t V = vocab();
-  ctx.parallel_for(
-      static_cast<int64_t>(draws.size()), std::max<int64_t>(1, 4096 / V), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-          Draw& d = draws[static_cast<size_t>(i)];
-          const Member& m = *d.member;
-          const auto index = static_cast<int64_t>(m.generated.size());
-          const float inv_temperature = m.request.sampling.inv_temperature();
-          const kernels::LogitStats stats = kernels::logits_stats(d.logits, V, inv_temperature);
-          d.out.id = m.request.id;
-          d.out.token = kernels::sample_token(d.logits, V, m.request.sampling, m.request.seed, index,
-                                              m.group->prompt, m.generated);
-          d.out.logprob = kernels::logit_logprob(d.logits[d.out.token], inv_temperature, stats.lse);
-          d.out.entropy = stats.entropy;
-          d.out.version = version;
-          const auto& stop = m.group->stop_tokens;
-          d.out.finish = std::find(stop.begin(), stop.end(), d.out.token) != stop.end() ? FinishReason::kStop
-                         : index + 1 >= m.request.max_new_tokens ? FinishReason::kLength
-                                                                 : FinishReason::kNone;
-        }
-      });
-  counters.generated_tokens += static_cast<int64_t>(draws.size());
+  drawn.clear();
   for (const Draw& d : draws) {
-    d.member->generated.push_back(d.out.token);
-    out.push_back(d.out);
+    const Member& m = *d.member;
+    Backend::Draw request;
+    request.logits = d.logits;
+    request.sampling = &m.request.sampling;
+    request.seed = m.request.seed;
+    request.index = static_cast<int64_t>(m.generated.size());
+    request.prompt = m.group->prompt;
+    request.generated = m.generated;
+    drawn.push_back(request);
   }
-  bool ended = false;
-  for (const Draw& d : draws) ended |= d.out.finish != FinishReason::kNone;
-  if (ended) {
-    std::unordered_set<const Member*> done;
-    for (const Draw& d : draws)
-      if (d.out.finish != FinishReason::kNone) done.insert(d.member);
+  backend->draw(drawn);
+  counters.generated_tokens += static_cast<int64_t>(draws.size());
+  std::unordered_set<const Member*> done;
+  for (size_t i = 0; i < draws.size(); ++i) {
+    Member& m = *draws[i].member;
+    const Backend::Draw& d = drawn[i];
+    m.generated.push_back(d.token);
+    const auto& stop = m.group->stop_tokens;
+    const FinishReason finish = std::find(stop.begin(), stop.end(), d.token) != stop.end() ? FinishReason::kStop
+                                : d.index + 1 >= m.request.max_new_tokens                 ? FinishReason::kLength
+                                                                                          : FinishReason::kNone;
+    out.push_back({m.request.id, d.token, d.logprob, d.entropy, version, finish});
+    if (finish != FinishReason::kNone) done.insert(&m);
+  }
+  if (!done.empty()) {
     for (auto it = running.begin(); it != running.end();) {
       auto next = std::next(it);
       if (done.contains(&*it)) finish(it);
@@ -318,14 +302,18 @@ void Engine::Impl::drop_if_done(const std::shared_ptr<Group>& g) {
 }
 
 Engine::Engine(kernels::Context& ctx, const ParamLayout& layout, const EngineConfig& config)
-    : impl_(std::make_unique<Impl>(ctx, layout, config)) {
+    : Engine(host_backend(ctx, layout, config.memory_bytes), layout, config) {}
+
+Engine::Engine(std::unique_ptr<Backend> backend, const ParamLayout& layout, const EngineConfig& config)
+    : impl_(std::make_unique<Impl>(std::move(backend), layout, config)) {
   PERIGEE_CHECK(config.max_running > 0 && config.prefill_chunk > 0);
 }
 Engine::~Engine() = default;
 
 void Engine::set_weights(const std::byte* weights, uint32_t version) {
   Impl& e = *impl_;
-  e.weights = {&e.layout, weights};
+  e.backend->set_weights(weights);
+  e.has_weights = true;
   e.version = version;
   // What was computed for tokens that nobody has drawn from yet starts over: position p belongs to the
   // version of the token at p + 1.
@@ -384,13 +372,13 @@ bool Engine::idle() const {
 void Engine::step(std::vector<GeneratedToken>& out) {
   if (idle()) return;
   Impl& e = *impl_;
-  PERIGEE_CHECK(e.weights.data != nullptr, "set_weights before step");
-  kernels::Scratch::Mark mark(e.ctx.scratch);
+  PERIGEE_CHECK(e.has_weights, "set_weights before step");
   e.admit();
   e.gather();
   e.compute();
   std::erase_if(e.groups, [](const auto& g) { return g->waiting.empty(); });
   e.draw(out);
+  e.backend->end_step();
 }
 
 EngineStats Engine::stats() const {

@@ -58,10 +58,14 @@ struct EngineStats {
   int64_t prefilled_tokens = 0, generated_tokens = 0, forks = 0;  // since construction
 };
 
+class Backend;  // policy/engine/backend.h
+
 class Engine {
  public:
-  // ctx and layout outlive the engine.
+  // On the CPU. ctx and layout outlive the engine.
   Engine(kernels::Context& ctx, const ParamLayout& layout, const EngineConfig& config);
+  // On the backend's device; config.memory_bytes is the budget that its pool was made with.
+  Engine(std::unique_ptr<Backend> backend, const ParamLayout& layout, const EngineConfig& config);
   ~Engine();
 
   // The arena must stay mapped until the next set_weights returns (or the engine dies). Call between steps.

@@ -8,6 +8,33 @@
 #include "kernels/mla/mla.h"
 
 namespace perigee::policy {
+namespace {
+
+class HostMemory : public MemorySpace {
+ public:
+  ~HostMemory() override {
+    for (std::byte* p : memory_) std::free(p);
+  }
+  std::byte* allocate(int64_t bytes) override {
+    auto* p = static_cast<std::byte*>(std::aligned_alloc(256, static_cast<size_t>(bytes + 255) / 256 * 256));
+    if (p == nullptr) throw_environment("out of memory for sequence states: lower engine.memory_mib");
+    memory_.push_back(p);
+    return p;
+  }
+  void copy(std::byte* to, const std::byte* from, int64_t bytes) override {
+    std::memcpy(to, from, static_cast<size_t>(bytes));
+  }
+  void zero(std::byte* memory, int64_t bytes) override { std::memset(memory, 0, static_cast<size_t>(bytes)); }
+
+ private:
+  std::vector<std::byte*> memory_;
+};
+
+}  // namespace
+
+std::unique_ptr<MemorySpace> host_memory() {
+  return std::make_unique<HostMemory>();
+}
 
 SequenceState& SequenceState::operator=(SequenceState&& other) noexcept {
   if (this == &other) return *this;
@@ -41,8 +68,7 @@ SequenceState SequenceState::fork() const {
   SequenceState copy;
   copy.pool_ = pool_;
   copy.recurrent_ = pool_->take_recurrent();
-  std::memcpy(copy.recurrent_, recurrent_,
-              static_cast<size_t>(pool_->layout().recurrent_floats()) * sizeof(float));
+  pool_->memory_->copy(copy.recurrent_, recurrent_, pool_->layout().recurrent_bytes());
   const size_t full = static_cast<size_t>(position_ / kernels::kLatentPage);
   for (size_t i = 0; i < blocks_.size(); ++i) {
     if (i < full) {
@@ -52,8 +78,7 @@ SequenceState SequenceState::fork() const {
       // The open block goes on differently in each fork. Whole, not only its filled rows: it lies layer by
       // layer.
       Block* block = pool_->take_block();
-      std::memcpy(block->data, blocks_[i]->data,
-                  static_cast<size_t>(pool_->layout().block_floats()) * sizeof(float));
+      pool_->memory_->copy(block->data, blocks_[i]->data, pool_->layout().block_bytes());
       copy.blocks_.push_back(block);
     }
     copy.pages_.push_back(copy.blocks_.back()->data);
@@ -73,21 +98,19 @@ void SequenceState::release() {
   position_ = 0;
 }
 
-StatePool::StatePool(const ParamLayout& layout, int64_t budget_bytes)
-    : layout_(layout.config()), budget_bytes_(budget_bytes) {}
+StatePool::StatePool(StateLayout layout, std::unique_ptr<MemorySpace> memory, int64_t budget_bytes)
+    : layout_(std::move(layout)), memory_(std::move(memory)), budget_bytes_(budget_bytes) {}
 
-StatePool::~StatePool() {
-  for (float* p : memory_) std::free(p);
-}
+StatePool::~StatePool() = default;
 
 int64_t StatePool::bytes_for(int64_t tokens, int64_t shared_tokens) const {
   const int64_t blocks = layout_.blocks_for(tokens) -
-                         shared_tokens / kernels::kLatentPage * (layout_.block_floats() > 0 ? 1 : 0);
-  return (layout_.recurrent_floats() + blocks * layout_.block_floats()) * static_cast<int64_t>(sizeof(float));
+                         shared_tokens / kernels::kLatentPage * (layout_.block_bytes() > 0 ? 1 : 0);
+  return layout_.recurrent_bytes() + blocks * layout_.block_bytes();
 }
 
 int64_t StatePool::shared_bytes(int64_t tokens) const {
-  return tokens / kernels::kLatentPage * layout_.block_floats() * static_cast<int64_t>(sizeof(float));
+  return tokens / kernels::kLatentPage * layout_.block_bytes();
 }
 
 bool StatePool::reserve(int64_t bytes) {
@@ -105,24 +128,19 @@ SequenceState StatePool::create() {
   SequenceState s;
   s.pool_ = this;
   s.recurrent_ = take_recurrent();
-  std::memset(s.recurrent_, 0, static_cast<size_t>(layout_.recurrent_floats()) * sizeof(float));
+  memory_->zero(s.recurrent_, layout_.recurrent_bytes());
   return s;
 }
 
-float* StatePool::allocate(int64_t floats) {
-  const size_t bytes = (static_cast<size_t>(floats > 0 ? floats : 1) * sizeof(float) + 63) / 64 * 64;
-  auto* p = static_cast<float*>(std::aligned_alloc(64, bytes));
-  if (p == nullptr)
-    throw_environment("out of memory for sequence states ({} MiB in use): lower engine.memory_mib",
-                      allocated_bytes_ >> 20);
-  allocated_bytes_ += static_cast<int64_t>(bytes);
-  memory_.push_back(p);
+std::byte* StatePool::allocate(int64_t bytes) {
+  std::byte* p = memory_->allocate(bytes);
+  allocated_bytes_ += bytes;
   return p;
 }
 
-float* StatePool::take_recurrent() {
-  if (free_recurrent_.empty()) return allocate(layout_.recurrent_floats());
-  float* p = free_recurrent_.back();
+std::byte* StatePool::take_recurrent() {
+  if (free_recurrent_.empty()) return allocate(layout_.recurrent_bytes());
+  std::byte* p = free_recurrent_.back();
   free_recurrent_.pop_back();
   return p;
 }
@@ -130,7 +148,7 @@ float* StatePool::take_recurrent() {
 SequenceState::Block* StatePool::take_block() {
   if (free_blocks_.empty()) {
     blocks_.push_back(
-        std::make_unique<SequenceState::Block>(SequenceState::Block{allocate(layout_.block_floats()), 1}));
+        std::make_unique<SequenceState::Block>(SequenceState::Block{allocate(layout_.block_bytes()), 1}));
     return blocks_.back().get();
   }
   SequenceState::Block* b = free_blocks_.back();

@@ -13,6 +13,20 @@
 
 namespace perigee::policy {
 
+// Memory of the device that computes, for a pool's use.
+class MemorySpace {
+ public:
+  virtual ~MemorySpace() = default;
+  // Aligned to 256 bytes; lives as long as the space. Throws Error(kEnvironment) when there is no more.
+  virtual std::byte* allocate(int64_t bytes) = 0;
+  // In the order of the computation's own reads and writes.
+  virtual void copy(std::byte* to, const std::byte* from, int64_t bytes) = 0;
+  virtual void zero(std::byte* memory, int64_t bytes) = 0;
+};
+
+// The CPU's.
+std::unique_ptr<MemorySpace> host_memory();
+
 class StatePool;
 
 // One sequence's memory. Move-only; gives everything back when it dies.
@@ -40,19 +54,22 @@ class SequenceState {
  private:
   friend class StatePool;
   struct Block {
-    float* data;
+    std::byte* data;
     int references;
   };
   StatePool* pool_ = nullptr;
-  float* recurrent_ = nullptr;
+  std::byte* recurrent_ = nullptr;
   std::vector<Block*> blocks_;
-  std::vector<float*> pages_;  // blocks_[i]->data
+  std::vector<std::byte*> pages_;  // blocks_[i]->data
   int64_t position_ = 0;
 };
 
 class StatePool {
  public:
-  StatePool(const ParamLayout& layout, int64_t budget_bytes);
+  StatePool(StateLayout layout, std::unique_ptr<MemorySpace> memory, int64_t budget_bytes);
+  // On the CPU.
+  StatePool(const ParamLayout& layout, int64_t budget_bytes)
+      : StatePool(StateLayout(layout.config()), host_memory(), budget_bytes) {}
   ~StatePool();
   StatePool(const StatePool&) = delete;
   StatePool& operator=(const StatePool&) = delete;
@@ -76,16 +93,16 @@ class StatePool {
 
  private:
   friend class SequenceState;
-  float* take_recurrent();
+  std::byte* take_recurrent();
   SequenceState::Block* take_block();
   void drop_block(SequenceState::Block* block);
-  float* allocate(int64_t floats);
+  std::byte* allocate(int64_t bytes);
 
   StateLayout layout_;
+  std::unique_ptr<MemorySpace> memory_;
   int64_t budget_bytes_, reserved_bytes_ = 0, allocated_bytes_ = 0;
-  std::vector<float*> free_recurrent_;
+  std::vector<std::byte*> free_recurrent_;
   std::vector<SequenceState::Block*> free_blocks_;
-  std::vector<float*> memory_;  // everything ever allocated
   std::vector<std::unique_ptr<SequenceState::Block>> blocks_;
 };
 

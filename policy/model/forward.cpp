@@ -8,21 +8,24 @@ namespace perigee::policy {
 
 using namespace kernels;
 
-StateLayout::StateLayout(const ModelConfig& c) {
-  const KdaShape shape{c.kda_heads, c.kda_head_dim, c.kda_head_dim};
+StateLayout::StateLayout(const ModelConfig& c)
+    : StateLayout(c, kda_state_floats({c.kda_heads, c.kda_head_dim, c.kda_head_dim}) * 4, 4) {}
+
+StateLayout::StateLayout(const ModelConfig& c, int64_t kda_bytes, int64_t activation_bytes) {
+  const auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   for (int64_t i = 0; i < c.num_layers; ++i) {
     const bool kda = c.is_kda(i);
-    kda_offset_.push_back(kda ? recurrent_floats_ : -1);
-    if (kda) recurrent_floats_ += kda_state_floats(shape);
-    conv_offset_.push_back(kda ? recurrent_floats_ : -1);
-    if (kda) recurrent_floats_ += 3 * c.kda_width() * (c.conv_size - 1);
-    page_offset_.push_back(kda ? -1 : block_floats_);
-    if (!kda) block_floats_ += kLatentPage * c.latent_width();
+    kda_offset_.push_back(kda ? recurrent_bytes_ : -1);
+    if (kda) recurrent_bytes_ += aligned(kda_bytes);
+    conv_offset_.push_back(kda ? recurrent_bytes_ : -1);
+    if (kda) recurrent_bytes_ += aligned(3 * c.kda_width() * (c.conv_size - 1) * activation_bytes);
+    page_offset_.push_back(kda ? -1 : block_bytes_);
+    if (!kda) block_bytes_ += kLatentPage * c.latent_width() * activation_bytes;
   }
 }
 
 int64_t StateLayout::blocks_for(int64_t tokens) const {
-  return block_floats_ == 0 ? 0 : (tokens + kLatentPage - 1) / kLatentPage;
+  return block_bytes_ == 0 ? 0 : (tokens + kLatentPage - 1) / kLatentPage;
 }
 
 void forward(Context& ctx, const Weights& weights, const StateLayout& state, std::span<const int32_t> tokens,

@@ -15,12 +15,16 @@ namespace perigee::policy {
 
 // How one sequence's memory is laid out: a fixed recurrent part (KDA states and convolution windows of all
 // KDA layers) and latent blocks of kernels::kLatentPage tokens that each hold the rows of every MLA layer,
-// [mla_layers][64][width].
+// [mla_layers][64][width]. Sizes and offsets are in bytes.
 class StateLayout {
  public:
+  // kda_bytes: of one layer's KDA state (kernels::kda_state_bytes). activation_bytes: of one value of a window or a
+  // latent row.
+  StateLayout(const ModelConfig& config, int64_t kda_bytes, int64_t activation_bytes);
+  // The CPU's: everything in float32.
   explicit StateLayout(const ModelConfig& config);
-  int64_t recurrent_floats() const { return recurrent_floats_; }
-  int64_t block_floats() const { return block_floats_; }
+  int64_t recurrent_bytes() const { return recurrent_bytes_; }
+  int64_t block_bytes() const { return block_bytes_; }
   int64_t blocks_for(int64_t tokens) const;
   // Of a KDA layer, in the recurrent part.
   int64_t kda_offset(int64_t layer) const { return kda_offset_[static_cast<size_t>(layer)]; }
@@ -30,14 +34,14 @@ class StateLayout {
 
  private:
   std::vector<int64_t> kda_offset_, conv_offset_, page_offset_;
-  int64_t recurrent_floats_ = 0, block_floats_ = 0;
+  int64_t recurrent_bytes_ = 0, block_bytes_ = 0;
 };
 
 // Rows of the batch that continue one sequence, and where its memory lies.
 struct SequenceSlice {
   kernels::Slice slice;
-  float* recurrent = nullptr;      // inout [recurrent_floats]; zero at position 0
-  std::span<float* const> blocks;  // inout; at least blocks_for(position + count)
+  std::byte* recurrent = nullptr;      // inout [recurrent_bytes]; zero at position 0
+  std::span<std::byte* const> blocks;  // inout; at least blocks_for(position + count)
 };
 
 // Called after each layer with the residual stream x [rows, hidden] and the chosen experts [rows, top_k]

@@ -44,9 +44,11 @@ void bind_state(const Pass& pass, const Dims& m, int64_t layer, KdaSlice* kda, C
   }
   for (size_t i = 0; i < n; ++i) {
     float* state = pass.training() ? states + static_cast<int64_t>(i) * state_floats
-                                   : pass.sequences[i].recurrent + pass.state->kda_offset(layer);
+                                   : reinterpret_cast<float*>(pass.sequences[i].recurrent +
+                                                             pass.state->kda_offset(layer));
     float* window = pass.training() ? windows + static_cast<int64_t>(i) * window_floats
-                                    : pass.sequences[i].recurrent + pass.state->conv_offset(layer);
+                                    : reinterpret_cast<float*>(pass.sequences[i].recurrent +
+                                                              pass.state->conv_offset(layer));
     kda[i] = {pass.slices[i], state};
     conv[i] = {pass.slices[i], window, 3 * m.wide};
   }

@@ -56,11 +56,12 @@ MlaSlice* bind_pages(const Pass& pass, const Dims& m, int64_t layer, float* c) {
       PERIGEE_CHECK(static_cast<int64_t>(sequence.blocks.size()) >= pages, "blocks {} pages {}",
                     sequence.blocks.size(), pages);
       for (int64_t page = 0; page < pages; ++page)
-        table[page] = sequence.blocks[static_cast<size_t>(page)] + offset;
+        table[page] = reinterpret_cast<float*>(sequence.blocks[static_cast<size_t>(page)] + offset);
       for (int64_t r = 0; r < s.count; ++r) {
         const int64_t position = s.position + r;
-        float* to = sequence.blocks[static_cast<size_t>(position / kLatentPage)] + offset +
-                    position % kLatentPage * m.width;
+        float* to =
+            reinterpret_cast<float*>(sequence.blocks[static_cast<size_t>(position / kLatentPage)] + offset) +
+            position % kLatentPage * m.width;
         std::memcpy(to, c + (s.begin + r) * m.width, static_cast<size_t>(m.width) * sizeof(float));
       }
     }

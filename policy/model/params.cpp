@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "base/random.h"
+#include "kernels/gemm/tiles.h"
 
 namespace perigee::policy {
 namespace {
@@ -20,13 +21,16 @@ bool in_panels(TensorForm form) {
 
 // Position of element (i, j) inside a tensor's elements.
 int64_t element_index(const ParamSpec& t, int64_t i, int64_t j) {
+  if (t.form == TensorForm::kTiles) return kernels::tiled_index(t.k, i, j);
   if (in_panels(t.form)) return ((i / kernels::kPanel) * t.k + j) * kernels::kPanel + i % kernels::kPanel;
   return i * t.k + j;
 }
 
 }  // namespace
 
-ParamLayout::ParamLayout(ModelConfig config, Dtype dtype) : config_(std::move(config)), dtype_(dtype) {
+ParamLayout::ParamLayout(ModelConfig config, Dtype dtype, MatrixForm matrices)
+    : config_(std::move(config)), dtype_(dtype), matrices_(matrices) {
+  PERIGEE_CHECK(matrices == MatrixForm::kPanels || dtype == Dtype::kBf16);
   const ModelConfig& c = config_;
   embed_ = add("embed", TensorForm::kTable, c.vocab_size, c.hidden_size);
   map("model.embed_tokens.weight", {c.vocab_size, c.hidden_size}, embed_);
@@ -54,16 +58,17 @@ ParamLayout::ParamLayout(ModelConfig config, Dtype dtype) : config_(std::move(co
 int ParamLayout::add(std::string name, TensorForm form, int64_t n, int64_t k, bool trained) {
   ParamSpec t;
   t.name = std::move(name);
-  t.form = form;
+  t.form = form == TensorForm::kPanels && matrices_ == MatrixForm::kTiles ? TensorForm::kTiles : form;
   t.n = n;
   t.k = k;
   t.trained = trained;
-  t.elements = in_panels(form) ? kernels::panel_elements(n, k) : n * k;
+  t.elements = t.form == TensorForm::kTiles ? kernels::tiled_elements(n, k)
+               : in_panels(form)            ? kernels::panel_elements(n, k)
+                                            : n * k;
   t.element_offset = elements_;
   t.byte_offset = weight_bytes_;
-  const bool narrow = form == TensorForm::kPanels || form == TensorForm::kTable;
   elements_ += round_up(t.elements, 16);
-  weight_bytes_ += round_up(t.elements * (narrow ? kernels::dtype_bytes(dtype_) : 4), 64);
+  weight_bytes_ += round_up(t.elements * (t.in_dtype() ? kernels::dtype_bytes(dtype_) : 4), 64);
   tensors_.push_back(std::move(t));
   return static_cast<int>(tensors_.size()) - 1;
 }
@@ -247,9 +252,7 @@ void ParamLayout::flat_to_weights(const float* flat, std::byte* weights) const {
   std::memset(weights, 0, static_cast<size_t>(weight_bytes_));
   for (const ParamSpec& t : tensors_) {
     const float* from = flat + t.element_offset;
-    const bool narrow =
-        dtype_ == Dtype::kBf16 && (t.form == TensorForm::kPanels || t.form == TensorForm::kTable);
-    if (narrow) {
+    if (dtype_ == Dtype::kBf16 && t.in_dtype()) {
       auto* to = reinterpret_cast<uint16_t*>(weights + t.byte_offset);
       narrow_to_bf16(from, t.elements, to);
     } else {
@@ -262,9 +265,7 @@ void ParamLayout::weights_to_flat(const std::byte* weights, float* flat) const {
   std::memset(flat, 0, static_cast<size_t>(elements_) * 4);
   for (const ParamSpec& t : tensors_) {
     float* to = flat + t.element_offset;
-    const bool narrow =
-        dtype_ == Dtype::kBf16 && (t.form == TensorForm::kPanels || t.form == TensorForm::kTable);
-    if (narrow) {
+    if (dtype_ == Dtype::kBf16 && t.in_dtype()) {
       const auto* from = reinterpret_cast<const uint16_t*>(weights + t.byte_offset);
       for (int64_t i = 0; i < t.elements; ++i) to[i] = kernels::from_bf16(from[i]);
     } else {

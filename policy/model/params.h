@@ -1,7 +1,8 @@
 // Where every parameter of a model lies. One ParamLayout describes three arenas of the same model:
 //   weights    weight_bytes()  matrices and tables in `dtype`, vectors and router in float32 (byte_offset)
 //   flat f32   elements()      gradients, Adam moments, float32 masters: a float per element (element_offset)
-// Matrices lie in panels (kernels/gemm/gemm.h) in both. Padding elements are zero and stay zero.
+// Matrices lie in both as the device that multiplies them reads them: in panels (kernels/gemm/gemm.h) for the CPU and
+// for float32 on a GPU, in tiles (kernels/gemm/tiles.h) for bfloat16 on a GPU. Padding elements are zero and stay zero.
 //
 // Beside the checkpoint's tensors as they are, three are arranged for the kernels:
 //   gate_up     gate_proj over up_proj (w1 over w3), [2*I, D]
@@ -24,9 +25,16 @@ using kernels::Dtype;
 
 enum class TensorForm {
   kPanels,     // matrix in panels, in the layout's dtype
+  kTiles,      // matrix in tiles, bfloat16 (MatrixForm::kTiles)
   kPanelsF32,  // matrix in panels, float32 whatever the dtype (the router)
   kTable,      // row-major matrix, in the layout's dtype (the embedding)
   kVector,     // float32, n values (k = 1) or [n, k] row-major
+};
+
+// Where a layout's matrices are multiplied.
+enum class MatrixForm {
+  kPanels,
+  kTiles,  // on a GPU; REQUIRES bfloat16
 };
 
 struct ParamSpec {
@@ -37,6 +45,8 @@ struct ParamSpec {
   int64_t element_offset = 0;  // multiple of 16
   int64_t byte_offset = 0;     // multiple of 64
   bool trained = true;         // false: not changed by gradients (the router's bias)
+  // Whether a weights arena holds it in the layout's dtype; else in float32.
+  bool in_dtype() const { return form != TensorForm::kPanelsF32 && form != TensorForm::kVector; }
 };
 
 // Indices into ParamLayout::tensors(); -1 where a layer has no such tensor.
@@ -72,10 +82,11 @@ struct CheckpointTensor {
 
 class ParamLayout {
  public:
-  ParamLayout(ModelConfig config, Dtype dtype);
+  ParamLayout(ModelConfig config, Dtype dtype, MatrixForm matrices = MatrixForm::kPanels);
 
   const ModelConfig& config() const { return config_; }
   Dtype dtype() const { return dtype_; }
+  MatrixForm matrices() const { return matrices_; }
   const std::vector<ParamSpec>& tensors() const { return tensors_; }
   const ParamSpec& tensor(int i) const { return tensors_[static_cast<size_t>(i)]; }
   const LayerParams& layer(int64_t i) const { return layers_[static_cast<size_t>(i)]; }
@@ -105,6 +116,7 @@ class ParamLayout {
 
   ModelConfig config_;
   Dtype dtype_;
+  MatrixForm matrices_;
   std::vector<ParamSpec> tensors_;
   std::vector<LayerParams> layers_;
   std::vector<CheckpointTensor> checkpoint_;
@@ -119,7 +131,7 @@ struct Weights {
 
   kernels::Weight matrix(int i) const {
     const ParamSpec& t = layout->tensor(i);
-    return {data + t.byte_offset, t.form == TensorForm::kPanels ? layout->dtype() : Dtype::kF32, t.n, t.k};
+    return {data + t.byte_offset, t.in_dtype() ? layout->dtype() : Dtype::kF32, t.n, t.k};
   }
   const float* vector(int i) const {
     return reinterpret_cast<const float*>(data + layout->tensor(i).byte_offset);

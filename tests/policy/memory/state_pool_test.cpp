@@ -10,11 +10,15 @@ namespace {
 
 using testing::SmallModel;
 
+float* floats(std::byte* memory) {
+  return reinterpret_cast<float*>(memory);
+}
+
 // Fills the rows a slice was extended by with a mark per token.
 void write_rows(const SequenceSlice& s, float mark) {
-  s.recurrent[0] = mark;
+  floats(s.recurrent)[0] = mark;
   for (int64_t t = s.slice.position; t < s.slice.position + s.slice.count; ++t)
-    s.blocks[static_cast<size_t>(t / kernels::kLatentPage)][t % kernels::kLatentPage] = mark + static_cast<float>(t);
+    floats(s.blocks[static_cast<size_t>(t / kernels::kLatentPage)])[t % kernels::kLatentPage] = mark + static_cast<float>(t);
 }
 
 TEST(StatePool, ForkSharesFullBlocksAndCopiesTheOpenOne) {
@@ -29,13 +33,13 @@ TEST(StatePool, ForkSharesFullBlocksAndCopiesTheOpenOne) {
   EXPECT_EQ(sa.blocks[0], sb.blocks[0]);
   EXPECT_NE(sa.blocks[1], sb.blocks[1]);
   EXPECT_NE(sa.recurrent, sb.recurrent);
-  EXPECT_EQ(sb.recurrent[0], 1.0f);
-  EXPECT_EQ(sb.blocks[1][99 - 64], 100.0f);
+  EXPECT_EQ(floats(sb.recurrent)[0], 1.0f);
+  EXPECT_EQ(floats(sb.blocks[1])[99 - 64], 100.0f);
   write_rows(sb, 1000);
-  EXPECT_EQ(sa.recurrent[0], 1.0f) << "a fork does not write into its parent";
-  EXPECT_NE(sa.blocks[1][100 - 64], sb.blocks[1][100 - 64]);
+  EXPECT_EQ(floats(sa.recurrent)[0], 1.0f) << "a fork does not write into its parent";
+  EXPECT_NE(floats(sa.blocks[1])[100 - 64], floats(sb.blocks[1])[100 - 64]);
   a.release();
-  EXPECT_EQ(sb.blocks[0][5], 6.0f) << "a shared block outlives the parent";
+  EXPECT_EQ(floats(sb.blocks[0])[5], 6.0f) << "a shared block outlives the parent";
 }
 
 TEST(StatePool, MemoryIsReusedAndAFreshSequenceIsZero) {
@@ -46,7 +50,7 @@ TEST(StatePool, MemoryIsReusedAndAFreshSequenceIsZero) {
     for (int i = 0; i < 10; ++i) {
       states.push_back(pool.create());
       const SequenceSlice s = states.back().extend(0, 200);
-      for (int64_t f = 0; f < pool.layout().recurrent_floats(); ++f) ASSERT_EQ(s.recurrent[f], 0.0f);
+      for (int64_t f = 0; f < pool.layout().recurrent_bytes() / 4; ++f) ASSERT_EQ(floats(s.recurrent)[f], 0.0f);
       write_rows(s, 7);
       states.back().advance(200);
     }
