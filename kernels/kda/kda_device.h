@@ -51,22 +51,4 @@ void kda_backward(Device& dev, const KdaShape& shape, const T* q, const T* k, co
                   const float* beta, const T* chunk_states, const DeviceBatch& batch, const T* dout, T* dq, T* dk_,
                   T* dv_, float* dg, float* dbeta);
 
-// The gate: g = -exp(a_log[h]) * softplus(f + dt_bias); beta = sigmoid(b).
-// f T [rows, heads*dk], b T [rows, heads], a_log f32 [heads], dt_bias f32 [heads*dk].
-template <class T>
-void kda_gate_forward(Device& dev, const KdaShape& shape, int64_t rows, const T* f, const T* b, const float* a_log,
-                      const float* dt_bias, float* g, float* beta);
-// df, db overwritten; da_log f32 [heads], ddt_bias f32 [heads*dk] accumulated (either may be null: not wanted).
-template <class T>
-void kda_gate_backward(Device& dev, const KdaShape& shape, int64_t rows, const T* f, const T* b, const float* a_log,
-                       const float* dt_bias, const float* dg, const float* dbeta, T* df, T* db, float* da_log,
-                       float* ddt_bias);
-
-// y = x * rsqrt(sum x^2 + 1e-6) * scale over each head of d values. x, y [rows, heads*d]; y may be x.
-template <class T>
-void l2norm_forward(Device& dev, int64_t rows, int64_t heads, int64_t d, float scale, const T* x, T* y);
-// dx overwritten, may alias dy. x is the input of the forward.
-template <class T>
-void l2norm_backward(Device& dev, int64_t rows, int64_t heads, int64_t d, float scale, const T* x, const T* dy, T* dx);
-
 }  // namespace perigee::kernels
