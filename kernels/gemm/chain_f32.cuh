@@ -1,0 +1,255 @@
+// Products whose every result is one chain of fused multiply-adds in ascending order: the bits of the CPU's functions.
+//
+//   out[r][c] = chain over d = 0..depth-1 of fma(a[r][d], b[c][d], out[r][c])
+//
+//   product       r               c          depth    a                  b
+//   forward       row of x        output i   input j  x, d together      w panels, c together
+//   grad_input    row of dy       input j    output i dy, d together     w panels, d together
+//   grad_weight   input j         output i   row t    x, r together      dy, c together
+//
+// A block computes 16 R by 16 R results, R by R per thread, from shared memory in steps of sixteen of the depth.
+#pragma once
+#include "kernels/device/launch.cuh"
+#include "kernels/gemm/gemm_device.h"
+
+namespace perigee::kernels::chain {
+
+enum class Kind { kForward, kGradInput, kGradWeight };
+
+struct Product {
+  const void* a = nullptr;
+  int64_t lda = 0;
+  const void* b = nullptr;
+  int64_t ldb = 0;  // of dy; panels have none
+  void* out = nullptr;
+  int64_t ldo = 0;
+  int64_t rows = 0, cols = 0, depth = 0;  // of out; by expert: all slots in rows, or in depth for grad_weight
+  Store store = Store::kAct;
+  // By expert when offsets is not null.
+  const int32_t* offsets = nullptr;
+  const int32_t* source = nullptr;
+  int64_t experts = 0;
+  int64_t expert_stride = 0;  // elements of a weight or of dw
+  int64_t first_tile = 0, tile_columns = 0;
+};
+
+inline constexpr int kMostProducts = 24;
+struct Products {
+  int count = 0;
+  Product p[kMostProducts];
+};
+
+// The index-th tile of `height` rows, counting every expert's tiles in order: its expert, first slot and rows left from
+// there; expert -1 when there are fewer tiles. Called by whole warps.
+struct ExpertTile {
+  int expert = -1;
+  int64_t begin = 0, rows = 0;
+};
+__device__ __forceinline__ ExpertTile find_expert_tile(const int32_t* offsets, int64_t experts, int height,
+                                                       int64_t index) {
+  const int lane = threadIdx.x % 32;
+  int64_t before = 0;
+  for (int64_t e0 = 0; e0 < experts; e0 += 32) {
+    const int64_t e = e0 + lane;
+    const int begin = e < experts ? offsets[e] : 0, end = e < experts ? offsets[e + 1] : 0;
+    const int tiles = (end - begin + height - 1) / height;
+    int upto = tiles;
+    for (int s = 1; s < 32; s *= 2) {
+      const int left = __shfl_up_sync(0xffffffffu, upto, s);
+      if (lane >= s) upto += left;
+    }
+    const unsigned past = __ballot_sync(0xffffffffu, before + upto > index);
+    if (past != 0) {
+      const int which = __ffs(past) - 1;
+      const int skipped = __shfl_sync(0xffffffffu, upto - tiles, which);
+      const int first = __shfl_sync(0xffffffffu, begin, which), last = __shfl_sync(0xffffffffu, end, which);
+      ExpertTile t;
+      t.expert = static_cast<int>(e0) + which;
+      t.begin = first + (index - before - skipped) * height;
+      t.rows = last - t.begin;
+      return t;
+    }
+    before += __shfl_sync(0xffffffffu, upto, 31);
+  }
+  return {};
+}
+
+inline constexpr int kStep = 16, kThreads = 256;
+
+template <Kind kind, int R, class T>
+__global__ void __launch_bounds__(kThreads, R == 8 ? 1 : 2) tile_kernel(const __grid_constant__ Products products) {
+  constexpr int kSide = 16 * R, kLine = kSide + 4;
+  using A = std::conditional_t<kind == Kind::kGradWeight, T, float>;
+  __shared__ __align__(16) float as[2][kStep * kLine], bs[2][kStep * kLine];
+  int which = 0;
+  while (which + 1 < products.count && products.p[which + 1].first_tile <= blockIdx.x) ++which;
+  const Product& p = products.p[which];
+  const int64_t tile = blockIdx.x - p.first_tile;
+  int64_t r0 = tile / p.tile_columns * kSide;
+  const int64_t c0 = tile % p.tile_columns * kSide;
+  int64_t rows = p.rows, depth = p.depth, out_row = 0, first = 0;
+  const A* a = static_cast<const A*>(p.a);
+  const float* b = static_cast<const float*>(p.b);
+  const int32_t* source = p.source;
+  int64_t shift = 0;  // elements of out, by expert
+  if (p.offsets != nullptr) {
+    if constexpr (kind == Kind::kGradWeight) {
+      const int64_t tile_rows = (rows + kSide - 1) / kSide, expert = tile / (p.tile_columns * tile_rows);
+      r0 = tile / p.tile_columns % tile_rows * kSide;
+      first = p.offsets[expert];
+      depth = p.offsets[expert + 1] - first;
+      shift = expert * p.expert_stride;
+    } else {
+      const ExpertTile t = find_expert_tile(p.offsets, p.experts, kSide, tile / p.tile_columns);
+      if (t.expert < 0) return;
+      r0 = 0;
+      rows = t.rows;
+      out_row = first = t.begin;
+      b += t.expert * p.expert_stride;
+    }
+    if (source == nullptr) a += first * p.lda;
+    else source += first;
+    if constexpr (kind == Kind::kGradWeight) b += first * p.ldb;
+  }
+  const int tid = threadIdx.x;
+  // Where this thread loads: element m of a is (ar + m * ar_step, ad + m * ad_step); likewise of b.
+  constexpr bool kDepthFirstA = kind != Kind::kGradWeight, kDepthFirstB = kind == Kind::kGradInput;
+  const int ar = kDepthFirstA ? tid / 16 : tid % kSide, ad = kDepthFirstA ? tid % 16 : tid / kSide;
+  const int bc = kDepthFirstB ? tid / 16 : kind == Kind::kForward ? tid % 16 : tid % kSide;
+  const int bd = kDepthFirstB ? tid % 16 : kind == Kind::kForward ? tid / 16 : tid / kSide;
+  constexpr int kApart = kThreads / kSide;  // steps of the depth between elements that go along the side
+  float ra[R], rb[R];
+  int64_t a_row[kDepthFirstA ? R : 1];
+  if constexpr (kDepthFirstA) {
+#pragma unroll
+    for (int m = 0; m < R; ++m) {
+      const int64_t r = r0 + ar + 16 * m;
+      a_row[m] = r >= rows ? -1 : source != nullptr ? source[r] : r;
+    }
+  }
+  const auto load = [&](int64_t d0) {
+#pragma unroll
+    for (int m = 0; m < R; ++m) {
+      if constexpr (kDepthFirstA) {
+        ra[m] = a_row[m] >= 0 && d0 + ad < depth ? a[a_row[m] * p.lda + d0 + ad] : 0.0f;
+      } else {
+        const int64_t r = r0 + ar, d = d0 + ad + kApart * m;
+        ra[m] = r < rows && d < depth ? to_float(a[(source != nullptr ? source[d] : d) * p.lda + r]) : 0.0f;
+      }
+      if constexpr (kind == Kind::kForward) {
+        const int64_t c = c0 + bc + 16 * m, d = d0 + bd;
+        rb[m] = c < p.cols && d < depth ? b[(c / 16 * depth + d) * 16 + c % 16] : 0.0f;
+      } else if constexpr (kind == Kind::kGradInput) {
+        const int64_t c = c0 + bc + 16 * m, d = d0 + bd;
+        rb[m] = c < p.cols && d < depth ? b[(d0 / 16 * p.cols + c) * 16 + bd] : 0.0f;
+      } else {
+        const int64_t c = c0 + bc, d = d0 + bd + kApart * m;
+        rb[m] = c < p.cols && d < depth ? b[d * p.ldb + c] : 0.0f;
+      }
+    }
+  };
+  const auto put = [&](int buffer) {
+#pragma unroll
+    for (int m = 0; m < R; ++m) {
+      as[buffer][kDepthFirstA ? ad * kLine + ar + 16 * m : (ad + kApart * m) * kLine + ar] = ra[m];
+      bs[buffer][kind != Kind::kGradWeight ? bd * kLine + bc + 16 * m : (bd + kApart * m) * kLine + bc] = rb[m];
+    }
+  };
+  // A thread's results: rows tr + 64 (i / 4) + i % 4, columns tc + 64 (j / 4) + j % 4.
+  const int tr = tid / 16 * 4, tc = tid % 16 * 4;
+  float acc[R][R];
+  const auto each = [&](auto&& body) {
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      const int64_t r = r0 + tr + 64 * (i / 4) + i % 4;
+#pragma unroll
+      for (int j = 0; j < R; ++j) {
+        const int64_t c = c0 + tc + 64 * (j / 4) + j % 4;
+        if (r < rows && c < p.cols) body(acc[i][j], r, c);
+      }
+    }
+  };
+  float* const dw = static_cast<float*>(p.out) + shift;
+  const int64_t inputs = p.rows;  // of dw
+#pragma unroll
+  for (int i = 0; i < R; ++i)
+#pragma unroll
+    for (int j = 0; j < R; ++j) acc[i][j] = 0.0f;
+  if constexpr (kind == Kind::kGradWeight)
+    each([&](float& x, int64_t r, int64_t c) { x = dw[(c / 16 * inputs + r) * 16 + c % 16]; });
+
+  const auto step = [&](int buffer, int d) {
+    float x[R], y[R];
+#pragma unroll
+    for (int i = 0; i < R; i += 4) {
+      *reinterpret_cast<float4*>(x + i) = *reinterpret_cast<const float4*>(&as[buffer][d * kLine + tr + 16 * i]);
+      *reinterpret_cast<float4*>(y + i) = *reinterpret_cast<const float4*>(&bs[buffer][d * kLine + tc + 16 * i]);
+    }
+#pragma unroll
+    for (int i = 0; i < R; ++i)
+#pragma unroll
+      for (int j = 0; j < R; ++j) acc[i][j] = __fmaf_rn(x[i], y[j], acc[i][j]);
+  };
+  load(0);
+  put(0);
+  __syncthreads();
+  int buffer = 0;
+  for (int64_t d0 = 0; d0 < depth; d0 += kStep, buffer ^= 1) {
+    const bool more = d0 + kStep < depth;
+    if (more) load(d0 + kStep);
+    if (depth - d0 >= kStep) {
+#pragma unroll
+      for (int d = 0; d < kStep; ++d) step(buffer, d);
+    } else {
+      // The steps that are there and no more: a chain that ends in -0 would become +0 by adding a zero.
+#pragma unroll 1
+      for (int d = 0; d < depth - d0; ++d) step(buffer, d);
+    }
+    if (more) put(buffer ^ 1);
+    __syncthreads();
+  }
+  each([&](float& x, int64_t r, int64_t c) {
+    if constexpr (kind == Kind::kGradWeight) {
+      dw[(c / 16 * inputs + r) * 16 + c % 16] = x;
+    } else {
+      const int64_t at = (out_row + r) * p.ldo + c;
+      if (p.store == Store::kAct) static_cast<T*>(p.out)[at] = from_float<T>(x);
+      else if (p.store == Store::kF32) static_cast<float*>(p.out)[at] = x;
+      else static_cast<float*>(p.out)[at] = static_cast<float*>(p.out)[at] + x;
+    }
+  });
+}
+
+// Launches the products, in groups that fit a kernel's parameters, with tiles small enough to fill the card.
+template <Kind kind, class T>
+void launch(Device& device, std::span<const Product> products) {
+  const auto tiles_of = [](Product p, int64_t side) {
+    p.tile_columns = (p.cols + side - 1) / side;
+    int64_t tile_rows = (p.rows + side - 1) / side;
+    if (p.offsets != nullptr) tile_rows = kind == Kind::kGradWeight ? tile_rows * p.experts : tile_rows + std::min(p.experts, p.rows);
+    return std::pair(p.tile_columns * tile_rows, p);
+  };
+  while (!products.empty()) {
+    const std::span<const Product> some = products.subspan(0, std::min<size_t>(products.size(), kMostProducts));
+    products = products.subspan(some.size());
+    int64_t large = 0;
+    for (const Product& p : some) large += tiles_of(p, 128).first;
+    const bool small = large < 2 * device.info().multiprocessors;
+    Products list;
+    int64_t tiles = 0;
+    for (const Product& p : some) {
+      auto [count, sized] = tiles_of(p, small ? 64 : 128);
+      if (count == 0) continue;
+      sized.first_tile = tiles;
+      tiles += count;
+      list.p[list.count++] = sized;
+    }
+    if (tiles == 0) continue;
+    PERIGEE_CHECK(tiles <= 0x7fffffff);
+    if (small) tile_kernel<kind, 4, T><<<static_cast<unsigned>(tiles), kThreads, 0, device.stream()>>>(list);
+    else tile_kernel<kind, 8, T><<<static_cast<unsigned>(tiles), kThreads, 0, device.stream()>>>(list);
+    PERIGEE_LAUNCHED();
+  }
+}
+
+}  // namespace perigee::kernels::chain

@@ -1,0 +1,91 @@
+// The gradients of gemm_device_grad.h over float32, and the router's over both types: see chain_f32.cuh.
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "kernels/gemm/chain_f32.cuh"
+#include "kernels/gemm/gemm_device_grad.h"
+#include "kernels/moe/router_device.h"
+
+namespace perigee::kernels {
+namespace {
+
+using chain::Kind;
+using chain::Product;
+
+}  // namespace
+
+template <>
+void matmul_grad_input<float>(Device& device, std::span<const DeviceGradInputTask<float>> tasks) {
+  std::vector<Product> products;
+  for (const DeviceGradInputTask<float>& t : tasks) {
+    PERIGEE_CHECK(t.rows >= 0 && t.n >= 0 && t.k >= 0 && t.lddy >= t.n && t.lddx >= t.k);
+    Product p;
+    p.a = t.dy, p.lda = t.lddy, p.b = t.w, p.out = t.dx, p.ldo = t.lddx;
+    p.rows = t.rows, p.cols = t.k, p.depth = t.n, p.store = t.store;
+    products.push_back(p);
+  }
+  chain::launch<Kind::kGradInput, float>(device, products);
+}
+
+template <>
+void matmul_experts_grad_input<float>(Device& device, const DeviceExpertGradInputTask<float>& t) {
+  PERIGEE_CHECK(t.slots >= 0 && t.experts > 0 && t.n >= 0 && t.k >= 0 && t.lddy >= t.n && t.lddx >= t.k);
+  PERIGEE_CHECK(t.expert_bytes % static_cast<int64_t>(sizeof(float)) == 0);
+  Product p;
+  p.a = t.dy, p.lda = t.lddy, p.b = t.w, p.out = t.dx, p.ldo = t.lddx;
+  p.rows = t.slots, p.cols = t.k, p.depth = t.n, p.store = t.store;
+  p.offsets = t.offsets, p.experts = t.experts;
+  p.expert_stride = t.expert_bytes / static_cast<int64_t>(sizeof(float));
+  chain::launch<Kind::kGradInput, float>(device, {&p, 1});
+}
+
+template <>
+void matmul_grad_weight<float>(Device& device, std::span<const DeviceGradWeightTask<float>> tasks) {
+  std::vector<Product> products;
+  for (const DeviceGradWeightTask<float>& t : tasks) {
+    PERIGEE_CHECK(t.rows >= 0 && t.n >= 0 && t.k >= 0 && t.lddy >= t.n && t.ldx >= t.k);
+    if (t.rows == 0) continue;
+    Product p;
+    p.a = t.x, p.lda = t.ldx, p.b = t.dy, p.ldb = t.lddy, p.out = t.dw;
+    p.rows = t.k, p.cols = t.n, p.depth = t.rows;
+    products.push_back(p);
+  }
+  chain::launch<Kind::kGradWeight, float>(device, products);
+}
+
+template <>
+void matmul_experts_grad_weight<float>(Device& device, const DeviceExpertGradWeightTask<float>& t) {
+  PERIGEE_CHECK(t.slots >= 0 && t.experts > 0 && t.n >= 0 && t.k >= 0 && t.lddy >= t.n && t.ldx >= t.k);
+  if (t.slots == 0) return;
+  Product p;
+  p.a = t.x, p.lda = t.ldx, p.b = t.dy, p.ldb = t.lddy, p.out = t.dw;
+  p.rows = t.k, p.cols = t.n, p.depth = t.slots;
+  p.offsets = t.offsets, p.source = t.source, p.experts = t.experts, p.expert_stride = t.dw_stride;
+  chain::launch<Kind::kGradWeight, float>(device, {&p, 1});
+}
+
+template <class T>
+void router_grad(Device& device, int64_t rows, int64_t experts, int64_t d, const T* h, const float* w_panels,
+                 const float* dlogits, void* dh, Store store, float* dw_panels) {
+  PERIGEE_CHECK(rows >= 0 && experts > 0 && d > 0);
+  if (rows == 0) return;
+  if (dh != nullptr) {
+    Product p;
+    p.a = dlogits, p.lda = experts, p.b = w_panels, p.out = dh, p.ldo = d;
+    p.rows = rows, p.cols = d, p.depth = experts, p.store = store;
+    chain::launch<Kind::kGradInput, T>(device, {&p, 1});
+  }
+  if (dw_panels != nullptr) {
+    Product p;
+    p.a = h, p.lda = d, p.b = dlogits, p.ldb = experts, p.out = dw_panels;
+    p.rows = d, p.cols = experts, p.depth = rows;
+    chain::launch<Kind::kGradWeight, T>(device, {&p, 1});
+  }
+}
+template void router_grad<float>(Device&, int64_t, int64_t, int64_t, const float*, const float*, const float*, void*,
+                                 Store, float*);
+template void router_grad<bf16>(Device&, int64_t, int64_t, int64_t, const bf16*, const float*, const float*, void*,
+                                Store, float*);
+
+}  // namespace perigee::kernels
