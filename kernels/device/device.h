@@ -12,11 +12,14 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
+#include <utility>
 
 #include "base/error.h"
 
-struct CUstream_st;  // cudaStream_t is CUstream_st*
+struct CUstream_st;     // cudaStream_t is CUstream_st*
+struct CUgraphExec_st;  // cudaGraphExec_t is CUgraphExec_st*
 
 namespace perigee::kernels {
 
@@ -95,6 +98,8 @@ class Device {
   void copy_out(void* host, const void* device, int64_t bytes);
   void copy(void* to, const void* from, int64_t bytes);
   void zero(void* memory, int64_t bytes);
+  // rows pieces of width bytes, ld_to and ld_from bytes apart. All sizes and addresses are multiples of 4.
+  void copy_2d(void* to, int64_t ld_to, const void* from, int64_t ld_from, int64_t width, int64_t rows);
 
   DeviceScratch scratch;
 
@@ -103,6 +108,45 @@ class Device {
   CUstream_st* stream_ = nullptr;
   DeviceInfo info_;
   int64_t allocated_ = 0;
+};
+
+// Host memory that the device copies from and to at full speed.
+class PinnedMemory {
+ public:
+  PinnedMemory() = default;
+  explicit PinnedMemory(int64_t bytes);
+  PinnedMemory(PinnedMemory&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
+  PinnedMemory& operator=(PinnedMemory&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~PinnedMemory();
+  std::byte* data() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  std::byte* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+// Work recorded once and replayed with one launch.
+class DeviceGraph {
+ public:
+  DeviceGraph() = default;
+  // Runs `work`, whose launches on the device's stream are recorded, not executed. What it takes from the device's
+  // scratch is taken again at the same addresses by every replay: launch under the same state of the scratch.
+  DeviceGraph(Device& device, const std::function<void()>& work);
+  DeviceGraph(DeviceGraph&& other) noexcept : executable_(std::exchange(other.executable_, nullptr)) {}
+  DeviceGraph& operator=(DeviceGraph&& other) noexcept {
+    std::swap(executable_, other.executable_);
+    return *this;
+  }
+  ~DeviceGraph();
+  void launch(Device& device) const;
+
+ private:
+  CUgraphExec_st* executable_ = nullptr;
 };
 
 }  // namespace perigee::kernels

@@ -2,7 +2,13 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
+
 namespace perigee::kernels {
+
+// Device::copy_2d. kernels/device/copy.cu
+void copy_pieces(cudaStream_t stream, void* to, int64_t ld_to, const void* from, int64_t ld_from, int64_t width,
+                 int64_t rows);
 
 inline constexpr int kLeastCapability = 80;
 

@@ -9,9 +9,10 @@ namespace perigee::policy {
 using namespace kernels;
 
 StateLayout::StateLayout(const ModelConfig& c)
-    : StateLayout(c, kda_state_floats({c.kda_heads, c.kda_head_dim, c.kda_head_dim}) * 4, 4) {}
+    : StateLayout(c, kda_state_floats({c.kda_heads, c.kda_head_dim, c.kda_head_dim}) * 4,
+                  kLatentPage * c.latent_width() * 4, 4) {}
 
-StateLayout::StateLayout(const ModelConfig& c, int64_t kda_bytes, int64_t activation_bytes) {
+StateLayout::StateLayout(const ModelConfig& c, int64_t kda_bytes, int64_t page_bytes, int64_t activation_bytes) {
   const auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   for (int64_t i = 0; i < c.num_layers; ++i) {
     const bool kda = c.is_kda(i);
@@ -20,7 +21,7 @@ StateLayout::StateLayout(const ModelConfig& c, int64_t kda_bytes, int64_t activa
     conv_offset_.push_back(kda ? recurrent_bytes_ : -1);
     if (kda) recurrent_bytes_ += aligned(3 * c.kda_width() * (c.conv_size - 1) * activation_bytes);
     page_offset_.push_back(kda ? -1 : block_bytes_);
-    if (!kda) block_bytes_ += kLatentPage * c.latent_width() * activation_bytes;
+    if (!kda) block_bytes_ += aligned(page_bytes);
   }
 }
 

@@ -18,9 +18,9 @@ namespace perigee::policy {
 // [mla_layers][64][width]. Sizes and offsets are in bytes.
 class StateLayout {
  public:
-  // kda_bytes: of one layer's KDA state (kernels::kda_state_bytes). activation_bytes: of one value of a window or a
-  // latent row.
-  StateLayout(const ModelConfig& config, int64_t kda_bytes, int64_t activation_bytes);
+  // kda_bytes: of one layer's KDA state. page_bytes: of kLatentPage latent rows of one layer. activation_bytes: of one
+  // value of a convolution window.
+  StateLayout(const ModelConfig& config, int64_t kda_bytes, int64_t page_bytes, int64_t activation_bytes);
   // The CPU's: everything in float32.
   explicit StateLayout(const ModelConfig& config);
   int64_t recurrent_bytes() const { return recurrent_bytes_; }

@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+
 #include "kernels/device/runtime.h"
 
 namespace perigee::kernels {
@@ -25,6 +27,9 @@ void* DeviceScratch::take_bytes(size_t bytes) {
 }
 
 int Device::count() {
+  // Kernels are loaded at the start: loading one at its first use would break the recording of a graph.
+  static const int eager = setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+  (void)eager;
   int n = 0;
   if (cudaGetDeviceCount(&n) != cudaSuccess) {
     cudaGetLastError();
@@ -118,9 +123,49 @@ void Device::copy(void* to, const void* from, int64_t bytes) {
   PERIGEE_CUDA(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_));
 }
 
+void Device::copy_2d(void* to, int64_t ld_to, const void* from, int64_t ld_from, int64_t width, int64_t rows) {
+  PERIGEE_CHECK(width % 4 == 0 && ld_to % 4 == 0 && ld_from % 4 == 0);
+  if (width > 0 && rows > 0) copy_pieces(stream_, to, ld_to, from, ld_from, width, rows);
+}
+
 void Device::zero(void* memory, int64_t bytes) {
   if (bytes == 0) return;
   PERIGEE_CUDA(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream_));
+}
+
+PinnedMemory::PinnedMemory(int64_t bytes) : bytes_(bytes) {
+  void* p = nullptr;
+  PERIGEE_CUDA(cudaMallocHost(&p, static_cast<size_t>(bytes > 0 ? bytes : 1)));
+  data_ = static_cast<std::byte*>(p);
+}
+
+PinnedMemory::~PinnedMemory() {
+  if (data_ != nullptr) cudaFreeHost(data_);
+}
+
+DeviceGraph::DeviceGraph(Device& device, const std::function<void()>& work) {
+  cudaStream_t stream = device.stream();
+  PERIGEE_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  cudaGraph_t graph = nullptr;
+  try {
+    work();
+  } catch (...) {
+    cudaStreamEndCapture(stream, &graph);
+    if (graph != nullptr) cudaGraphDestroy(graph);
+    throw;
+  }
+  PERIGEE_CUDA(cudaStreamEndCapture(stream, &graph));
+  const cudaError_t error = cudaGraphInstantiate(&executable_, graph, 0);
+  cudaGraphDestroy(graph);
+  PERIGEE_CUDA(error);
+}
+
+DeviceGraph::~DeviceGraph() {
+  if (executable_ != nullptr) cudaGraphExecDestroy(executable_);
+}
+
+void DeviceGraph::launch(Device& device) const {
+  PERIGEE_CUDA(cudaGraphLaunch(executable_, device.stream()));
 }
 
 }  // namespace perigee::kernels
