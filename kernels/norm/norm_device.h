@@ -23,11 +23,11 @@ void rms_norm_backward(Device& device, int64_t rows, int64_t d, const X* x, int6
                        const D* dy, int64_t lddy, G* dx, int64_t lddx, bool accumulate, float* dw);
 
 // Over each head of d values: y = x * rsqrt(mean x^2 + eps) * w * sigmoid(gate). x, gate, y [rows, heads*d], w [d].
-// y may be x or gate. REQUIRES d <= 256.
+// y may be x or gate.
 template <class T>
 void gated_rms_norm_forward(Device& device, int64_t rows, int64_t heads, int64_t d, const T* x, const T* gate,
                             const float* w, float eps, T* y);
-// dx, dgate overwritten; dw [d] accumulated. dx may be dy or x, dgate may be gate.
+// dx, dgate overwritten; dw [d] accumulated. dx may be dy.
 template <class T>
 void gated_rms_norm_backward(Device& device, int64_t rows, int64_t heads, int64_t d, const T* x, const T* gate,
                              const float* w, float eps, const T* dy, T* dx, T* dgate, float* dw);
