@@ -12,7 +12,7 @@
 #include "kernels/device/batch.h"
 #include "kernels/device/device.h"
 #include "kernels/gemm/tiles.h"
-#include "kernels/mla/mla.h"
+#include "kernels/mla/shape.h"
 
 namespace perigee::kernels {
 
