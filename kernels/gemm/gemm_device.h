@@ -3,14 +3,15 @@
 //
 // Weights. T = float: the panels of gemm.h, float32, the bits of the CPU's function. T = bf16: the tiles of tiles.h.
 //
-// NUMERICS (bf16). y[t][i] is a function of row t of x, row i of W and (n, k) alone, the same bits for any number of
-// rows, any place of a row among them, alone or in a call with others, dense or by expert. Products are summed in
-// float32 by the tensor cores in ascending k; where n is small k is cut into matmul_segments(n, k) pieces of whole
-// tiles, each summed alone, and the sums added in ascending order.
-//
-// REQUIRES (bf16) k, ldx and ldy are multiples of 8 (ldy of 2 for float32 results); w, x and y are aligned to 16
-// bytes. Rows of x need k elements only: what lies beyond is not read. Tasks of a call write disjoint memory; y does
-// not alias x.
+// NUMERICS (bf16). y[t][i] is one chain of tensor-core products over k in ascending order, summed in float32: it depends
+// on row t of x and row i of W alone, the same bits for any number of rows, any place of a row among them, alone or in
+// a call with others, dense or by expert.
+// REQUIRES (bf16) k and ldx are multiples of 8; w and x are aligned to 16 bytes (and y, with ldy a multiple of 8, or of
+// 4 for float32, to be fast). Rows of x need k elements only: what lies beyond is not read. Tasks of a call write
+// disjoint memory; y does not alias x.
+// WEIGHTS ARE READ AHEAD: a bf16 product may begin to read w before the launch right before it has ended. What writes
+// weights (make_tiles, an optimiser) must not be the last launch before a product: synchronise, or let any launch that
+// uses no programmatic dependency lie between.
 // ERRORS shapes are checked before the launch. Device faults: Error(kEnvironment) at the next synchronisation.
 // ASYNC on the device's stream; every function may be captured into a graph. A task with no rows does nothing.
 #pragma once
@@ -42,9 +43,13 @@ struct DeviceMatmulTask {
 // y = x Wᵀ for every task; tasks is host memory. One launch as a rule.
 template <class T>
 void matmul(Device& device, std::span<const DeviceMatmulTask<T>> tasks);
+template <>
+void matmul<float>(Device& device, std::span<const DeviceMatmulTask<float>> tasks);
+template <>
+void matmul<bf16>(Device& device, std::span<const DeviceMatmulTask<bf16>> tasks);
 
-// Slot s of expert e, offsets[e] <= s < offsets[e + 1], is row source[s] of x times expert e's matrix. How many slots
-// each expert has is known to the device only.
+// At most 512 experts. Slot s of expert e, offsets[e] <= s < offsets[e + 1], is row source[s] of x times expert e's
+// matrix. How many slots each expert has is known to the device only.
 template <class T>
 struct DeviceExpertTask {
   const void* w;         // experts matrices [n, k]
@@ -60,9 +65,10 @@ struct DeviceExpertTask {
 };
 template <class T>
 void matmul_experts(Device& device, const DeviceExpertTask<T>& task);
-
-// Pieces into which a bf16 product's k is cut: part of the contract, because the result's bits depend on it.
-int64_t matmul_segments(int64_t n, int64_t k);
+template <>
+void matmul_experts<float>(Device& device, const DeviceExpertTask<float>& task);
+template <>
+void matmul_experts<bf16>(Device& device, const DeviceExpertTask<bf16>& task);
 
 // Row-major float [n, k] in host memory into host tiles (rounded to nearest even) and back. Any n, k >= 1.
 void pack_tiles(const float* w, int64_t n, int64_t k, bf16* tiles);
