@@ -17,16 +17,10 @@
 #include <span>
 
 #include "kernels/context.h"
+#include "kernels/kda/shape.h"
 #include "kernels/sequence.h"
 
 namespace perigee::kernels {
-
-inline constexpr int64_t kKdaChunk = 16;
-
-struct KdaShape {
-  int64_t heads = 0;
-  int64_t dk = 0, dv = 0;  // multiples of 8 are fast; any positive value is correct
-};
 
 // Floats of one sequence's state in one layer. Layout, per part for all heads:
 //   S [heads, dk, dv] | Gamma [heads, dk] | K~ [heads, dk, 16] | u [heads, 16, dv]

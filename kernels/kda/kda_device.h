@@ -12,7 +12,7 @@
 
 #include "kernels/device/batch.h"
 #include "kernels/device/device.h"
-#include "kernels/kda/kda.h"
+#include "kernels/kda/shape.h"
 
 namespace perigee::kernels {
 
@@ -39,7 +39,9 @@ constexpr int64_t kda_chunk_slots(int64_t rows, int64_t slices) { return rows / 
 // the same bits however a sequence was cut into calls and whatever else was in the batch.
 // batch.training(): sequences start from zero and no state is kept; state_offset is ignored.
 // chunk_states: null, or (training only) kda_chunk_slots x [heads][dk][dv].
-// Scratch, T = bf16 and max_count > 1: heads * min(rows/16 + 2 slices, kKdaSegment) * 13.9 KB + heads * slices * 1 KB.
+// Scratch, T = bf16 and max_count > 1: heads * (min(slots, kKdaSegment) * 13.8 KB + slots * 4 B + slices * 1 KB +
+// 128 KiB) with slots = rows / 16 + 2 slices.
+inline constexpr int64_t kKdaSegment = 1024;  // chunks that one pass of the bf16 prefill takes (16,384 tokens)
 template <class T>
 void kda_forward(Device& dev, const KdaShape& shape, const T* q, const T* k, const T* v, const float* g,
                  const float* beta, const DeviceBatch& batch, int64_t state_offset, T* out, T* chunk_states = nullptr);
