@@ -4,14 +4,10 @@
 #include <cstdint>
 
 #include "kernels/context.h"
+#include "kernels/optim/params.h"
 
 namespace perigee::kernels {
 
-struct AdamWParams {
-  float lr = 1e-3f, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0.0f;
-  int64_t step = 1;      // 1 for the first update (bias correction)
-  float grad_scale = 1;  // multiplies the gradient before it is used: clipping, or 1/accumulation
-};
 // w_out = w_in - lr * (m^ / (sqrt(v^) + eps) + weight_decay * w_in), elementwise over n; w_out may be w_in.
 // w_in, w_out, grad, m, v f32 [n]; m, v updated in place.
 void adamw_step(Context& ctx, const AdamWParams& p, int64_t n, const float* w_in, float* w_out,

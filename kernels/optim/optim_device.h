@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "kernels/device/device.h"
-#include "kernels/optim/optim.h"
+#include "kernels/optim/params.h"
 
 namespace perigee::kernels {
 

@@ -9,10 +9,9 @@
 
 #include "kernels/context.h"
 #include "kernels/gemm/gemm.h"
+#include "kernels/vocab/shape.h"
 
 namespace perigee::kernels {
-
-inline constexpr int64_t kVocabBlock = 256;
 
 // table row-major [vocab, d] of dtype; out f32 [rows, d]. REQUIRES 0 <= tokens[i] < vocab (checked).
 void embedding_forward(Context& ctx, int64_t rows, int64_t d, int64_t vocab, const void* table, Dtype dtype,
@@ -21,10 +20,6 @@ void embedding_forward(Context& ctx, int64_t rows, int64_t d, int64_t vocab, con
 void embedding_backward(Context& ctx, int64_t rows, int64_t d, int64_t vocab, const int32_t* tokens,
                         const float* dout, float* dtable);
 
-struct LogitStats {
-  float lse;      // log sum exp(z)
-  float entropy;  // -sum p log p
-};
 // z = inv_temperature * logits, one row of `vocab` floats. The log-probability of token i is
 // logit_logprob(logits[i], inv_temperature, lse) = inv_temperature * logits[i] - lse, in float.
 LogitStats logits_stats(const float* logits, int64_t vocab, float inv_temperature);

@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "kernels/device/device.h"
-#include "kernels/vocab/vocab.h"
+#include "kernels/vocab/shape.h"
 
 namespace perigee::kernels {
 
