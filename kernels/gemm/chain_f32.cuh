@@ -9,7 +9,12 @@
 //
 // A block computes 16 R by 16 R results, R by R per thread, from shared memory in steps of sixteen of the depth.
 #pragma once
+#include <algorithm>
+#include <span>
+#include <utility>
+
 #include "kernels/device/launch.cuh"
+#include "kernels/gemm/expert_tiles.cuh"
 #include "kernels/gemm/gemm_device.h"
 
 namespace perigee::kernels::chain {
@@ -39,41 +44,6 @@ struct Products {
   Product p[kMostProducts];
 };
 
-// The index-th tile of `height` rows, counting every expert's tiles in order: its expert, first slot and rows left from
-// there; expert -1 when there are fewer tiles. Called by whole warps.
-struct ExpertTile {
-  int expert = -1;
-  int64_t begin = 0, rows = 0;
-};
-__device__ __forceinline__ ExpertTile find_expert_tile(const int32_t* offsets, int64_t experts, int height,
-                                                       int64_t index) {
-  const int lane = threadIdx.x % 32;
-  int64_t before = 0;
-  for (int64_t e0 = 0; e0 < experts; e0 += 32) {
-    const int64_t e = e0 + lane;
-    const int begin = e < experts ? offsets[e] : 0, end = e < experts ? offsets[e + 1] : 0;
-    const int tiles = (end - begin + height - 1) / height;
-    int upto = tiles;
-    for (int s = 1; s < 32; s *= 2) {
-      const int left = __shfl_up_sync(0xffffffffu, upto, s);
-      if (lane >= s) upto += left;
-    }
-    const unsigned past = __ballot_sync(0xffffffffu, before + upto > index);
-    if (past != 0) {
-      const int which = __ffs(past) - 1;
-      const int skipped = __shfl_sync(0xffffffffu, upto - tiles, which);
-      const int first = __shfl_sync(0xffffffffu, begin, which), last = __shfl_sync(0xffffffffu, end, which);
-      ExpertTile t;
-      t.expert = static_cast<int>(e0) + which;
-      t.begin = first + (index - before - skipped) * height;
-      t.rows = last - t.begin;
-      return t;
-    }
-    before += __shfl_sync(0xffffffffu, upto, 31);
-  }
-  return {};
-}
-
 inline constexpr int kStep = 16, kThreads = 256;
 
 template <Kind kind, int R, class T>
@@ -100,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, R == 8 ? 1 : 2) tile_kernel(const __
       depth = p.offsets[expert + 1] - first;
       shift = expert * p.expert_stride;
     } else {
-      const ExpertTile t = find_expert_tile(p.offsets, p.experts, kSide, tile / p.tile_columns);
+      const ExpertTile t = ExpertCursor().find(p.offsets, static_cast<int>(p.experts), kSide, tile / p.tile_columns);
       if (t.expert < 0) return;
       r0 = 0;
       rows = t.rows;
@@ -226,7 +196,8 @@ void launch(Device& device, std::span<const Product> products) {
   const auto tiles_of = [](Product p, int64_t side) {
     p.tile_columns = (p.cols + side - 1) / side;
     int64_t tile_rows = (p.rows + side - 1) / side;
-    if (p.offsets != nullptr) tile_rows = kind == Kind::kGradWeight ? tile_rows * p.experts : tile_rows + std::min(p.experts, p.rows);
+    if (p.offsets != nullptr)
+      tile_rows = kind == Kind::kGradWeight ? tile_rows * p.experts : tile_rows + std::min(p.experts, p.rows);
     return std::pair(p.tile_columns * tile_rows, p);
   };
   while (!products.empty()) {

@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kFewThreads) few_rows(const __grid_constant__ 
   int64_t row0 = tile / p.tile_columns * kFewRows;
   const float* w = static_cast<const float*>(p.b);
   if (p.offsets != nullptr) {
-    const chain::ExpertTile t = chain::find_expert_tile(p.offsets, p.experts, kFewRows, tile / p.tile_columns);
+    const ExpertTile t =
+        ExpertCursor().find(p.offsets, static_cast<int>(p.experts), kFewRows, tile / p.tile_columns);
     if (t.expert < 0) return;
     row0 = t.begin;
     rows = std::min<int64_t>(kFewRows, t.rows);

@@ -1,11 +1,10 @@
-// The gradients of gemm_device_grad.h over float32, and the router's over both types: see chain_f32.cuh.
+// The gradients of gemm_device_grad.h over float32: see chain_f32.cuh.
 #include <algorithm>
 #include <utility>
 #include <vector>
 
 #include "kernels/gemm/chain_f32.cuh"
 #include "kernels/gemm/gemm_device_grad.h"
-#include "kernels/moe/router_device.h"
 
 namespace perigee::kernels {
 namespace {
@@ -64,28 +63,5 @@ void matmul_experts_grad_weight<float>(Device& device, const DeviceExpertGradWei
   p.offsets = t.offsets, p.source = t.source, p.experts = t.experts, p.expert_stride = t.dw_stride;
   chain::launch<Kind::kGradWeight, float>(device, {&p, 1});
 }
-
-template <class T>
-void router_grad(Device& device, int64_t rows, int64_t experts, int64_t d, const T* h, const float* w_panels,
-                 const float* dlogits, void* dh, Store store, float* dw_panels) {
-  PERIGEE_CHECK(rows >= 0 && experts > 0 && d > 0);
-  if (rows == 0) return;
-  if (dh != nullptr) {
-    Product p;
-    p.a = dlogits, p.lda = experts, p.b = w_panels, p.out = dh, p.ldo = d;
-    p.rows = rows, p.cols = d, p.depth = experts, p.store = store;
-    chain::launch<Kind::kGradInput, T>(device, {&p, 1});
-  }
-  if (dw_panels != nullptr) {
-    Product p;
-    p.a = h, p.lda = d, p.b = dlogits, p.ldb = experts, p.out = dw_panels;
-    p.rows = d, p.cols = experts, p.depth = rows;
-    chain::launch<Kind::kGradWeight, T>(device, {&p, 1});
-  }
-}
-template void router_grad<float>(Device&, int64_t, int64_t, int64_t, const float*, const float*, const float*, void*,
-                                 Store, float*);
-template void router_grad<bf16>(Device&, int64_t, int64_t, int64_t, const bf16*, const float*, const float*, void*,
-                                Store, float*);
 
 }  // namespace perigee::kernels
