@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "kernels/gemm/gemm.h"
 #include "kernels/vocab/vocab.h"
 #include "policy/engine/backend.h"
 

@@ -7,7 +7,7 @@
 #include <string_view>
 #include <vector>
 
-#include "kernels/gemm/gemm.h"
+#include "kernels/gemm/weight.h"
 
 namespace perigee::policy {
 

@@ -9,6 +9,7 @@
 #include "kernels/kda/kda.h"
 #include "kernels/mla/mla.h"
 #include "kernels/moe/moe.h"
+#include "kernels/gemm/gemm.h"
 #include "policy/model/forward.h"
 
 namespace perigee::policy {

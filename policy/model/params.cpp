@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "base/error.h"
 #include "base/random.h"
 #include "kernels/gemm/tiles.h"
 

@@ -1,7 +1,7 @@
 // Where every parameter of a model lies. One ParamLayout describes three arenas of the same model:
 //   weights    weight_bytes()  matrices and tables in `dtype`, vectors and router in float32 (byte_offset)
 //   flat f32   elements()      gradients, Adam moments, float32 masters: a float per element (element_offset)
-// Matrices lie in both as the device that multiplies them reads them: in panels (kernels/gemm/gemm.h) for the CPU and
+// Matrices lie in both as the device that multiplies them reads them: in panels (kernels/gemm/weight.h) for the CPU and
 // for float32 on a GPU, in tiles (kernels/gemm/tiles.h) for bfloat16 on a GPU. Padding elements are zero and stay zero.
 //
 // Beside the checkpoint's tensors as they are, three are arranged for the kernels:
@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/gemm/gemm.h"
+#include "kernels/gemm/weight.h"
 #include "policy/model/config.h"
 
 namespace perigee::policy {
