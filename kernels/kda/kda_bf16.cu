@@ -1,0 +1,54 @@
+// The bf16 forward: checks, buffers and the order of the launches.
+#include "kernels/kda/kda_bf16.cuh"
+
+namespace perigee::kernels {
+
+using kda::Problem;
+using kda::Record;
+using kda::StateLayout;
+
+template <>
+int64_t kda_state_bytes<bf16>(const KdaShape& shape) {
+  return shape.heads * StateLayout::kBytes;
+}
+
+template <>
+void kda_forward<bf16>(Device& dev, const KdaShape& shape, const bf16* q, const bf16* k, const bf16* v, const float* g,
+                       const float* beta, const DeviceBatch& batch, int64_t state_offset, bf16* out,
+                       bf16* chunk_states) {
+  PERIGEE_CHECK(shape.heads > 0 && shape.dk > 0 && shape.dv > 0, "no heads or channels");
+  PERIGEE_CHECK(shape.dk % 16 == 0 && shape.dk <= kda::kDim && shape.dv % 16 == 0 && shape.dv <= kda::kDim,
+                "bf16: dk and dv are multiples of 16 up to 128");
+  PERIGEE_CHECK(chunk_states == nullptr || batch.training(), "chunk states belong to training");
+  PERIGEE_CHECK(state_offset % 256 == 0, "state offset");
+  if (batch.slices == 0 || batch.rows == 0) return;
+  Problem p = {};
+  p.heads = static_cast<int>(shape.heads), p.dk = static_cast<int>(shape.dk), p.dv = static_cast<int>(shape.dv);
+  p.q = q, p.k = k, p.v = v, p.g = g, p.beta = beta, p.batch = batch, p.state_offset = state_offset;
+  p.out = out, p.chunk_states = chunk_states;
+  if (batch.max_count == 1 && !batch.training()) {
+    launch_decode(dev, p);
+    return;
+  }
+  const DeviceScratch::Mark mark(dev.scratch);
+  const int slots = batch.rows / kda::kChunk + 2 * batch.slices;
+  const int segment = slots < kKdaSegment ? slots : static_cast<int>(kKdaSegment);
+  p.table = dev.scratch.take<int2>(slots);
+  p.ready = dev.scratch.take<unsigned>(slots * shape.heads);
+  p.records = dev.scratch.take<uint8_t>(segment * shape.heads * Record::kBytes);
+  p.last_t = dev.scratch.take<float>(batch.slices * shape.heads * 256);
+  p.carry[0] = dev.scratch.take<uint8_t>(shape.heads * 65536);
+  p.carry[1] = dev.scratch.take<uint8_t>(shape.heads * 65536);
+  launch_plan(dev, p, slots);
+  for (int at = 0; at < slots; at += segment) {
+    p.slot_begin = at;
+    p.slot_end = at + segment < slots ? at + segment : slots;
+    launch_intra(dev, p);
+    launch_scan(dev, p);
+    uint8_t* const written = p.carry[1];
+    p.carry[1] = p.carry[0];
+    p.carry[0] = written;
+  }
+}
+
+}  // namespace perigee::kernels

@@ -1,0 +1,320 @@
+// Prefill, first kernel: what the scan needs to know of each chunk of each head, every chunk on its own.
+//
+// The products k_i . K~_j and q_i . K~_j with K~_j = key j decayed from row j to row i, for j < i, by tensor cores and
+// without overflow for any decay: let L be the highest bit in which i and j differ and r = i with the bits below L
+// cleared, so j < r <= i. Row i is decayed from r to i, row j from j to r; both factors are products of decays, at most 1,
+// and for a given L every row stands on one side: four products of sixteen rows (8 keys and 8 queries) by 8 rows.
+#include "kernels/kda/kda_bf16.cuh"
+
+namespace perigee::kernels::kda {
+namespace {
+
+constexpr int kThreads = 64;  // a thread has two neighbouring channels of all rows; a warp has half of the channels
+constexpr int kPitch = 144;   // bytes between rows of 64 channels: rows start in different banks
+
+struct Shared {
+  uint8_t record[Record::kBytes];
+  uint8_t rows[2][32 * kPitch];
+  float other_k[4][2][32];  // sums of the second half of the channels, which the first warp adds
+  float other_q[6][2][32];  // sums of the first half, which the second warp adds
+  float a[kChunk][20];      // a[j][i]
+};
+
+// Rows [0,16) by rows [16,24) (+ 8 second) of a warp's half of the channels: one chain, channels ascending.
+__device__ __forceinline__ C4 multiply(unsigned rows, int lane, int second) {
+  C4 c = {};
+#pragma unroll
+  for (int pair = 0; pair < 2; ++pair) {
+    unsigned b[4];
+    load_matrices(b, rows + (16 + 8 * second + (lane & 7)) * kPitch + pair * 64 + (lane >> 3) * 16);
+#pragma unroll
+    for (int step = 0; step < 2; ++step) {
+      A4 a;
+      load_matrices(a.x, rows + (lane & 15) * kPitch + pair * 64 + step * 32 + (lane >> 4) * 16);
+      mma(c, a, b[2 * step], b[2 * step + 1]);
+    }
+  }
+  return c;
+}
+
+struct Rows {
+  unsigned k[kChunk], q[kChunk];  // two channels each
+  float2 a[kChunk];               // exp(g)
+};
+
+__device__ __forceinline__ unsigned scale(unsigned pair, float2 s) { return pack(low_of(pair) * s.x, high_of(pair) * s.y); }
+__device__ __forceinline__ float2 operator*(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
+
+template <int L>
+__device__ __forceinline__ C4 level(const Rows& x, uint8_t* rows, unsigned rows_address, int lane) {
+  unsigned* at = reinterpret_cast<unsigned*>(rows) + lane;
+  __syncwarp();
+#pragma unroll
+  for (int block = 0; block < 8 / L; ++block) {
+    const int r = 2 * L * block + L;
+    float2 s = x.a[r];
+#pragma unroll
+    for (int j = r - 1; j >= r - L; --j) {
+      if (j < r - 1) s = s * x.a[j + 1];
+      at[(16 + L * block + j - (r - L)) * (kPitch / 4)] = scale(x.k[j], s);
+    }
+    at[L * block * (kPitch / 4)] = x.k[r];
+    at[(8 + L * block) * (kPitch / 4)] = x.q[r];
+#pragma unroll
+    for (int i = r + 1; i < r + L; ++i) {
+      s = i == r + 1 ? x.a[i] : s * x.a[i];
+      at[(L * block + i - r) * (kPitch / 4)] = scale(x.k[i], s);
+      at[(8 + L * block + i - r) * (kPitch / 4)] = scale(x.q[i], s);
+    }
+  }
+  __syncwarp();
+  return multiply(rows_address, lane, 0);
+}
+
+// Calls use(i, j, e) for the two elements that a lane has of the product of level L, where they are of one block.
+template <int L, class Use>
+__device__ __forceinline__ void elements(int lane, const Use& use) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int n = 2 * t + e;
+    if (g / L == n / L) use(g / L * 2 * L + L + g % L, n / L * 2 * L + n % L, e);
+  }
+}
+
+__device__ __forceinline__ void put_half(uint8_t* block, int i, int j, float x) {
+  const int word = ((i & 7) * 4 + ((j & 7) >> 1)) * 4 + (j >> 3) * 2 + (i >> 3);
+  reinterpret_cast<uint16_t*>(block)[2 * word + (j & 1)] = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+
+__global__ void __launch_bounds__(kThreads, 8) intra_kernel(const Problem p) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) uint8_t memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  wait_for_previous();
+  let_next_start();  // the scan starts beside this kernel and waits for records one by one
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int pair = 32 * warp + lane;
+  const bool inside = 2 * pair < p.dk;
+  const int64_t row_words = static_cast<int64_t>(p.heads) * p.dk / 2;
+  uint8_t* const my_rows = shared.rows[warp];
+  const unsigned rows_address = shared_address(my_rows);
+  const int items = (p.slot_end - p.slot_begin) * p.heads;
+  unsigned* pending = nullptr;
+
+  for (int item = blockIdx.x; item < items; item += gridDim.x) {
+    const int slot = p.slot_begin + item / p.heads, head = item % p.heads;
+    const int2 entry = p.table[slot];
+    if (entry.x < 0) continue;
+    const DeviceSlice slice = p.batch.slice[entry.x];
+    const ChunkRows own(slice, entry.y);
+    const uint8_t* state = own.first > 0 ? p.state(entry.x, head) : nullptr;
+
+    Rows x;
+    {
+      const int64_t at = own.row0 * row_words + head * (p.dk / 2) + pair;
+      const unsigned* k = reinterpret_cast<const unsigned*>(p.k) + at;
+      const unsigned* q = reinterpret_cast<const unsigned*>(p.q) + at;
+      const float2* g = reinterpret_cast<const float2*>(p.g) + at;
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        x.k[i] = x.q[i] = 0;
+        x.a[i] = {0.0f, 0.0f};
+        if (inside && i >= own.first && i < own.last) {
+          x.k[i] = __ldg(k + i * row_words);
+          x.q[i] = __ldg(q + i * row_words);
+          x.a[i] = __ldg(g + i * row_words);
+        }
+      }
+    }
+    float beta = 0.0f;
+    const int column = lane & 15;
+    if (column >= own.first && column < own.last) beta = __ldg(p.beta + (own.row0 + column) * p.heads + head);
+    if (own.first > 0) {
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i)
+        if (i < own.first) {
+          x.k[i] = *(reinterpret_cast<const unsigned*>(state + StateLayout::kKeys) + i * 64 + pair);
+          x.a[i] = *(reinterpret_cast<const float2*>(state + StateLayout::kGates) + i * 64 + pair);
+        }
+      if (column < own.first) beta = *(reinterpret_cast<const float*>(state + StateLayout::kT) + 17 * column);
+    }
+    // The last record has left shared memory and is to be announced.
+    if (threadIdx.x == 0 && pending != nullptr) {
+      bulk_stores_done();
+      fence_async();
+      __threadfence();
+      asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(pending) : "memory");
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) x.a[i] = {decay_of(x.a[i].x), decay_of(x.a[i].y)};
+
+    // Gamma . K and Gamma . Q, two rows of eight apart at once; rows of the state have been multiplied by S before.
+    const int block = pair >> 3, t = pair & 3, high = (pair >> 2) & 1;
+    {
+      float2 gamma[kChunk];
+      gamma[0] = x.a[0];
+#pragma unroll
+      for (int i = 1; i < kChunk; ++i) gamma[i] = gamma[i - 1] * x.a[i];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int word = block * 128 + record_place(block, i, t) * 4 + high * 2;
+        const uint2 gk = {i < own.first ? 0u : scale(x.k[i], gamma[i]), i + 8 < own.first ? 0u : scale(x.k[i + 8], gamma[i + 8])};
+        const uint2 gq = {scale(x.q[i], gamma[i]), scale(x.q[i + 8], gamma[i + 8])};
+        *reinterpret_cast<uint2*>(shared.record + Record::kGammaK + word * 4) = gk;
+        *reinterpret_cast<uint2*>(shared.record + Record::kGammaQ + word * 4) = gq;
+      }
+      *reinterpret_cast<float2*>(shared.record + Record::kGamma + (block * 16 + t * 4 + high * 2) * 4) = gamma[15];
+    }
+    {
+      float2 at_end[kChunk];
+      float2 s = x.a[15];
+      at_end[15] = {low_of(x.k[15]), high_of(x.k[15])};
+#pragma unroll
+      for (int j = 14; j >= 0; --j) {
+        if (j < 14) s = s * x.a[j + 1];
+        at_end[j] = float2{low_of(x.k[j]), high_of(x.k[j])} * s;
+      }
+      const int g = 2 * t;  // of the first channel among eight; `high` is the eight
+#pragma unroll
+      for (int tokens = 0; tokens < 4; ++tokens) {
+        const uint2 even = {pack(at_end[2 * tokens].x, at_end[2 * tokens + 1].x),
+                            pack(at_end[2 * tokens + 8].x, at_end[2 * tokens + 9].x)};
+        const uint2 odd = {pack(at_end[2 * tokens].y, at_end[2 * tokens + 1].y),
+                           pack(at_end[2 * tokens + 8].y, at_end[2 * tokens + 9].y)};
+        uint8_t* to = shared.record + Record::kKeysAtEnd + (block * 128 + high * 2) * 4;
+        *reinterpret_cast<uint2*>(to + record_place(block, g, tokens) * 16) = even;
+        *reinterpret_cast<uint2*>(to + record_place(block, g + 1, tokens) * 16) = odd;
+      }
+    }
+
+    C4 c[6];
+    c[0] = level<8>(x, my_rows, rows_address, lane);
+    c[1] = level<4>(x, my_rows, rows_address, lane);
+    c[2] = level<2>(x, my_rows, rows_address, lane);
+    c[3] = level<1>(x, my_rows, rows_address, lane);
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      reinterpret_cast<unsigned*>(my_rows)[i * (kPitch / 4) + lane] = x.q[i];
+      reinterpret_cast<unsigned*>(my_rows)[(16 + i) * (kPitch / 4) + lane] = x.k[i];
+    }
+    __syncwarp();
+    c[4] = multiply(rows_address, lane, 0);  // rows 0..7 of its diagonal count
+    c[5] = multiply(rows_address, lane, 1);  // and rows 8..15
+
+    if (warp == 0) {
+#pragma unroll
+      for (int l = 0; l < 6; ++l) {
+        shared.other_q[l][0][lane] = l == 4 ? c[l].x[0] : c[l].x[2];
+        shared.other_q[l][1][lane] = l == 4 ? c[l].x[1] : c[l].x[3];
+      }
+    } else {
+#pragma unroll
+      for (int l = 0; l < 4; ++l) {
+        shared.other_k[l][0][lane] = c[l].x[0];
+        shared.other_k[l][1][lane] = c[l].x[1];
+      }
+      *reinterpret_cast<uint4*>(shared.record + Record::kQ + lane * 16) = make_uint4(0, 0, 0, 0);
+    }
+    __syncthreads();
+    if (warp == 0) {
+      elements<8>(lane, [&](int i, int j, int e) { shared.a[j][i] = c[0].x[e] + shared.other_k[0][e][lane]; });
+      elements<4>(lane, [&](int i, int j, int e) { shared.a[j][i] = c[1].x[e] + shared.other_k[1][e][lane]; });
+      elements<2>(lane, [&](int i, int j, int e) { shared.a[j][i] = c[2].x[e] + shared.other_k[2][e][lane]; });
+      elements<1>(lane, [&](int i, int j, int e) { shared.a[j][i] = c[3].x[e] + shared.other_k[3][e][lane]; });
+      __syncwarp();
+      // Column by column: T_i = beta_i (e_i - sum over j < i of A_ij T_j), j ascending.
+      float row[kChunk];
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) row[i] = i == column ? 1.0f : 0.0f;
+#pragma unroll
+      for (int j = 0; j < kChunk; ++j) {
+        row[j] = __shfl_sync(0xffffffffu, beta, j) * row[j];
+#pragma unroll
+        for (int i = j + 1; i < kChunk; ++i) row[i] = __fmaf_rn(-shared.a[j][i], row[j], row[i]);
+      }
+      if (lane < 16) {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) put_half(shared.record + Record::kT, i, column, row[i]);
+        if (own.last < kChunk && p.batch.recurrent != nullptr) {
+          float* last = p.last_t + (static_cast<int64_t>(entry.x) * p.heads + head) * 256 + column;
+#pragma unroll
+          for (int i = 0; i < kChunk; ++i) last[16 * i] = row[i];
+        }
+      }
+    } else {
+      elements<8>(lane, [&](int i, int j, int e) {
+        put_half(shared.record + Record::kQ, i, j, shared.other_q[0][e][lane] + c[0].x[2 + e]);
+      });
+      elements<4>(lane, [&](int i, int j, int e) {
+        put_half(shared.record + Record::kQ, i, j, shared.other_q[1][e][lane] + c[1].x[2 + e]);
+      });
+      elements<2>(lane, [&](int i, int j, int e) {
+        put_half(shared.record + Record::kQ, i, j, shared.other_q[2][e][lane] + c[2].x[2 + e]);
+      });
+      elements<1>(lane, [&](int i, int j, int e) {
+        put_half(shared.record + Record::kQ, i, j, shared.other_q[3][e][lane] + c[3].x[2 + e]);
+      });
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int g = lane >> 2;
+        if (g == 2 * (lane & 3) + e) {
+          put_half(shared.record + Record::kQ, g, g, shared.other_q[4][e][lane] + c[4].x[e]);
+          put_half(shared.record + Record::kQ, g + 8, g + 8, shared.other_q[5][e][lane] + c[5].x[2 + e]);
+        }
+      }
+    }
+    if (own.last < kChunk) __threadfence();  // last_t, before the record is announced
+    fence_async();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      const int64_t place = static_cast<int64_t>(slot - p.slot_begin) * p.heads + head;
+      bulk_store(p.records + place * Record::kBytes, shared.record, Record::kBytes);
+      pending = p.ready + static_cast<int64_t>(slot) * p.heads + head;
+    }
+  }
+  if (threadIdx.x == 0 && pending != nullptr) {
+    bulk_stores_done();
+    fence_async();
+    __threadfence();
+    asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(pending) : "memory");
+  }
+#endif
+}
+
+// One block fills the table of slots; all blocks clear the marks.
+__global__ void __launch_bounds__(512) plan_kernel(const Problem p, int slots) {
+  const int64_t marks = static_cast<int64_t>(slots) * p.heads;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < marks;
+       i += static_cast<int64_t>(gridDim.x) * blockDim.x)
+    p.ready[i] = 0;
+  if (blockIdx.x != 0) return;
+  for (int i = threadIdx.x; i < slots; i += blockDim.x) p.table[i] = make_int2(-1, 0);
+  __syncthreads();
+  const int lanes = p.batch.slices > 8 ? 32 : static_cast<int>(blockDim.x);
+  for (int i = threadIdx.x / lanes; i < p.batch.slices; i += blockDim.x / lanes) {
+    const DeviceSlice s = p.batch.slice[i];
+    const int chunks = chunk_count(s), base = slot_base(s, i);
+    for (int c = threadIdx.x % lanes; c < chunks; c += lanes) p.table[base + c] = make_int2(i, c);
+  }
+}
+
+}  // namespace
+
+void launch_plan(Device& dev, const Problem& p, int slots) {
+  plan_kernel<<<32, 512, 0, dev.stream()>>>(p, slots);
+  PERIGEE_LAUNCHED();
+}
+
+void launch_intra(Device& dev, const Problem& p) {
+  allow_shared_memory(intra_kernel, sizeof(Shared));
+  const int64_t items = static_cast<int64_t>(p.slot_end - p.slot_begin) * p.heads;
+  // All blocks stand on the chip at once with room for the scan beside them.
+  const int64_t blocks = int64_t{4} * dev.info().multiprocessors;
+  launch_dependent(intra_kernel, dim3(static_cast<unsigned>(items < blocks ? items : blocks)), dim3(kThreads),
+                   sizeof(Shared), dev.stream(), p);
+}
+
+}  // namespace perigee::kernels::kda
