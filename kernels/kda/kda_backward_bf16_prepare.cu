@@ -1,0 +1,212 @@
+// First kernel of the bf16 backward: what of a chunk does not depend on the gradient of its last state. One block of
+// four warps per chunk and head.
+//   A_ij = k_i . K~_j (j < i), B_ij = q_i . K~_j (j <= i)          K~_j: key j decayed to row i; products of exp(g) <= 1
+//   R = (I + A beta)^-1 (V - (Gamma K) S)                          U = beta R
+//   X0 = (I + beta A)^-T Bᵀ dO,  W = (I + beta A)^-T K~            dX = X0 + W dS', and beta dX is dV
+// A and B are summed in float32 without the tensor cores, the inverses by forward substitution.
+#include "kernels/kda/kda_backward_bf16.cuh"
+
+namespace perigee::kernels::kda_grad {
+
+namespace {
+
+constexpr int kSmallRow = 24;  // bf16 between the rows of a 16x16 matrix
+
+struct Shared {
+  std::byte s[kStateBytes];
+  // In the order of a record: V becomes R, dO becomes X0, K~ becomes W.
+  std::byte gk[kTileBytes], gq[kTileBytes], kt[kTileBytes], dout[kTileBytes], v[kTileBytes];
+  float decay[kDim];
+  float alpha[kChunk][kDim];
+  bf16 k[kChunk][kDim], q[kChunk][kDim];
+  float a[kChunk][kChunk], b[kChunk][kChunk], beta[kChunk];
+  bf16 m_inverse[kChunk][kSmallRow], l_inverse[kChunk][kSmallRow], b_small[kChunk][kSmallRow];
+};
+static_assert(offsetof(Shared, decay) - offsetof(Shared, gk) == Record::kDecay);
+
+__device__ __forceinline__ unsigned small_address(const bf16 (&m)[kChunk][kSmallRow], int lane) {
+  return shared_address(&m[lane & 15][(lane >> 4) * 8]);
+}
+
+// Sums of eight values over the warp; lane 4 i has the sum of value i.
+__device__ __forceinline__ float reduce8(const float (&v)[8], int lane) {
+  float w[4], x[2];
+  const bool h16 = lane & 16, h8 = lane & 8, h4 = lane & 4;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w[i] = (h16 ? v[i + 4] : v[i]) + __shfl_xor_sync(~0u, h16 ? v[i] : v[i + 4], 16);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) x[i] = (h8 ? w[i + 2] : w[i]) + __shfl_xor_sync(~0u, h8 ? w[i] : w[i + 2], 8);
+  float y = (h4 ? x[1] : x[0]) + __shfl_xor_sync(~0u, h4 ? x[0] : x[1], 4);
+  y += __shfl_xor_sync(~0u, y, 2);
+  y += __shfl_xor_sync(~0u, y, 1);
+  return y;
+}
+
+__device__ __forceinline__ float4 load_four(const bf16* p) {
+  const uint2 x = *reinterpret_cast<const uint2*>(p);
+  return {low_of(x.x), high_of(x.x), low_of(x.y), high_of(x.y)};
+}
+
+// Warp w has the columns j = w, w + 4, w + 8, w + 12 of A and B, a lane four channels.
+__device__ __forceinline__ void inner_products(Shared& m, int warp, int lane) {
+  float4 kd[4];
+#pragma unroll 4
+  for (int i = 0; i < kChunk; ++i) {
+    const float4 alpha = *reinterpret_cast<const float4*>(&m.alpha[i][4 * lane]);
+    const float4 k = load_four(&m.k[i][4 * lane]), q = load_four(&m.q[i][4 * lane]);
+    float sums[8];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const int j = warp + 4 * c;
+      sums[c] = sums[4 + c] = 0.0f;
+      if (j == i) kd[c] = k;
+      if (j < i) {
+        kd[c] = {kd[c].x * alpha.x, kd[c].y * alpha.y, kd[c].z * alpha.z, kd[c].w * alpha.w};
+        sums[c] = __fmaf_rn(k.x, kd[c].x, __fmaf_rn(k.y, kd[c].y, __fmaf_rn(k.z, kd[c].z, k.w * kd[c].w)));
+      }
+      if (j <= i)
+        sums[4 + c] = __fmaf_rn(q.x, kd[c].x, __fmaf_rn(q.y, kd[c].y, __fmaf_rn(q.z, kd[c].z, q.w * kd[c].w)));
+    }
+    const float sum = reduce8(sums, lane);
+    if (lane % 4 == 0) (lane < 16 ? m.a : m.b)[i][warp + (lane & 12)] = sum;
+  }
+}
+
+// Lanes 0 to 15: the columns of (I + A beta)^-1; lanes 16 to 31: those of (I + beta A)^-1.
+__device__ __forceinline__ void invert(Shared& m, int lane) {
+  const int column = lane & 15;
+  const bool left = lane >= 16;
+  float x[kChunk];  // for A beta: beta times the element
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < i; ++j) sum = __fmaf_rn(m.a[i][j], x[j], sum);
+    const float beta = m.beta[i], e = (i == column ? 1.0f : 0.0f) - (left ? beta * sum : sum);
+    (left ? m.l_inverse : m.m_inverse)[i][column] = from_float<bf16>(e);
+    x[i] = left ? e : beta * e;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) prepare_kernel(Operands o) {
+  extern __shared__ __align__(1024) std::byte memory[];
+  Shared& m = *reinterpret_cast<Shared*>(memory);
+  const int head = blockIdx.x, slot = o.slot0 + static_cast<int>(blockIdx.y), slice = o.slice_of[slot] - 1;
+  if (slice < 0) return;
+  const Chunk chunk(o.batch.slice[slice], slice, slot);
+  const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, n = chunk.n;
+  const int64_t ld_k = static_cast<int64_t>(o.heads) * o.dk, ld_v = static_cast<int64_t>(o.heads) * o.dv;
+  const int64_t at_k = chunk.row * ld_k + static_cast<int64_t>(head) * o.dk;
+  const int64_t at_v = chunk.row * ld_v + static_cast<int64_t>(head) * o.dv;
+  const unsigned s = shared_address(m.s), gk = shared_address(m.gk), kt = shared_address(m.kt),
+                 dout = shared_address(m.dout), v = shared_address(m.v);
+  copy_tile(dout, kChunk, o.dout + at_v, ld_v, n, o.dv);
+  copy_tile(v, kChunk, o.v + at_v, ld_v, n, o.dv);
+  copy_tile(s, kDim, o.states + (static_cast<int64_t>(slot) * o.heads + head) * o.dk * o.dv, o.dv, o.dk, o.dv);
+  copies_committed();
+  if (tid < kChunk) m.beta[tid] = tid < n ? o.beta[(chunk.row + tid) * o.heads + head] : 0.0f;
+  {
+    float alpha[kChunk], k[kChunk], q[kChunk];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const bool present = i < n && tid < o.dk;
+      const int64_t at = at_k + i * ld_k + tid;
+      alpha[i] = present ? o.g[at] : 0.0f;
+      k[i] = present ? to_float(o.k[at]) : 0.0f;
+      q[i] = present ? to_float(o.q[at]) : 0.0f;
+    }
+    float gamma = 1.0f;
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      alpha[i] = __expf(alpha[i]);
+      gamma *= alpha[i];
+      m.alpha[i][tid] = alpha[i];
+      m.k[i][tid] = from_float<bf16>(k[i]);
+      m.q[i][tid] = from_float<bf16>(q[i]);
+      const int at = tile_offset(i, tid / 8) + tid % 8 * 2;
+      *reinterpret_cast<bf16*>(m.gk + at) = from_float<bf16>(gamma * k[i]);
+      *reinterpret_cast<bf16*>(m.gq + at) = from_float<bf16>(gamma * q[i]);
+    }
+    m.decay[tid] = gamma;
+    float rest = 1.0f;
+#pragma unroll
+    for (int i = kChunk - 1; i >= 0; --i) {
+      *reinterpret_cast<bf16*>(m.kt + tile_offset(i, tid / 8) + tid % 8 * 2) = from_float<bf16>(rest * k[i]);
+      rest *= alpha[i];
+    }
+  }
+  __syncthreads();
+  inner_products(m, warp, lane);
+  __syncthreads();
+  if (warp == 0) {
+    invert(m, lane);
+  } else {
+    for (int i = tid - 32; i < kChunk * kChunk; i += kThreads - 32)
+      m.b_small[i / kChunk][i % kChunk] = from_float<bf16>(m.b[i / kChunk][i % kChunk]);
+  }
+  copies_done<0>();
+  __syncthreads();
+
+  // Transposed products: the rows are sixteen columns of the values (for W: of the keys), the columns the chunk's rows.
+  const Fragment m_inverse = load_block(small_address(m.m_inverse, lane));
+  const Fragment l_inverse = load_block_transposed(small_address(m.l_inverse, lane));
+  const Fragment b_small = load_block_transposed(small_address(m.b_small, lane));
+  const auto store = [&](unsigned tile, int panel, const float (&x)[2][4]) {
+    store_block_transposed(block_address(tile, 0, panel, lane), pack(x[0][0], x[0][1]), pack(x[1][0], x[1][1]),
+                           pack(x[0][2], x[0][3]), pack(x[1][2], x[1][3]));
+  };
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int panel = 2 * warp + half;
+    float y[2][4] = {}, r[2][4] = {}, du[2][4] = {}, x0[2][4] = {}, w[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < kDim / 16; ++i) {
+      const Fragment a = load_block_transposed(block_address(s, 16 * i, panel, lane));
+      const Fragment b = load_block(block_address(gk, 0, i, lane));
+      multiply(y[0], a.r[0], a.r[2], a.r[1], a.r[3], b.r[0], b.r[2]);
+      multiply(y[1], a.r[0], a.r[2], a.r[1], a.r[3], b.r[1], b.r[3]);
+    }
+    const Fragment vt = load_block_transposed(block_address(v, 0, panel, lane));
+#pragma unroll
+    for (int t = 0; t < 2; ++t) {
+      y[t][0] = low_of(vt.r[t]) - y[t][0];
+      y[t][1] = high_of(vt.r[t]) - y[t][1];
+      y[t][2] = low_of(vt.r[2 + t]) - y[t][2];
+      y[t][3] = high_of(vt.r[2 + t]) - y[t][3];
+    }
+    const unsigned y0 = pack(y[0][0], y[0][1]), y1 = pack(y[0][2], y[0][3]), y2 = pack(y[1][0], y[1][1]),
+                   y3 = pack(y[1][2], y[1][3]);
+    multiply(r[0], y0, y1, y2, y3, m_inverse.r[0], m_inverse.r[2]);
+    multiply(r[1], y0, y1, y2, y3, m_inverse.r[1], m_inverse.r[3]);
+    store(v, panel, r);
+
+    const Fragment d = load_block_transposed(block_address(dout, 0, panel, lane));
+    multiply(du[0], d.r[0], d.r[2], d.r[1], d.r[3], b_small.r[0], b_small.r[1]);
+    multiply(du[1], d.r[0], d.r[2], d.r[1], d.r[3], b_small.r[2], b_small.r[3]);
+    const unsigned u0 = pack(du[0][0], du[0][1]), u1 = pack(du[0][2], du[0][3]), u2 = pack(du[1][0], du[1][1]),
+                   u3 = pack(du[1][2], du[1][3]);
+    multiply(x0[0], u0, u1, u2, u3, l_inverse.r[0], l_inverse.r[1]);
+    multiply(x0[1], u0, u1, u2, u3, l_inverse.r[2], l_inverse.r[3]);
+    const Fragment k = load_block_transposed(block_address(kt, 0, panel, lane));
+    multiply(w[0], k.r[0], k.r[2], k.r[1], k.r[3], l_inverse.r[0], l_inverse.r[1]);
+    multiply(w[1], k.r[0], k.r[2], k.r[1], k.r[3], l_inverse.r[2], l_inverse.r[3]);
+    __syncwarp();  // all lanes have read the blocks that are overwritten
+    store(dout, panel, x0);
+    store(kt, panel, w);
+  }
+  __syncthreads();
+  std::byte* record = o.records + (static_cast<int64_t>(blockIdx.y) * o.heads + head) * Record::kBytes;
+  for (int i = tid * 16; i < Record::kBytes; i += kThreads * 16)
+    *reinterpret_cast<int4*>(record + i) = *reinterpret_cast<const int4*>(m.gk + i);
+}
+
+}  // namespace
+
+void launch_prepare(Device& dev, const Operands& o) {
+  allow_shared_memory(prepare_kernel, sizeof(Shared));
+  prepare_kernel<<<dim3(static_cast<unsigned>(o.heads), static_cast<unsigned>(o.slot1 - o.slot0)), kThreads, sizeof(Shared),
+                   dev.stream()>>>(o);
+  PERIGEE_LAUNCHED();
+}
+
+}  // namespace perigee::kernels::kda_grad
