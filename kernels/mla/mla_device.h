@@ -1,4 +1,5 @@
-// Latent attention on the device. mla.h says what is computed and what the letters mean.
+// Latent attention on the device, forwards; mla_device_grad.h has the gradients. mla.h says what is computed and what the
+// letters mean.
 //
 // PAGES hold kLatentPage rows each, at `page_offset` bytes inside every block of a sequence's page table, aligned to 128
 // bytes. Over float a page is [64, width], row-major, as on the CPU. Over bf16 it is a [64, width] matrix in the tiles of
@@ -18,7 +19,7 @@ namespace perigee::kernels {
 
 // Bytes of a page of one layer.
 template <class T>
-constexpr int64_t latent_page_bytes(const MlaShape& shape) {
+int64_t latent_page_bytes(const MlaShape& shape) {
   if constexpr (sizeof(T) == 2) return tiled_elements(kLatentPage, shape.width()) * 2;
   return kLatentPage * shape.width() * static_cast<int64_t>(sizeof(T));
 }
@@ -38,12 +39,5 @@ void latent_store(Device& device, const MlaShape& shape, const float* kv, const 
 template <class T>
 void mla_forward(Device& device, const MlaShape& shape, const T* q, const DeviceBatch& batch, int64_t page_offset,
                  const T* c, T* out, float* lse);
-
-// Training only. out, lse as written by the forward; dout [rows, heads*latent].
-// dq [rows, heads*width] and dc [rows, width] overwritten on the slices' rows. dc is f32 for both types: it goes back
-// through the RMSNorm of f32 values. Deterministic.
-template <class T>
-void mla_backward(Device& device, const MlaShape& shape, const T* q, const T* c, const DeviceBatch& batch, const T* out,
-                  const float* lse, const T* dout, T* dq, float* dc);
 
 }  // namespace perigee::kernels
