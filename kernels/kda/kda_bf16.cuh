@@ -188,9 +188,21 @@ __device__ __forceinline__ void bulk_stores_done() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void fence_async() {
+__device__ __forceinline__ void bulk_stores_read() {  // shared memory may be written again
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
+// Between what this thread wrote to shared memory and a bulk copy that reads it, and between a mark that this thread saw
+// and a bulk copy of the record.
+__device__ __forceinline__ void fence_shared_for_copy() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void fence_global_for_copy() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void copy16(void* to, const void* from, bool any) {

@@ -26,7 +26,7 @@ __device__ __forceinline__ unsigned pair_at(const bf16* row, int element) {
   return *reinterpret_cast<const unsigned*>(row + element);
 }
 
-__global__ void __launch_bounds__(kThreads) decode_kernel(const Problem p) {
+__global__ void __launch_bounds__(kThreads, 3) decode_kernel(const Problem p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   __shared__ Shared shared;
   const int head = blockIdx.x % p.heads, index = blockIdx.x / p.heads;
@@ -41,7 +41,6 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const Problem p) {
 
   // What comes from far away first: S, then the rows of the open chunk.
   A4 s[8];
-  uint4 low[8];
   if (active) {
     const uint8_t* from = state + (warp * 8 * 32 + lane) * 16;
 #pragma unroll
@@ -49,10 +48,8 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const Problem p) {
       const uint4 w = *reinterpret_cast<const uint4*>(from + StateLayout::kHigh + n * 512);
       s[n] = {w.x, w.y, w.z, w.w};
     }
-    if (closes) {
-#pragma unroll
-      for (int n = 0; n < 8; ++n) low[n] = *reinterpret_cast<const uint4*>(from + StateLayout::kLow + n * 512);
-    }
+    if (closes && lane < 4)  // 4 KiB, whose use is far away
+      for (int n = 0; n < 8; ++n) prefetch_l2(state + warp * 4096 + n * 512 + lane * 128 + StateLayout::kLow);
     // X of the rows before, zero after.
     const int tile_row = lane >> 1, half = lane & 1;
     copy16(shared.x[warp] + tile_piece(tile_row, half),
@@ -231,7 +228,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const Problem p) {
   uint8_t* const to = state + (warp * 8 * 32 + lane) * 16;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
-    const uint4 rest = low[n];
+    const uint4 rest = *reinterpret_cast<const uint4*>(to + StateLayout::kLow + n * 512);
     const float d0 = shared.gamma[16 * n + 2 * t], d1 = shared.gamma[16 * n + 2 * t + 1];
     const float d8 = shared.gamma[16 * n + 2 * t + 8], d9 = shared.gamma[16 * n + 2 * t + 9];
     C4 a = {join_state(s[n].x[0], rest.x, 0) * d0, join_state(s[n].x[0], rest.x, 1) * d1,

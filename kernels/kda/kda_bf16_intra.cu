@@ -10,13 +10,14 @@ namespace perigee::kernels::kda {
 namespace {
 
 constexpr int kThreads = 64;  // a thread has two neighbouring channels of all rows; a warp has half of the channels
+constexpr int kTeller = 32;   // the thread that stores records and announces them
 constexpr int kPitch = 144;   // bytes between rows of 64 channels: rows start in different banks
 
 struct Shared {
   uint8_t record[Record::kBytes];
   uint8_t rows[2][32 * kPitch];
-  float other_k[4][2][32];  // sums of the second half of the channels, which the first warp adds
-  float other_q[6][2][32];  // sums of the first half, which the second warp adds
+  float other_k[6][2][32];  // sums over the second half of the channels, which the first warp adds
+  float other_q[6][2][32];  // sums over the first half, which the second warp adds
   float a[kChunk][20];      // a[j][i]
 };
 
@@ -87,6 +88,12 @@ __device__ __forceinline__ void put_half(uint8_t* block, int i, int j, float x) 
   reinterpret_cast<uint16_t*>(block)[2 * word + (j & 1)] = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
+// The record that this thread stored last is in global memory: the scan may read it.
+__device__ __forceinline__ void announce(unsigned* mark) {
+  bulk_stores_done();
+  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(mark) : "memory");
+}
+
 __global__ void __launch_bounds__(kThreads, 8) intra_kernel(const Problem p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t memory[];
@@ -101,12 +108,22 @@ __global__ void __launch_bounds__(kThreads, 8) intra_kernel(const Problem p) {
   const unsigned rows_address = shared_address(my_rows);
   const int items = (p.slot_end - p.slot_begin) * p.heads;
   unsigned* pending = nullptr;
+  // Where the next item stands is read while this one is computed.
+  int2 next = {-1, 0};
+  DeviceSlice next_slice = {};
+  const auto look_up = [&](int item) {
+    next.x = -1;
+    if (item < items) next = p.table[p.slot_begin + item / p.heads];
+    if (next.x >= 0) next_slice = p.batch.slice[next.x];
+  };
+  look_up(blockIdx.x);
 
   for (int item = blockIdx.x; item < items; item += gridDim.x) {
     const int slot = p.slot_begin + item / p.heads, head = item % p.heads;
-    const int2 entry = p.table[slot];
+    const int2 entry = next;
+    const DeviceSlice slice = next_slice;
+    look_up(item + static_cast<int>(gridDim.x));
     if (entry.x < 0) continue;
-    const DeviceSlice slice = p.batch.slice[entry.x];
     const ChunkRows own(slice, entry.y);
     const uint8_t* state = own.first > 0 ? p.state(entry.x, head) : nullptr;
 
@@ -139,13 +156,7 @@ __global__ void __launch_bounds__(kThreads, 8) intra_kernel(const Problem p) {
         }
       if (column < own.first) beta = *(reinterpret_cast<const float*>(state + StateLayout::kT) + 17 * column);
     }
-    // The last record has left shared memory and is to be announced.
-    if (threadIdx.x == 0 && pending != nullptr) {
-      bulk_stores_done();
-      fence_async();
-      __threadfence();
-      asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(pending) : "memory");
-    }
+    if (threadIdx.x == kTeller) bulk_stores_read();
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) x.a[i] = {decay_of(x.a[i].x), decay_of(x.a[i].y)};
@@ -189,11 +200,28 @@ __global__ void __launch_bounds__(kThreads, 8) intra_kernel(const Problem p) {
       }
     }
 
-    C4 c[6];
-    c[0] = level<8>(x, my_rows, rows_address, lane);
-    c[1] = level<4>(x, my_rows, rows_address, lane);
-    c[2] = level<2>(x, my_rows, rows_address, lane);
-    c[3] = level<1>(x, my_rows, rows_address, lane);
+    // Of each product the first warp finishes the part of the keys, the second that of the queries.
+    float mine[6][2];
+    const auto exchange = [&](int l, const C4& c, int keys) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        mine[l][e] = warp == 0 ? c.x[keys + e] : c.x[2 - keys + e];
+        (warp == 0 ? shared.other_q : shared.other_k)[l][e][lane] = warp == 0 ? c.x[2 - keys + e] : c.x[keys + e];
+      }
+    };
+    if (next.x >= 0) {  // the next item's rows come nearer: 16 rows x 8 lines, two lines a thread
+      const ChunkRows rows(next_slice, next.y);
+      const int row = threadIdx.x >> 2, line = threadIdx.x & 3;
+      const int64_t at = (rows.row0 + row) * p.heads * p.dk + (item + gridDim.x) % p.heads * p.dk;
+      if (row >= rows.first && row < rows.last && 32 * line < p.dk) {
+        prefetch_l2(p.g + at + 32 * line);
+        if (64 * (line & 1) < p.dk) prefetch_l2((line < 2 ? p.k : p.q) + at + 64 * (line & 1));
+      }
+    }
+    exchange(0, level<8>(x, my_rows, rows_address, lane), 0);
+    exchange(1, level<4>(x, my_rows, rows_address, lane), 0);
+    exchange(2, level<2>(x, my_rows, rows_address, lane), 0);
+    exchange(3, level<1>(x, my_rows, rows_address, lane), 0);
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
@@ -201,29 +229,15 @@ __global__ void __launch_bounds__(kThreads, 8) intra_kernel(const Problem p) {
       reinterpret_cast<unsigned*>(my_rows)[(16 + i) * (kPitch / 4) + lane] = x.k[i];
     }
     __syncwarp();
-    c[4] = multiply(rows_address, lane, 0);  // rows 0..7 of its diagonal count
-    c[5] = multiply(rows_address, lane, 1);  // and rows 8..15
-
-    if (warp == 0) {
-#pragma unroll
-      for (int l = 0; l < 6; ++l) {
-        shared.other_q[l][0][lane] = l == 4 ? c[l].x[0] : c[l].x[2];
-        shared.other_q[l][1][lane] = l == 4 ? c[l].x[1] : c[l].x[3];
-      }
-    } else {
-#pragma unroll
-      for (int l = 0; l < 4; ++l) {
-        shared.other_k[l][0][lane] = c[l].x[0];
-        shared.other_k[l][1][lane] = c[l].x[1];
-      }
-      *reinterpret_cast<uint4*>(shared.record + Record::kQ + lane * 16) = make_uint4(0, 0, 0, 0);
-    }
+    exchange(4, multiply(rows_address, lane, 0), 2);  // q_i . k_i: rows 0..7 of its diagonal count
+    exchange(5, multiply(rows_address, lane, 1), 0);  // and rows 8..15
+    if (warp == 1) *reinterpret_cast<uint4*>(shared.record + Record::kQ + lane * 16) = make_uint4(0, 0, 0, 0);
     __syncthreads();
     if (warp == 0) {
-      elements<8>(lane, [&](int i, int j, int e) { shared.a[j][i] = c[0].x[e] + shared.other_k[0][e][lane]; });
-      elements<4>(lane, [&](int i, int j, int e) { shared.a[j][i] = c[1].x[e] + shared.other_k[1][e][lane]; });
-      elements<2>(lane, [&](int i, int j, int e) { shared.a[j][i] = c[2].x[e] + shared.other_k[2][e][lane]; });
-      elements<1>(lane, [&](int i, int j, int e) { shared.a[j][i] = c[3].x[e] + shared.other_k[3][e][lane]; });
+      elements<8>(lane, [&](int i, int j, int e) { shared.a[j][i] = mine[0][e] + shared.other_k[0][e][lane]; });
+      elements<4>(lane, [&](int i, int j, int e) { shared.a[j][i] = mine[1][e] + shared.other_k[1][e][lane]; });
+      elements<2>(lane, [&](int i, int j, int e) { shared.a[j][i] = mine[2][e] + shared.other_k[2][e][lane]; });
+      elements<1>(lane, [&](int i, int j, int e) { shared.a[j][i] = mine[3][e] + shared.other_k[3][e][lane]; });
       __syncwarp();
       // Column by column: T_i = beta_i (e_i - sum over j < i of A_ij T_j), j ascending.
       float row[kChunk];
@@ -233,7 +247,13 @@ __global__ void __launch_bounds__(kThreads, 8) intra_kernel(const Problem p) {
       for (int j = 0; j < kChunk; ++j) {
         row[j] = __shfl_sync(0xffffffffu, beta, j) * row[j];
 #pragma unroll
-        for (int i = j + 1; i < kChunk; ++i) row[i] = __fmaf_rn(-shared.a[j][i], row[j], row[i]);
+        for (int i = (j + 1) & ~3; i < kChunk; i += 4) {
+          const float4 a = *reinterpret_cast<const float4*>(&shared.a[j][i]);
+          if (i > j) row[i] = __fmaf_rn(-a.x, row[j], row[i]);
+          if (i + 1 > j) row[i + 1] = __fmaf_rn(-a.y, row[j], row[i + 1]);
+          if (i + 2 > j) row[i + 2] = __fmaf_rn(-a.z, row[j], row[i + 2]);
+          if (i + 3 > j) row[i + 3] = __fmaf_rn(-a.w, row[j], row[i + 3]);
+        }
       }
       if (lane < 16) {
 #pragma unroll
@@ -246,41 +266,37 @@ __global__ void __launch_bounds__(kThreads, 8) intra_kernel(const Problem p) {
       }
     } else {
       elements<8>(lane, [&](int i, int j, int e) {
-        put_half(shared.record + Record::kQ, i, j, shared.other_q[0][e][lane] + c[0].x[2 + e]);
+        put_half(shared.record + Record::kQ, i, j, shared.other_q[0][e][lane] + mine[0][e]);
       });
       elements<4>(lane, [&](int i, int j, int e) {
-        put_half(shared.record + Record::kQ, i, j, shared.other_q[1][e][lane] + c[1].x[2 + e]);
+        put_half(shared.record + Record::kQ, i, j, shared.other_q[1][e][lane] + mine[1][e]);
       });
       elements<2>(lane, [&](int i, int j, int e) {
-        put_half(shared.record + Record::kQ, i, j, shared.other_q[2][e][lane] + c[2].x[2 + e]);
+        put_half(shared.record + Record::kQ, i, j, shared.other_q[2][e][lane] + mine[2][e]);
       });
       elements<1>(lane, [&](int i, int j, int e) {
-        put_half(shared.record + Record::kQ, i, j, shared.other_q[3][e][lane] + c[3].x[2 + e]);
+        put_half(shared.record + Record::kQ, i, j, shared.other_q[3][e][lane] + mine[3][e]);
       });
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int g = lane >> 2;
         if (g == 2 * (lane & 3) + e) {
-          put_half(shared.record + Record::kQ, g, g, shared.other_q[4][e][lane] + c[4].x[e]);
-          put_half(shared.record + Record::kQ, g + 8, g + 8, shared.other_q[5][e][lane] + c[5].x[2 + e]);
+          put_half(shared.record + Record::kQ, g, g, shared.other_q[4][e][lane] + mine[4][e]);
+          put_half(shared.record + Record::kQ, g + 8, g + 8, shared.other_q[5][e][lane] + mine[5][e]);
         }
       }
+      if (threadIdx.x == kTeller && pending != nullptr) announce(pending);  // while the other warp solves
     }
     if (own.last < kChunk) __threadfence();  // last_t, before the record is announced
-    fence_async();
+    fence_shared_for_copy();
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == kTeller) {
       const int64_t place = static_cast<int64_t>(slot - p.slot_begin) * p.heads + head;
       bulk_store(p.records + place * Record::kBytes, shared.record, Record::kBytes);
       pending = p.ready + static_cast<int64_t>(slot) * p.heads + head;
     }
   }
-  if (threadIdx.x == 0 && pending != nullptr) {
-    bulk_stores_done();
-    fence_async();
-    __threadfence();
-    asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(pending) : "memory");
-  }
+  if (threadIdx.x == kTeller && pending != nullptr) announce(pending);
 #endif
 }
 

@@ -5,14 +5,17 @@
 namespace perigee::kernels::kda {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * (kWarps + 1);  // one more warp fetches records
-constexpr int kStages = 6;                               // records in flight
-constexpr int kAhead = 6, kRing = 8;                     // chunks of v in flight, per warp
+// Four warps compute with many registers; a fifth fetches records. Registers move between groups of four warps, so there
+// are eight, of 128 at first.
+constexpr int kWarps = 4, kThreads = 256;
+constexpr int kStages = 5;            // records in flight
+constexpr int kAhead = 6, kRing = 8;  // chunks of v in flight, per warp
 
 struct Shared {
   uint8_t record[kStages][Record::kBytes];
   uint8_t v[kWarps][kRing][512];
-  uint8_t tile[kWarps][2][512];
+  uint8_t tile[kWarps][8][512];
+  uint8_t out[kWarps][2][512];
   uint64_t full[kStages], empty[kStages];
 };
 
@@ -33,9 +36,9 @@ __device__ __forceinline__ void fetch(const Problem& p, Shared& shared, int base
       const unsigned missing = ~__ballot_sync(0xffffffffu, mark == 1);
       ready += missing == 0 ? 32 : __ffs(static_cast<int>(missing)) - 1;
       __syncwarp();
+      fence_global_for_copy();
     }
     if (lane == 0) {
-      fence_async();
       barrier_expect(&shared.full[stage], Record::kBytes);
       const int64_t place = static_cast<int64_t>(base + c - p.slot_begin) * p.heads + head;
       bulk_load(shared.record[stage], p.records + place * Record::kBytes, Record::kBytes, &shared.full[stage]);
@@ -58,17 +61,185 @@ __device__ __forceinline__ void keep_rows(const Problem& p, const ChunkRows& own
   }
 }
 
-// A tile held as the operand of a product, transposed, to rows of 16 elements; row r at to + r * stride where use(r).
+// Rows of 16 elements of a tile in shared memory, row r to to + r * stride where use(r).
 template <class Use>
-__device__ __forceinline__ void store_tile(uint8_t* tile, int lane, const unsigned (&r)[4], bf16* to, int64_t stride,
-                                           const Use& use) {
-  tile_store_transposed(tile, lane, r);
-  __syncwarp();
+__device__ __forceinline__ void copy_tile(const uint8_t* tile, int lane, bf16* to, int64_t stride, const Use& use) {
   const int row = lane >> 1, half = lane & 1;
   if (use(row)) *reinterpret_cast<uint4*>(to + row * stride + 8 * half) = words(tile + tile_piece(row, half));
 }
+template <int kRegisters>
+__device__ __forceinline__ void more_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+template <int kRegisters>
+__device__ __forceinline__ void fewer_registers() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
 
-__global__ void __maxnreg__(200) scan_kernel(const Problem p, int parts) {
+__device__ __forceinline__ void scan(const Problem& p, Shared& shared, const DeviceSlice& slice, int index, int head, int m,
+                                     int begin, int end, uint8_t* state, int warp, int lane) {
+  const int g = lane >> 2, t = lane & 3, chunks = chunk_count(slice);
+  const int64_t row_stride = static_cast<int64_t>(p.heads) * p.dv;
+  const int64_t column = static_cast<int64_t>(head) * p.dv + 16 * m;
+  uint8_t(*const v_ring)[512] = shared.v[warp];
+  const auto prefetch = [&](int c) {
+    if (c < end) {
+      const ChunkRows own(slice, c);
+      const int row = lane >> 1, half = lane & 1;
+      const bool any = row < own.last;
+      const void* from = any ? p.v + (own.row0 + row) * row_stride + column + 8 * half : p.v;
+      if (row < own.first) from = state + StateLayout::kX + (row * kDim + 16 * m + 8 * half) * 2;
+      copy16(v_ring[c % kRing] + tile_piece(row, half), from, any);
+    }
+    copies_commit();
+  };
+  for (int i = 0; i < kAhead; ++i) prefetch(begin + i);
+
+  C4 s[16];
+  if (begin == 0 && state == nullptr) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) s[i] = {};
+  } else {
+    const uint8_t* from = (begin == 0 ? state : p.carry[0] + static_cast<int64_t>(head) * 65536) + (m * 8 * 32 + lane) * 16;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint4 high = words(from + StateLayout::kHigh + i * 512), low = words(from + StateLayout::kLow + i * 512);
+      s[2 * i] = {join_state(high.x, low.x, 0), join_state(high.x, low.x, 1), join_state(high.y, low.y, 0), join_state(high.y, low.y, 1)};
+      s[2 * i + 1] = {join_state(high.z, low.z, 0), join_state(high.z, low.z, 1), join_state(high.w, low.w, 0), join_state(high.w, low.w, 1)};
+    }
+  }
+  const int place[2] = {record_place(0, g, t) * 16, record_place(1, g, t) * 16};
+  int stage = 0;
+  unsigned parity = 0;
+  // What the next chunk starts with is brought before its S is known: v and Gamma . K.
+  unsigned v[4];
+  uint4 gamma_k[8];
+  const auto bring = [&](int c, const uint8_t* record) {
+    copies_wait<kAhead - 1>();
+    __syncwarp();
+    load_matrices_transposed(v, tile_lane_address(v_ring[c % kRing], lane));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) gamma_k[i] = words(record + Record::kGammaK + i * 512 + place[i & 1]);
+  };
+  barrier_wait(&shared.full[0], 0);
+  bring(begin, shared.record[0]);
+  unsigned packed[4];  // the last chunk's output, written while the next one's first products run
+  bf16* out = p.out + ChunkRows(slice, begin).row0 * row_stride + column;
+  const auto write_out = [&](int c) {
+    uint8_t* tile = shared.out[warp][c & 1];
+    tile_store_transposed(tile, lane, packed);
+    __syncwarp();
+    const ChunkRows own(slice, c);
+    copy_tile(tile, lane, out, row_stride, [&](int row) { return row >= own.first && row < own.last; });
+    out += kChunk * row_stride;
+  };
+
+  for (int c = begin; c < end; ++c) {
+    const ChunkRows own(slice, c);
+    const uint8_t* record = shared.record[stage];
+    // (Gamma . K) S in two chains, of the lower and the upper half of the channels.
+    A4 high[8];
+    C4 ks[2][2] = {}, qs[2][2] = {};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const int i = (n >> 1) + 4 * (n & 1);
+      high[i] = {round_state(s[2 * i].x[0], s[2 * i].x[1]), round_state(s[2 * i].x[2], s[2 * i].x[3]),
+                 round_state(s[2 * i + 1].x[0], s[2 * i + 1].x[1]), round_state(s[2 * i + 1].x[2], s[2 * i + 1].x[3])};
+      mma(ks[i >> 2][0], high[i], gamma_k[i].x, gamma_k[i].z);
+      mma(ks[i >> 2][1], high[i], gamma_k[i].y, gamma_k[i].w);
+    }
+    if (c > begin) write_out(c - 1);
+    const auto step = [&](int i) {
+      const uint4 w = words(record + Record::kGammaQ + i * 512 + place[i & 1]);
+      mma(qs[i >> 2][0], high[i], w.x, w.z);
+      mma(qs[i >> 2][1], high[i], w.y, w.w);
+    };
+    const uint4 t_words = words(record + Record::kT + lane * 16), q_words = words(record + Record::kQ + lane * 16);
+    const bool closes = own.last == kChunk;
+    if (closes) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float4 d = *reinterpret_cast<const float4*>(record + Record::kGamma + i * 64 + t * 16);
+        s[2 * i] = {s[2 * i].x[0] * d.x, s[2 * i].x[1] * d.y, s[2 * i].x[2] * d.x, s[2 * i].x[3] * d.y};
+        s[2 * i + 1] = {s[2 * i + 1].x[0] * d.z, s[2 * i + 1].x[1] * d.w, s[2 * i + 1].x[2] * d.z, s[2 * i + 1].x[3] * d.w};
+      }
+    }
+    step(0), step(4), step(1), step(5);
+    A4 x;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      x.x[2 * n] = pack(low_of(v[2 * n]) - (ks[0][n].x[0] + ks[1][n].x[0]), high_of(v[2 * n]) - (ks[0][n].x[1] + ks[1][n].x[1]));
+      x.x[2 * n + 1] = pack(low_of(v[2 * n + 1]) - (ks[0][n].x[2] + ks[1][n].x[2]), high_of(v[2 * n + 1]) - (ks[0][n].x[3] + ks[1][n].x[3]));
+    }
+    C4 uc[2] = {};
+    mma(uc[0], x, t_words.x, t_words.z);
+    mma(uc[1], x, t_words.y, t_words.w);
+    step(2), step(6), step(3), step(7);
+    if (p.chunk_states != nullptr) {
+      bf16* to = p.chunk_states + (kda_chunk_slot(slice.begin, index, c) * p.heads + head) * p.dk * p.dv + 16 * m;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) tile_store_transposed(shared.tile[warp][i], lane, high[i].x);
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        if (16 * i < p.dk) copy_tile(shared.tile[warp][i], lane, to + 16 * i * p.dv, p.dv, [](int) { return true; });
+    }
+    const A4 u = {pack(uc[0].x[0], uc[0].x[1]), pack(uc[0].x[2], uc[0].x[3]), pack(uc[1].x[0], uc[1].x[1]), pack(uc[1].x[2], uc[1].x[3])};
+    if (closes) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const int i = (n >> 1) + 4 * (n & 1);
+        const uint4 w = words(record + Record::kKeysAtEnd + i * 512 + place[i & 1]);
+        mma(s[2 * i], u, w.x, w.y);
+        mma(s[2 * i + 1], u, w.z, w.w);
+      }
+    }
+    prefetch(c + kAhead);
+    const int used = stage;
+    if (++stage == kStages) stage = 0, parity ^= 1;
+    if (c + 1 < end) {
+      barrier_wait(&shared.full[stage], parity);
+      bring(c + 1, shared.record[stage]);
+    }
+    C4 o[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) o[n].x[e] = qs[0][n].x[e] + qs[1][n].x[e];
+    mma(o[0], u, q_words.x, q_words.z);
+    mma(o[1], u, q_words.y, q_words.w);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.empty[used]);
+    packed[0] = pack(o[0].x[0], o[0].x[1]), packed[1] = pack(o[0].x[2], o[0].x[3]);
+    packed[2] = pack(o[1].x[0], o[1].x[1]), packed[3] = pack(o[1].x[2], o[1].x[3]);
+    if (!closes && state != nullptr) {
+      tile_store_transposed(shared.tile[warp][0], lane, x.x);
+      __syncwarp();
+      copy_tile(shared.tile[warp][0], lane, reinterpret_cast<bf16*>(state + StateLayout::kX) + 16 * m, kDim,
+                [&](int row) { return row >= own.first && row < own.last; });
+    }
+  }
+  write_out(end - 1);
+  // S, when any chunk was closed, goes on: to the state, or to the next segment.
+  const bool closed = ChunkRows(slice, begin).last == kChunk;
+  if ((closed || begin > 0) && (end < chunks || state != nullptr)) {
+    uint8_t* to = (end < chunks ? p.carry[1] + static_cast<int64_t>(head) * 65536 : state) + (m * 8 * 32 + lane) * 16;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const C4 &a = s[2 * i], &b = s[2 * i + 1];
+      *reinterpret_cast<uint4*>(to + StateLayout::kHigh + i * 512) = make_uint4(
+          round_state(a.x[0], a.x[1]), round_state(a.x[2], a.x[3]), round_state(b.x[0], b.x[1]), round_state(b.x[2], b.x[3]));
+      *reinterpret_cast<uint4*>(to + StateLayout::kLow + i * 512) = make_uint4(
+          rest_of_state(a.x[0], a.x[1]), rest_of_state(a.x[2], a.x[3]), rest_of_state(b.x[0], b.x[1]), rest_of_state(b.x[2], b.x[3]));
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 2) scan_kernel(const Problem p, int parts) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -89,145 +260,17 @@ __global__ void __maxnreg__(200) scan_kernel(const Problem p, int parts) {
     __syncthreads();
     uint8_t* const state = p.batch.recurrent == nullptr ? nullptr : p.state(index, head);
     const int m = kWarps * part + warp;  // the sixteen value channels of this warp
-    if (warp == kWarps) {
-      fetch(p, shared, base, head, begin, end, lane);
-      const ChunkRows own(slice, chunks - 1);
-      if (end == chunks && own.last < kChunk && state != nullptr && part == 0)
-        keep_rows(p, own, state, p.last_t + (static_cast<int64_t>(index) * p.heads + head) * 256, head, lane);
-    } else if (m < tiles) {
-      const int g = lane >> 2, t = lane & 3;
-      const int64_t row_stride = static_cast<int64_t>(p.heads) * p.dv;
-      const int64_t column = static_cast<int64_t>(head) * p.dv + 16 * m;
-      uint8_t(*const v_ring)[512] = shared.v[warp];
-      const auto prefetch = [&](int c) {
-        if (c < end) {
-          const ChunkRows own(slice, c);
-          const int row = lane >> 1, half = lane & 1;
-          const void* from = p.v + (own.row0 + row) * row_stride + column + 8 * half;
-          bool any = row < own.last;
-          if (row < own.first) from = state + StateLayout::kX + (row * kDim + 16 * m + 8 * half) * 2;
-          if (!any) from = p.v;
-          copy16(v_ring[c % kRing] + tile_piece(row, half), from, any);
-        }
-        copies_commit();
-      };
-      for (int i = 0; i < kAhead; ++i) prefetch(begin + i);
-
-      C4 s[16];
-      if (begin == 0 && state == nullptr) {
-        for (int i = 0; i < 16; ++i) s[i] = {};
-      } else {
-        const uint8_t* from = (begin == 0 ? state : p.carry[0] + static_cast<int64_t>(head) * 65536) + (m * 8 * 32 + lane) * 16;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const uint4 high = words(from + StateLayout::kHigh + i * 512), low = words(from + StateLayout::kLow + i * 512);
-          s[2 * i] = {join_state(high.x, low.x, 0), join_state(high.x, low.x, 1), join_state(high.y, low.y, 0), join_state(high.y, low.y, 1)};
-          s[2 * i + 1] = {join_state(high.z, low.z, 0), join_state(high.z, low.z, 1), join_state(high.w, low.w, 0), join_state(high.w, low.w, 1)};
-        }
+    if (warp >= kWarps) {
+      fewer_registers<40>();
+      if (warp == kWarps) {
+        fetch(p, shared, base, head, begin, end, lane);
+        const ChunkRows own(slice, chunks - 1);
+        if (end == chunks && own.last < kChunk && state != nullptr && part == 0)
+          keep_rows(p, own, state, p.last_t + (static_cast<int64_t>(index) * p.heads + head) * 256, head, lane);
       }
-      const int place[2] = {record_place(0, g, t) * 16, record_place(1, g, t) * 16};
-      int stage = 0;
-      unsigned parity = 0;
-      for (int c = begin; c < end; ++c) {
-        const ChunkRows own(slice, c);
-        copies_wait<kAhead - 1>();
-        __syncwarp();
-        unsigned v[4];
-        load_matrices_transposed(v, tile_lane_address(v_ring[c % kRing], lane));
-        prefetch(c + kAhead);
-        A4 high[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-          high[i] = {round_state(s[2 * i].x[0], s[2 * i].x[1]), round_state(s[2 * i].x[2], s[2 * i].x[3]),
-                     round_state(s[2 * i + 1].x[0], s[2 * i + 1].x[1]), round_state(s[2 * i + 1].x[2], s[2 * i + 1].x[3])};
-        if (p.chunk_states != nullptr) {
-          bf16* to = p.chunk_states + (kda_chunk_slot(slice.begin, index, c) * p.heads + head) * p.dk * p.dv + 16 * m;
-#pragma unroll
-          for (int i = 0; i < 8; ++i)
-            store_tile(shared.tile[warp][i & 1], lane, high[i].x, to + 16 * i * p.dv, p.dv,
-                       [&](int row) { return 16 * i + row < p.dk; });
-        }
-        barrier_wait(&shared.full[stage], parity);
-        const uint8_t* record = shared.record[stage];
-        // (Gamma . K) S in two chains, of the lower and the upper half of the channels.
-        C4 ks[2][2] = {}, qs[2][2] = {};
-        const auto step = [&](C4(&sum)[2][2], int at, int i) {
-          const uint4 w = words(record + at + i * 512 + place[i & 1]);
-          mma(sum[i >> 2][0], high[i], w.x, w.z);
-          mma(sum[i >> 2][1], high[i], w.y, w.w);
-        };
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          step(ks, Record::kGammaK, i);
-          step(ks, Record::kGammaK, i + 4);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          step(qs, Record::kGammaQ, i);
-          step(qs, Record::kGammaQ, i + 4);
-        }
-        const uint4 t_words = words(record + Record::kT + lane * 16), q_words = words(record + Record::kQ + lane * 16);
-        A4 x;
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          x.x[2 * n] = pack(low_of(v[2 * n]) - (ks[0][n].x[0] + ks[1][n].x[0]), high_of(v[2 * n]) - (ks[0][n].x[1] + ks[1][n].x[1]));
-          x.x[2 * n + 1] = pack(low_of(v[2 * n + 1]) - (ks[0][n].x[2] + ks[1][n].x[2]), high_of(v[2 * n + 1]) - (ks[0][n].x[3] + ks[1][n].x[3]));
-        }
-        C4 uc[2] = {};
-        mma(uc[0], x, t_words.x, t_words.z);
-        mma(uc[1], x, t_words.y, t_words.w);
-#pragma unroll
-        for (int i = 2; i < 4; ++i) {
-          step(qs, Record::kGammaQ, i);
-          step(qs, Record::kGammaQ, i + 4);
-        }
-        const A4 u = {pack(uc[0].x[0], uc[0].x[1]), pack(uc[0].x[2], uc[0].x[3]), pack(uc[1].x[0], uc[1].x[1]), pack(uc[1].x[2], uc[1].x[3])};
-        if (own.last == kChunk) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const float4 d = *reinterpret_cast<const float4*>(record + Record::kGamma + i * 64 + t * 16);
-            s[2 * i] = {s[2 * i].x[0] * d.x, s[2 * i].x[1] * d.y, s[2 * i].x[2] * d.x, s[2 * i].x[3] * d.y};
-            s[2 * i + 1] = {s[2 * i + 1].x[0] * d.z, s[2 * i + 1].x[1] * d.w, s[2 * i + 1].x[2] * d.z, s[2 * i + 1].x[3] * d.w};
-          }
-#pragma unroll
-          for (int i = 0; i < 8; ++i) {
-            const uint4 w = words(record + Record::kKeysAtEnd + i * 512 + place[i & 1]);
-            mma(s[2 * i], u, w.x, w.y);
-            mma(s[2 * i + 1], u, w.z, w.w);
-          }
-        }
-        C4 o[2];
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) o[n].x[e] = qs[0][n].x[e] + qs[1][n].x[e];
-        mma(o[0], u, q_words.x, q_words.z);
-        mma(o[1], u, q_words.y, q_words.w);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(&shared.empty[stage]);
-        if (++stage == kStages) stage = 0, parity ^= 1;
-        const unsigned packed[4] = {pack(o[0].x[0], o[0].x[1]), pack(o[0].x[2], o[0].x[3]), pack(o[1].x[0], o[1].x[1]), pack(o[1].x[2], o[1].x[3])};
-        store_tile(shared.tile[warp][c & 1], lane, packed, p.out + own.row0 * row_stride + column, row_stride,
-                   [&](int row) { return row >= own.first && row < own.last; });
-        if (own.last < kChunk && state != nullptr) {
-          __syncwarp();
-          store_tile(shared.tile[warp][c & 1], lane, x.x, reinterpret_cast<bf16*>(state + StateLayout::kX) + 16 * m, kDim,
-                     [&](int row) { return row >= own.first && row < own.last; });
-        }
-      }
-      // S, when any chunk was closed, goes on: to the state, or to the next segment.
-      const bool closed = ChunkRows(slice, begin).last == kChunk;
-      if ((closed || begin > 0) && (end < chunks || state != nullptr)) {
-        uint8_t* to = (end < chunks ? p.carry[1] + static_cast<int64_t>(head) * 65536 : state) + (m * 8 * 32 + lane) * 16;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const C4 &a = s[2 * i], &b = s[2 * i + 1];
-          *reinterpret_cast<uint4*>(to + StateLayout::kHigh + i * 512) = make_uint4(
-              round_state(a.x[0], a.x[1]), round_state(a.x[2], a.x[3]), round_state(b.x[0], b.x[1]), round_state(b.x[2], b.x[3]));
-          *reinterpret_cast<uint4*>(to + StateLayout::kLow + i * 512) = make_uint4(
-              rest_of_state(a.x[0], a.x[1]), rest_of_state(a.x[2], a.x[3]), rest_of_state(b.x[0], b.x[1]), rest_of_state(b.x[2], b.x[3]));
-        }
-      }
+    } else {
+      more_registers<216>();
+      if (m < tiles) scan(p, shared, slice, index, head, m, begin, end, state, warp, lane);
     }
   }
   wait_for_previous();
