@@ -1,5 +1,5 @@
-// What the three kernels of the bf16 backward share: fragments of the tensor cores' m16n8k16 product, tiles in shared
-// memory, and the records that one kernel leaves for the next. Internal to kernels/kda.
+// What the three steps of the bf16 backward share: fragments of the tensor cores' m16n8k16 product, tiles in shared
+// memory, and the records that one step leaves for the next. Internal to kernels/kda.
 //
 // A tile has rows of 128 bf16; the sixteen-byte piece c of row r lies at r*256 + (c ^ r%8)*16, so that eight rows of one
 // piece are in different banks. Records in device memory have the same order and are copied as they are.
@@ -12,11 +12,11 @@ namespace perigee::kernels::kda_grad {
 inline constexpr int kThreads = 128, kChunk = static_cast<int>(kKdaChunk), kDim = 128;  // dk and dv are padded to kDim
 inline constexpr int kTileBytes = kChunk * kDim * 2, kStateBytes = kDim * kDim * 2;
 
-// Of one chunk and head, written by the first kernel.
+// Of one chunk and head, written by the first step.
 struct Record {
-  static constexpr int kGk = 0, kGq = 1, kW = 2, kX0 = 3, kR = 4;  // tiles
-  static constexpr int kDecay = 5 * kTileBytes;                    // float [kDim]: Gamma at the chunk's end
-  static constexpr int kBytes = kDecay + kDim * 4;
+  // Tiles, but for the decay, float [kDim]: Gamma at the chunk's end.
+  static constexpr int kGammaK = 0, kGammaQ = kTileBytes, kW = 2 * kTileBytes, kDecay = 3 * kTileBytes;
+  static constexpr int kX0 = kDecay + kDim * 4, kR = kX0 + kTileBytes, kBytes = kR + kTileBytes;
 };
 
 struct Operands {
@@ -119,8 +119,6 @@ __device__ __forceinline__ void copy_flat(unsigned to, const std::byte* from, in
   for (int i = threadIdx.x * 16; i < bytes; i += kThreads * 16) copy16(to + i, from + i);
 }
 
-void launch_prepare(Device& dev, const Operands& o);
-void launch_scan(Device& dev, const Operands& o);
 void launch_finish(Device& dev, const Operands& o);
 
 // Floats of a carry: dS of every head.

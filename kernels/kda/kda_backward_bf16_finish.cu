@@ -1,4 +1,4 @@
-// Third kernel of the bf16 backward: the gradients of a chunk from its S, dS', U, dX and dO. One block of four warps per
+// Third step of the bf16 backward: the gradients of a chunk from its S, dS', U, dX and dO. One block of four warps per
 // chunk and head.
 //   dB = dO Uᵀ, dA = -(beta dX) Uᵀ;  dO Sᵀ, -(beta dX) Sᵀ, U dS'ᵀ [16, dk], rowsum(S . dS') [dk]   on the tensor cores
 // then a thread takes one channel of the keys through the chain of decays and back in float32, as the float function
@@ -11,19 +11,23 @@ namespace {
 
 constexpr int kResultRow = kDim + 8;  // floats
 
+struct Results {  // of the products
+  float s_do[kChunk][kResultRow], s_w[kChunk][kResultRow], ds_u[kChunk][kResultRow];
+  float2 da_db[kChunk][kChunk];
+  float dgamma[kDim], dbeta[4][kChunk];  // dbeta: a part from each warp
+};
 struct Shared {
   union {
-    std::byte s[kStateBytes];               // rows: keys
-    float results[3][kChunk][kResultRow];  // dO Sᵀ, -(beta dX) Sᵀ, U dS'ᵀ; after the products
+    std::byte s[kStateBytes];  // rows: keys
+    Results results;           // once S has been read
   };
   std::byte ds[kStateBytes];  // rows: values
-  std::byte dout[kTileBytes], r[kTileBytes], dx[kTileBytes];
-  float2 da_db[kChunk][kChunk];
-  float dgamma[kDim];
+  std::byte dout[kTileBytes], dx[kTileBytes];
   float beta[kChunk];
 };
+static_assert(sizeof(Results) <= kStateBytes && 3 * (sizeof(Shared) + 1024) <= 228 * 1024);
 
-__global__ void __launch_bounds__(kThreads) finish_kernel(Operands o) {
+__global__ void __launch_bounds__(kThreads, 3) finish_kernel(Operands o) {
   extern __shared__ __align__(1024) std::byte memory[];
   Shared& m = *reinterpret_cast<Shared*>(memory);
   const int head = blockIdx.x, slot = o.slot0 + static_cast<int>(blockIdx.y), slice = o.slice_of[slot] - 1;
@@ -35,62 +39,59 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Operands o) {
   const int64_t at_v = chunk.row * ld_v + static_cast<int64_t>(head) * o.dv;
   const int64_t at = static_cast<int64_t>(blockIdx.y) * o.heads + head;
   const unsigned s = shared_address(m.s), ds = shared_address(m.ds), dout = shared_address(m.dout),
-                 rt = shared_address(m.r), dx = shared_address(m.dx);
+                 dx = shared_address(m.dx);
   copy_tile(s, kDim, o.states + (static_cast<int64_t>(slot) * o.heads + head) * o.dk * o.dv, o.dv, o.dk, o.dv);
   copy_flat(ds, o.ds + at * kStateBytes, kStateBytes);
   copy_tile(dout, kChunk, o.dout + at_v, ld_v, n, o.dv);
-  copy_flat(rt, o.records + at * Record::kBytes + Record::kR * kTileBytes, kTileBytes);
   copy_flat(dx, o.dx + at * kTileBytes, kTileBytes);
   copies_committed();
   if (tid < kChunk) m.beta[tid] = tid < n ? o.beta[(chunk.row + tid) * o.heads + head] : 0.0f;
-  float alpha[kChunk], k[kChunk], q[kChunk];
+  float alpha[kChunk];  // first g
+  unsigned kq[kChunk];  // k in the low half, q in the high
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const bool present = i < n && tid < o.dk;
     alpha[i] = present ? o.g[at_k + i * ld_k] : 0.0f;
-    k[i] = present ? to_float(o.k[at_k + i * ld_k]) : 0.0f;
-    q[i] = present ? to_float(o.q[at_k + i * ld_k]) : 0.0f;
+    kq[i] = present ? o.k[at_k + i * ld_k].bits | static_cast<unsigned>(o.q[at_k + i * ld_k].bits) << 16 : 0u;
   }
+  // R comes as fragments: every warp needs all of it.
+  const std::byte* r_memory = o.records + at * Record::kBytes + Record::kR;
+  const int row = lane / 4, pair = 2 * (lane % 4);
+  unsigned r[kDim / 16][4];
+#pragma unroll
+  for (int i = 0; i < kDim / 16; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      r[i][e] = *reinterpret_cast<const unsigned*>(r_memory + tile_offset(row + e % 2 * 8, 2 * i + e / 2) + 2 * pair);
   copies_done<0>();
   __syncthreads();
 
   {
-    // dv = beta dX; dbeta = dX . R. Eight threads to a row.
-    const int row = tid / 8;
-    const float beta = m.beta[row];
-    float sum = 0.0f;
+    // dv = beta dX. Eight threads to a row.
+    const int i = tid / 8;
+    const float beta = m.beta[i];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int piece = tid % 8 + 8 * i;
-      const uint4 x = *reinterpret_cast<const uint4*>(m.dx + tile_offset(row, piece));
-      const uint4 r = *reinterpret_cast<const uint4*>(m.r + tile_offset(row, piece));
-      const unsigned xs[4] = {x.x, x.y, x.z, x.w}, rs[4] = {r.x, r.y, r.z, r.w};
-      unsigned dv[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        sum = __fmaf_rn(low_of(xs[e]), low_of(rs[e]), sum);
-        sum = __fmaf_rn(high_of(xs[e]), high_of(rs[e]), sum);
-        dv[e] = scale(xs[e], beta);
-      }
-      if (row < n && piece * 8 < o.dv)
-        *reinterpret_cast<uint4*>(o.dv_ + at_v + row * ld_v + piece * 8) = {dv[0], dv[1], dv[2], dv[3]};
+    for (int e = 0; e < 2; ++e) {
+      const int piece = tid % 8 + 8 * e;
+      const uint4 x = *reinterpret_cast<const uint4*>(m.dx + tile_offset(i, piece));
+      if (i < n && piece * 8 < o.dv)
+        *reinterpret_cast<uint4*>(o.dv_ + at_v + i * ld_v + piece * 8) = {scale(x.x, beta), scale(x.y, beta),
+                                                                          scale(x.z, beta), scale(x.w, beta)};
     }
-    sum += __shfl_xor_sync(~0u, sum, 4);
-    sum += __shfl_xor_sync(~0u, sum, 2);
-    sum += __shfl_xor_sync(~0u, sum, 1);
-    if (tid % 8 == 0 && row < n) o.dbeta[(chunk.row + row) * o.heads + head] = sum;
   }
 
   // Rows of the chunk by 32 keys of this warp; and eight columns of dB (warps 0, 1) or dA (warps 2, 3).
-  float s_do[4][4] = {}, s_w[4][4] = {}, ds_u[4][4] = {}, small[4] = {}, dgamma[4] = {};
+  float s_do[4][4] = {}, s_w[4][4] = {}, ds_u[4][4] = {}, small[4] = {}, dgamma[4] = {}, dbeta[2] = {};
   const float beta0 = m.beta[lane / 4], beta1 = m.beta[8 + lane / 4];
 #pragma unroll
   for (int i = 0; i < kDim / 16; ++i) {
     const Fragment d = load_block(block_address(dout, 0, i, lane));
-    Fragment u = load_block(block_address(rt, 0, i, lane)), w = load_block(block_address(dx, 0, i, lane));
+    Fragment u, w = load_block(block_address(dx, 0, i, lane));
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      u.r[e] = scale(u.r[e], e % 2 == 0 ? beta0 : beta1);
+      if (i / 2 == warp)
+        dbeta[e % 2] = __fmaf_rn(low_of(w.r[e]), low_of(r[i][e]), __fmaf_rn(high_of(w.r[e]), high_of(r[i][e]), dbeta[e % 2]));
+      u.r[e] = scale(r[i][e], e % 2 == 0 ? beta0 : beta1);
       w.r[e] = scale(w.r[e], e % 2 == 0 ? -beta0 : -beta1);
     }
     const unsigned b0 = warp % 2 == 0 ? u.r[0] : u.r[1], b1 = warp % 2 == 0 ? u.r[2] : u.r[3];
@@ -117,26 +118,36 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Operands o) {
     }
   }
   __syncthreads();  // S has been read: the results take its place
-  const int row = lane / 4, pair = 2 * (lane % 4);
+  Results& results = m.results;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
     const int x = 32 * warp + 8 * t + pair;
-    *reinterpret_cast<float2*>(&m.results[0][row][x]) = {s_do[t][0], s_do[t][1]};
-    *reinterpret_cast<float2*>(&m.results[0][row + 8][x]) = {s_do[t][2], s_do[t][3]};
-    *reinterpret_cast<float2*>(&m.results[1][row][x]) = {s_w[t][0], s_w[t][1]};
-    *reinterpret_cast<float2*>(&m.results[1][row + 8][x]) = {s_w[t][2], s_w[t][3]};
-    *reinterpret_cast<float2*>(&m.results[2][row][x]) = {ds_u[t][0], ds_u[t][1]};
-    *reinterpret_cast<float2*>(&m.results[2][row + 8][x]) = {ds_u[t][2], ds_u[t][3]};
+    *reinterpret_cast<float2*>(&results.s_do[row][x]) = {s_do[t][0], s_do[t][1]};
+    *reinterpret_cast<float2*>(&results.s_do[row + 8][x]) = {s_do[t][2], s_do[t][3]};
+    *reinterpret_cast<float2*>(&results.s_w[row][x]) = {s_w[t][0], s_w[t][1]};
+    *reinterpret_cast<float2*>(&results.s_w[row + 8][x]) = {s_w[t][2], s_w[t][3]};
+    *reinterpret_cast<float2*>(&results.ds_u[row][x]) = {ds_u[t][0], ds_u[t][1]};
+    *reinterpret_cast<float2*>(&results.ds_u[row + 8][x]) = {ds_u[t][2], ds_u[t][3]};
     dgamma[t] += __shfl_xor_sync(~0u, dgamma[t], 1);
     dgamma[t] += __shfl_xor_sync(~0u, dgamma[t], 2);
-    if (lane % 4 == 0) m.dgamma[32 * warp + 8 * t + row] = dgamma[t];
+    if (lane % 4 == 0) results.dgamma[32 * warp + 8 * t + row] = dgamma[t];
+  }
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    dbeta[e] += __shfl_xor_sync(~0u, dbeta[e], 1);
+    dbeta[e] += __shfl_xor_sync(~0u, dbeta[e], 2);
+    if (lane % 4 == 0) results.dbeta[warp][row + 8 * e] = dbeta[e];
   }
 #pragma unroll
   for (int e = 0; e < 4; ++e) {
-    float2& to = m.da_db[row + e / 2 * 8][warp % 2 * 8 + pair + e % 2];
+    float2& to = results.da_db[row + e / 2 * 8][warp % 2 * 8 + pair + e % 2];
     (warp < 2 ? to.y : to.x) = small[e];
   }
   __syncthreads();
+
+  if (tid < n)
+    o.dbeta[(chunk.row + tid) * o.heads + head] =
+        (results.dbeta[0][tid] + results.dbeta[1][tid]) + (results.dbeta[2][tid] + results.dbeta[3][tid]);
 
   // A channel of the keys to a thread.
   float dq[kChunk], dk[kChunk], dg[kChunk];
@@ -147,29 +158,29 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(Operands o) {
     gamma *= alpha[i];
     dg[i] = gamma;
   }
-  float flow = m.dgamma[tid];  // the gradient of Gamma_i
+  float flow = results.dgamma[tid];  // the gradient of Gamma_i
 #pragma unroll
   for (int i = kChunk - 1; i >= 0; --i) {
-    const float dgq = m.results[0][i][tid], dgk = m.results[1][i][tid], db = m.da_db[i][i].y;
-    flow = __fmaf_rn(k[i], dgk, __fmaf_rn(q[i], dgq, flow));
-    dq[i] = __fmaf_rn(dg[i], dgq, db * k[i]);
-    dk[i] = __fmaf_rn(dg[i], dgk, db * q[i]);
+    const float dgq = results.s_do[i][tid], dgk = results.s_w[i][tid], db = results.da_db[i][i].y;
+    flow = __fmaf_rn(low_of(kq[i]), dgk, __fmaf_rn(high_of(kq[i]), dgq, flow));
+    dq[i] = __fmaf_rn(dg[i], dgq, db * low_of(kq[i]));
+    dk[i] = __fmaf_rn(dg[i], dgk, db * high_of(kq[i]));
     dg[i] *= flow;
     flow *= alpha[i];
   }
 #pragma unroll
   for (int j = 0; j < kChunk; ++j) {
     float decayed[kChunk];  // K~_j as row i reads it
-    decayed[j] = k[j];
+    decayed[j] = low_of(kq[j]);
 #pragma unroll
     for (int i = j + 1; i < kChunk; ++i) decayed[i] = decayed[i - 1] * alpha[i];
-    float dkey = m.results[2][j][tid];
+    float dkey = results.ds_u[j][tid];
 #pragma unroll
     for (int i = kChunk - 1; i > j; --i) {
-      const float2 d = m.da_db[i][j];
+      const float2 d = results.da_db[i][j];
       dq[i] = __fmaf_rn(d.y, decayed[i], dq[i]);
       dk[i] = __fmaf_rn(d.x, decayed[i], dk[i]);
-      dkey = __fmaf_rn(d.x, k[i], __fmaf_rn(d.y, q[i], dkey));
+      dkey = __fmaf_rn(d.x, low_of(kq[i]), __fmaf_rn(d.y, high_of(kq[i]), dkey));
       dg[i] = __fmaf_rn(dkey, decayed[i], dg[i]);
       dkey *= alpha[i];
     }

@@ -1,28 +1,30 @@
-// First kernel of the bf16 backward: what of a chunk does not depend on the gradient of its last state. One block of
-// four warps per chunk and head.
+// First step of the bf16 backward: what of a chunk does not depend on the gradient of its last state. One block of four
+// warps per chunk and head. Included by kda_backward_bf16.cu alone.
 //   A_ij = k_i . K~_j (j < i), B_ij = q_i . K~_j (j <= i)          K~_j: key j decayed to row i; products of exp(g) <= 1
 //   R = (I + A beta)^-1 (V - (Gamma K) S)                          U = beta R
 //   X0 = (I + beta A)^-T Bᵀ dO,  W = (I + beta A)^-T K~            dX = X0 + W dS', and beta dX is dV
 // A and B are summed in float32 without the tensor cores, the inverses by forward substitution.
+#pragma once
 #include "kernels/kda/kda_backward_bf16.cuh"
 
-namespace perigee::kernels::kda_grad {
-
-namespace {
+namespace perigee::kernels::kda_grad::prepare {
 
 constexpr int kSmallRow = 24;  // bf16 between the rows of a 16x16 matrix
 
 struct Shared {
   std::byte s[kStateBytes];
   // In the order of a record: V becomes R, dO becomes X0, K~ becomes W.
-  std::byte gk[kTileBytes], gq[kTileBytes], kt[kTileBytes], dout[kTileBytes], v[kTileBytes];
+  std::byte gk[kTileBytes], gq[kTileBytes], kt[kTileBytes];
   float decay[kDim];
+  std::byte dout[kTileBytes], v[kTileBytes];
   float alpha[kChunk][kDim];
   bf16 k[kChunk][kDim], q[kChunk][kDim];
   float a[kChunk][kChunk], b[kChunk][kChunk], beta[kChunk];
   bf16 m_inverse[kChunk][kSmallRow], l_inverse[kChunk][kSmallRow], b_small[kChunk][kSmallRow];
 };
 static_assert(offsetof(Shared, decay) - offsetof(Shared, gk) == Record::kDecay);
+static_assert(offsetof(Shared, dout) - offsetof(Shared, gk) == Record::kX0);
+static_assert(offsetof(Shared, v) - offsetof(Shared, gk) == Record::kR);
 
 __device__ __forceinline__ unsigned small_address(const bf16 (&m)[kChunk][kSmallRow], int lane) {
   return shared_address(&m[lane & 15][(lane >> 4) * 8]);
@@ -88,10 +90,9 @@ __device__ __forceinline__ void invert(Shared& m, int lane) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads) prepare_kernel(Operands o) {
-  extern __shared__ __align__(1024) std::byte memory[];
+__device__ __forceinline__ void run(const Operands& o, std::byte* memory, int head, int slot) {
   Shared& m = *reinterpret_cast<Shared*>(memory);
-  const int head = blockIdx.x, slot = o.slot0 + static_cast<int>(blockIdx.y), slice = o.slice_of[slot] - 1;
+  const int slice = o.slice_of[slot] - 1;
   if (slice < 0) return;
   const Chunk chunk(o.batch.slice[slice], slice, slot);
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, n = chunk.n;
@@ -195,18 +196,9 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(Operands o) {
     store(kt, panel, w);
   }
   __syncthreads();
-  std::byte* record = o.records + (static_cast<int64_t>(blockIdx.y) * o.heads + head) * Record::kBytes;
+  std::byte* record = o.records + (static_cast<int64_t>(slot - o.slot0) * o.heads + head) * Record::kBytes;
   for (int i = tid * 16; i < Record::kBytes; i += kThreads * 16)
     *reinterpret_cast<int4*>(record + i) = *reinterpret_cast<const int4*>(m.gk + i);
 }
 
-}  // namespace
-
-void launch_prepare(Device& dev, const Operands& o) {
-  allow_shared_memory(prepare_kernel, sizeof(Shared));
-  prepare_kernel<<<dim3(static_cast<unsigned>(o.heads), static_cast<unsigned>(o.slot1 - o.slot0)), kThreads, sizeof(Shared),
-                   dev.stream()>>>(o);
-  PERIGEE_LAUNCHED();
-}
-
-}  // namespace perigee::kernels::kda_grad
+}  // namespace perigee::kernels::kda_grad::prepare
