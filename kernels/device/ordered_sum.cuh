@@ -12,30 +12,28 @@
 
 namespace perigee::kernels::ordered {
 
-inline constexpr uint64_t kFull = uint64_t{1} << 53;  // S/u of the next power of two; larger growth counts as this
+inline constexpr uint64_t kFull = uint64_t{1} << 53;  // S/u of the next power of two
 
 struct Step {
   uint64_t grow[2];  // for S/u even, odd
 };
 __device__ __forceinline__ Step none() { return {{0, 0}}; }
 __device__ __forceinline__ Step then(const Step& a, const Step& b) {  // a, then b
-  Step r;
-#pragma unroll
-  for (unsigned p = 0; p < 2; ++p) {
-    const uint64_t both = a.grow[p] + b.grow[(p + a.grow[p]) & 1];
-    r.grow[p] = both < kFull ? both : kFull;
-  }
-  return r;
+  return {{a.grow[0] + b.grow[a.grow[0] & 1], a.grow[1] + b.grow[(a.grow[1] & 1) ^ 1]}};
 }
-// scale: 1/u, a power of two.
+// Growth beyond kFull says no more than kFull does, and more of it fits 64 bits.
+__device__ __forceinline__ Step bounded(const Step& a) {
+  return {{a.grow[0] < kFull ? a.grow[0] : kFull, a.grow[1] < kFull ? a.grow[1] : kFull}};
+}
+// scale: 1/u, a power of two. A v of 2^52 u or more passes the next power of two whatever S is.
 __device__ __forceinline__ Step step_of(double v, double scale) {
-  const double q = v * scale;
-  if (!(q < static_cast<double>(kFull))) return {{kFull, kFull}};
-  const double whole = floor(q), rest = q - whole;
-  const uint64_t a = static_cast<uint64_t>(whole);
-  if (rest == 0.5) return {{a + (a & 1), a + ((a + 1) & 1)}};
-  const uint64_t up = a + (rest > 0.5 ? 1 : 0);
-  return {{up, up}};
+  constexpr double kShifter = 0x1p52;  // adding it rounds to an integer, to even on ties
+  const double t = __fma_rn(v, scale, kShifter);
+  const int64_t nearest = __double_as_longlong(t) - __double_as_longlong(kShifter);
+  if (!(t < 0x1p53)) return {{kFull, kFull}};
+  const double rest = __fma_rn(v, scale, kShifter - t);  // v/u - nearest
+  const int64_t other = rest == 0.5 ? nearest + 1 : rest == -0.5 ? nearest - 1 : nearest;
+  return {{static_cast<uint64_t>(nearest), static_cast<uint64_t>(other)}};
 }
 __device__ __forceinline__ Step shuffle_up(const Step& s, int by) {
   return {{__shfl_up_sync(0xffffffffu, s.grow[0], by), __shfl_up_sync(0xffffffffu, s.grow[1], by)}};
@@ -77,11 +75,21 @@ __device__ double sum(int64_t n, const Value& value) {
       const Step left = shuffle_up(upto, by);
       if (lane >= by) upto = then(left, upto);
     }
-    if (lane == 31) warp_step[warp] = upto;
+    if (lane == 31) warp_step[warp] = bounded(upto);
     if (threadIdx.x == 0) stopped = kThreads;
     __syncthreads();
-    Step before = none();
-    for (int w = 0; w < warp; ++w) before = then(before, warp_step[w]);
+    if (warp == 0) {  // what warps grow by becomes what those before them do
+      Step all = lane < kWarps ? warp_step[lane] : none();
+#pragma unroll
+      for (int by = 1; by < kWarps; by *= 2) {
+        const Step left = shuffle_up(all, by);
+        if (lane >= by) all = then(left, all);
+      }
+      const Step left = shuffle_up(all, 1);
+      if (lane < kWarps) warp_step[lane] = lane > 0 ? bounded(left) : none();
+    }
+    __syncthreads();
+    Step before = warp_step[warp];
     const Step left = shuffle_up(upto, 1);
     if (lane > 0) before = then(before, left);
     const int odd = static_cast<int>(units & 1);

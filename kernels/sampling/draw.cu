@@ -16,15 +16,11 @@ constexpr int64_t kMostVocab = kMostChunks * kMost;
 static_assert(kBlock == kVocabBlock);
 
 struct Draw {
-  int64_t vocab;
-  int blocks;
-  const float* logits;
-  int64_t ld;
-  const DeviceSampling* params;
-  const float *z, *scale;  // of rows that are not plain; null: all are
-  const float *top, *block_top, *block_sum, *lse;
+  vocab::RowPass plain;   // of the logits as they are
+  vocab::RowPass drawn;   // of the rows after bias, penalties and filters; where its scale is 0, and if there are no
+  const DeviceSampling* params;  // such rows (logits null), the plain one
   int32_t* tokens;
-  float* logprob;
+  float *logprob, *entropy;
 };
 
 // Philox4x32-10 of base/random.h; 53 of its bits as a double in [0, 1).
@@ -49,6 +45,7 @@ struct Shared {
   alignas(16) double value[kMost];
   alignas(16) double before[kMost + 8];  // the sum of the values before
   int first, last;
+  vocab::pass::Chain chain;
 };
 
 // before[i] = start + value[0] + ... + value[i - 1], by one thread; values to a multiple of 8 exist (0 past n).
@@ -113,44 +110,39 @@ __device__ int greedy_of_all(const float* z, int64_t vocab, Shared& sh) {
   return lowest(z, 0, vocab, top, sh);
 }
 
-__device__ int greedy(const Draw& d, const float* z, int64_t row, Shared& sh) {
-  const float top = d.top[row];
-  if (top == -FLT_MAX) return greedy_of_all(z, d.vocab, sh);
-  if (threadIdx.x == 0) sh.last = d.blocks;
+__device__ int greedy(const vocab::RowPass& p, const float* z, int64_t row, Shared& sh) {
+  const int blocks = p.blocks();
+  const float top = p.next[(row + 1) * blocks - 1];
+  if (top == -FLT_MAX) return greedy_of_all(z, p.vocab, sh);
+  if (threadIdx.x == 0) sh.last = blocks;
   __syncthreads();
-  for (int b = threadIdx.x; b < d.blocks; b += kThreads)
-    if (d.block_top[row * d.blocks + b] == top) {
+  for (int b = threadIdx.x; b < blocks; b += kThreads)
+    if (p.block_top[row * blocks + b] == top) {
       atomicMin(&sh.last, b);
       break;
     }
   __syncthreads();
   const int64_t begin = sh.last * kBlock;
-  return lowest(z, begin, min(begin + kBlock, d.vocab), top, sh);
+  return lowest(z, begin, min(begin + kBlock, p.vocab), top, sh);
 }
 
-// draw() of the CPU: see there for what it means.
-__device__ int draw_token(const Draw& d, const float* z, float inv_temperature, int64_t row, uint64_t seed,
-                          int64_t position, Shared& sh) {
-  const float top = d.top[row];
-  const int chunk_blocks = static_cast<int>((d.blocks + kMostChunks - 1) / kMostChunks);
-  const int chunks = (d.blocks + chunk_blocks - 1) / chunk_blocks;
-  for (int c = threadIdx.x; c < (chunks + 7) / 8 * 8; c += kThreads) {
-    double sum = 0;
-    for (int b = c * chunk_blocks; b < min((c + 1) * chunk_blocks, d.blocks); ++b)
-      sum += static_cast<double>(d.block_sum[row * d.blocks + b]);
-    sh.value[c] = sum;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) run_chain(sh, chunks, 0.0);
-  __syncthreads();
+__device__ __forceinline__ int chunk_blocks_of(int blocks) {
+  return static_cast<int>((blocks + kMostChunks - 1) / kMostChunks);
+}
+
+// draw() of the CPU, see there for what it means, after the sums over chunks and before each of them.
+__device__ int draw_token(const vocab::RowPass& p, const float* z, float inv_temperature, int64_t row, uint64_t seed,
+                          int64_t position, int chunks, Shared& sh) {
+  const int blocks = p.blocks(), chunk_blocks = chunk_blocks_of(blocks);
+  const float top = p.next[(row + 1) * blocks - 1];
   const double total = sh.before[(chunks + 7) / 8 * 8];
-  if (!(total > 0 && total <= DBL_MAX)) return greedy_of_all(z, d.vocab, sh);
+  if (!(total > 0 && total <= DBL_MAX)) return greedy_of_all(z, p.vocab, sh);
   const double goal = uniform(seed, static_cast<uint64_t>(position)) * total;
   const int pick = search(sh, chunks, goal);
   const double start = sh.before[pick];
   __syncthreads();
   const int64_t begin = static_cast<int64_t>(pick) * chunk_blocks * kBlock;
-  const int n = static_cast<int>(min(static_cast<int64_t>(chunk_blocks) * kBlock, d.vocab - begin));
+  const int n = static_cast<int>(min(static_cast<int64_t>(chunk_blocks) * kBlock, p.vocab - begin));
   for (int i = threadIdx.x; i < (n + 7) / 8 * 8; i += kThreads)
     sh.value[i] = i < n ? static_cast<double>(math::exp(z[begin + i] * inv_temperature - top)) : 0.0;
   __syncthreads();
@@ -164,20 +156,36 @@ __global__ void __launch_bounds__(kThreads) draw(const Draw d) {
   wait_for_previous();
   let_next_start();
   const int64_t row = blockIdx.x;
-  const DeviceSampling p = d.params[row];
-  const float* const logits = d.logits + row * d.ld;
-  const float* z = logits;
-  float inv_temperature = p.inv_temperature;
-  if (d.scale != nullptr && d.scale[row] != 0.0f) {
-    z = d.z + row * d.vocab;
-    inv_temperature = d.scale[row];
+  const DeviceSampling s = d.params[row];
+  const bool changed = d.drawn.logits != nullptr && d.drawn.inv_temperature(row) != 0.0f;
+  const vocab::RowPass& p = changed ? d.drawn : d.plain;
+  const float* const z = p.logits + row * p.ld;
+  const int blocks = p.blocks(), chunk_blocks = chunk_blocks_of(blocks);
+  const int chunks = (blocks + chunk_blocks - 1) / chunk_blocks;
+  const bool greedily = s.greedy != 0;
+  if (!greedily)
+    for (int c = threadIdx.x; c < (chunks + 7) / 8 * 8; c += kThreads) {
+      double sum = 0;
+      for (int b = c * chunk_blocks; b < min((c + 1) * chunk_blocks, blocks); ++b)
+        sum += static_cast<double>(p.draw_sum[row * blocks + b]);
+      sh.value[c] = sum;
+    }
+  // The plain policy's statistics by the first warp, the sums for drawing by the second.
+  vocab::pass::Running running;
+  for (int first = 0; first < blocks; first += vocab::pass::kChainTile) {
+    vocab::pass::load_chain(d.plain, row, first, sh.chain);
+    if (threadIdx.x < 32) vocab::pass::run_chain(sh.chain, min(vocab::pass::kChainTile, blocks - first), running);
+    else if (threadIdx.x == 32 && first == 0 && !greedily) run_chain(sh, chunks, 0.0);
+    __syncthreads();
   }
-  const int token = p.greedy != 0 ? greedy(d, z, row, sh)
-                                  : draw_token(d, z, inv_temperature, row, p.seed, p.position, sh);
-  if (threadIdx.x == 0) {
-    d.tokens[row] = token;
-    if (d.logprob != nullptr) d.logprob[row] = p.inv_temperature * logits[token] - d.lse[row];
-  }
+  const int token =
+      greedily ? greedy(p, z, row, sh)
+               : draw_token(p, z, p.inv_temperature(row), row, s.seed, s.position, chunks, sh);
+  if (threadIdx.x != 0) return;
+  const LogitStats stats = vocab::pass::finish(d.plain.next[(row + 1) * blocks - 1], running);
+  d.tokens[row] = token;
+  if (d.logprob != nullptr) d.logprob[row] = s.inv_temperature * d.plain.logits[row * d.plain.ld + token] - stats.lse;
+  if (d.entropy != nullptr) d.entropy[row] = stats.entropy;
 }
 
 }  // namespace
@@ -189,34 +197,29 @@ void sample_tokens(Device& device, int64_t rows, int64_t vocab, const float* log
   PERIGEE_CHECK(rows >= 0 && vocab > 0 && ld >= vocab && vocab <= sampling::kMostVocab);
   if (rows == 0) return;
   DeviceScratch::Mark mark(device.scratch);
-  const int64_t blocks = (vocab + kVocabBlock - 1) / kVocabBlock;
-  float* const lse = device.scratch.take<float>(rows);
-  vocab::RowPass pass;
-  pass.logits = logits;
-  pass.ld = ld;
-  pass.rows = rows;
-  pass.vocab = vocab;
-  pass.scale = {&params->inv_temperature, sizeof(DeviceSampling), 1.0f};
-  pass.lse = lse;
-  pass.entropy = entropy;
-  pass.top = device.scratch.take<float>(rows);
-  pass.block_top = device.scratch.take<float>(rows * blocks);
-  pass.block_sum = device.scratch.take<float>(rows * blocks);
-  vocab::row_pass<true>(device, pass);
-  float *z = nullptr, *scale = nullptr;
+  sampling::Draw d = {};
+  d.plain.logits = logits;
+  d.plain.ld = ld;
+  d.plain.rows = rows;
+  d.plain.vocab = vocab;
+  d.plain.scale = {&params->inv_temperature, sizeof(DeviceSampling), 1.0f};
+  d.plain.take(device.scratch, true);
+  d.params = params;
+  d.tokens = tokens;
+  d.logprob = logprob;
+  d.entropy = entropy;
+  vocab::row_pass<true>(device, d.plain);
   if (!plain) {
-    z = device.scratch.take<float>(rows * vocab);
-    scale = device.scratch.take<float>(rows);
+    float* const z = device.scratch.take<float>(rows * vocab);
+    float* const scale = device.scratch.take<float>(rows);
     sampling::modify_rows(device, rows, vocab, logits, ld, params, seen, bias, z, scale);
-    vocab::RowPass again = pass;  // of the rows that were written, over the first pass's sums
-    again.logits = z;
-    again.ld = vocab;
-    again.scale = {scale, sizeof(float), 1.0f};
-    again.lse = again.entropy = nullptr;
-    vocab::row_pass<true>(device, again);
+    d.drawn = d.plain;
+    d.drawn.logits = z;
+    d.drawn.ld = vocab;
+    d.drawn.scale = {scale, sizeof(float), 1.0f};
+    d.drawn.take(device.scratch, true);
+    vocab::row_pass<true>(device, d.drawn);
   }
-  const sampling::Draw d = {vocab, static_cast<int>(blocks), logits, ld, params, z, scale, pass.top, pass.block_top,
-                            pass.block_sum, lse, tokens, logprob};
   launch_dependent(sampling::draw, dim3(static_cast<unsigned>(rows)), dim3(sampling::kThreads), 0, device.stream(), d);
 }
 

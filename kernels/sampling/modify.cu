@@ -41,9 +41,28 @@ struct Shared {
   uint64_t key;
 };
 
-__device__ float largest(const float* z, int64_t vocab, Shared& sh) {
+// body(x[i], i) for a thread's share of a row, with several loads in flight. The body may write x[i].
+template <class Body>
+__device__ __forceinline__ void each(const float* x, int64_t n, const Body& body) {
+  constexpr int kAhead = 8;
+  for (int64_t first = threadIdx.x; first < n; first += kThreads * kAhead) {
+    float v[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) v[j] = first + j * kThreads < n ? x[first + j * kThreads] : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j)
+      if (first + j * kThreads < n) body(v[j], first + j * kThreads);
+  }
+}
+
+// z *= factor; the largest z.
+__device__ float scale_row(float* z, int64_t vocab, float factor, Shared& sh) {
   float top = -FLT_MAX;
-  for (int64_t i = threadIdx.x; i < vocab; i += kThreads) top = fmaxf(top, z[i]);
+  each(z, vocab, [&](float x, int64_t i) {
+    const float scaled = x * factor;
+    z[i] = scaled;
+    top = fmaxf(top, scaled);
+  });
   for (int s = 16; s > 0; s /= 2) top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, s));
   if (threadIdx.x % 32 == 0) sh.warp_max[threadIdx.x / 32] = top;
   __syncthreads();
@@ -78,10 +97,10 @@ __device__ uint64_t select(const float* z, int64_t vocab, int64_t rank, Shared& 
     for (int i = threadIdx.x; i < kDigits; i += kThreads) sh.histogram[i] = 0;
     __syncthreads();
     const unsigned digits = (kDigits - 1u) & ~(known >> shift);  // the last pass has a bit fewer
-    for (int64_t i = threadIdx.x; i < vocab; i += kThreads) {
-      const unsigned r = rank_of(z[i]);
+    each(z, vocab, [&](float x, int64_t) {
+      const unsigned r = rank_of(x);
       if ((r & known) == prefix) atomicAdd(&sh.histogram[(r >> shift) & digits], 1);
-    }
+    });
     __syncthreads();
     if (threadIdx.x < 32) {  // each lane a run of digits, then the lane whose run holds the rank
       constexpr int kRun = kDigits / 32;
@@ -133,10 +152,10 @@ __device__ uint64_t top_p_limit(const float* z, int64_t vocab, float top, int64_
     if (threadIdx.x == 0) sh.count = 0;
     for (int i = threadIdx.x; i < kSorted; i += kThreads) sh.sorted.keys[i] = ~uint64_t{0};
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < vocab; i += kThreads) {
-      const uint64_t key = key_of(z[i], i);
+    each(z, vocab, [&](float x, int64_t i) {
+      const uint64_t key = key_of(x, i);
       if (key >= after && key <= upto) sh.sorted.keys[atomicAdd(&sh.count, 1)] = key;
-    }
+    });
     for (int size = 2; size <= kSorted; size *= 2)  // bitonic
       for (int apart = size / 2; apart > 0; apart /= 2) {
         __syncthreads();
@@ -148,21 +167,27 @@ __device__ uint64_t top_p_limit(const float* z, int64_t vocab, float top, int64_
         }
       }
     __syncthreads();
-    for (int i = threadIdx.x; i < more; i += kThreads)
-      sh.sorted.weights[i] = static_cast<double>(math::exp(z_of(sh.sorted.keys[i]) - top));
+    for (int i = threadIdx.x; i < kSorted; i += kThreads)
+      sh.sorted.weights[i] = i < more ? static_cast<double>(math::exp(z_of(sh.sorted.keys[i]) - top)) : 0.0;
     __syncthreads();
     if (threadIdx.x == 0) {
-      int next = 0;
-      while (next < more && (done + next == 0 || sum < goal)) sum += sh.sorted.weights[next++];
-      sh.count = next < more || sum >= goal || done + more == kept ? next : 0;
-      if (next > 0) sh.key = sh.sorted.keys[next - 1];
+      int end = 0;  // keys up to where the sum reaches the goal; 0: it does not
+      for (int i = 0; i < more && end == 0; i += 8) {
+        double upto_here[8];
+#pragma unroll
+        for (int j = 0; j < 8; ++j) upto_here[j] = sum = sum + sh.sorted.weights[i + j];
+        if (sum < goal) continue;
+#pragma unroll
+        for (int j = 7; j >= 0; --j)
+          if (!(upto_here[j] < goal)) end = i + j + 1;
+      }
+      sh.count = end;
     }
     __syncthreads();
     const int end = sh.count;
-    const uint64_t last = sh.sorted.keys[more - 1];
-    const uint64_t answer = end > 0 ? sh.key : last;
+    const uint64_t last = sh.sorted.keys[(end > 0 ? end : more) - 1];
     __syncthreads();
-    if (end > 0 || done + more == kept) return answer;
+    if (end > 0 || done + more == kept) return last;
     after = last + 1;
   }
 }
@@ -181,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) modify(int64_t vocab, const float* l
   }
   if (threadIdx.x == 0) scale[row] = filters ? 1.0f : p.inv_temperature;
   float* const z = z_rows + row * vocab;
-  for (int64_t i = threadIdx.x; i < vocab; i += kThreads) z[i] = logits[row * ld + i];
+  each(logits + row * ld, vocab, [&](float x, int64_t i) { z[i] = x; });
   __syncthreads();
   for (int64_t i = threadIdx.x; i < p.bias_count; i += kThreads) {  // a token named twice gets both, in order
     const TokenBias* const list = bias + p.bias_begin;
@@ -209,16 +234,15 @@ __global__ void __launch_bounds__(kThreads) modify(int64_t vocab, const float* l
     __syncthreads();
   }
   if (!filters) return;
-  for (int64_t i = threadIdx.x; i < vocab; i += kThreads) z[i] = z[i] * p.inv_temperature;
-  __syncthreads();
-  const float top = largest(z, vocab, sh);
+  const float top = scale_row(z, vocab, p.inv_temperature, sh);
   const bool cut_k = p.top_k > 0 && p.top_k < vocab;
   uint64_t limit = ~uint64_t{0};
   if (cut_k) {
     limit = select(z, vocab, p.top_k, sh);
     __syncthreads();
-    for (int64_t i = threadIdx.x; i < vocab; i += kThreads)
-      if (key_of(z[i], i) > limit) z[i] = -INFINITY;
+    each(z, vocab, [&](float x, int64_t i) {
+      if (key_of(x, i) > limit) z[i] = -INFINITY;
+    });
     __syncthreads();
   }
   if (p.top_p < 1.0f) {
@@ -228,10 +252,9 @@ __global__ void __launch_bounds__(kThreads) modify(int64_t vocab, const float* l
     limit = top_p_limit(z, vocab, top, cut_k ? p.top_k : vocab, limit, goal, sh);
     __syncthreads();
   }
-  for (int64_t i = threadIdx.x; i < vocab; i += kThreads) {
-    const float x = z[i];
+  each(z, vocab, [&](float x, int64_t i) {
     if (key_of(x, i) > limit || (p.min_p > 0 && math::exp(x - top) < p.min_p)) z[i] = -INFINITY;
-  }
+  });
 }
 
 }  // namespace

@@ -61,6 +61,44 @@ __global__ void __launch_bounds__(kThreads) differentiate(float* logits, int64_t
   }
 }
 
+constexpr int kChainThreads = 128;
+
+// What is wanted of a row; null: not wanted.
+struct Wanted {
+  LogitStats* stats;
+  float *lse, *entropy, *logprob;
+  const int32_t* targets;
+};
+
+__global__ void __launch_bounds__(kChainThreads) row_chain(const vocab::RowPass p, const Wanted wanted) {
+  __shared__ vocab::pass::Chain chain;
+  wait_for_previous();
+  let_next_start();
+  const int64_t row = blockIdx.x;
+  const int blocks = p.blocks();
+  vocab::pass::Running running;
+  for (int first = 0; first < blocks; first += vocab::pass::kChainTile) {
+    vocab::pass::load_chain(p, row, first, chain);
+    if (threadIdx.x < 32) vocab::pass::run_chain(chain, min(vocab::pass::kChainTile, blocks - first), running);
+    __syncthreads();
+  }
+  if (threadIdx.x != 0) return;
+  const LogitStats s = vocab::pass::finish(p.next[(row + 1) * blocks - 1], running);
+  if (wanted.stats != nullptr) wanted.stats[row] = s;
+  if (wanted.lse != nullptr) wanted.lse[row] = s.lse;
+  if (wanted.entropy != nullptr) wanted.entropy[row] = s.entropy;
+  if (wanted.logprob != nullptr)
+    wanted.logprob[row] = p.inv_temperature(row) * p.logits[row * p.ld + wanted.targets[row]] - s.lse;
+}
+
+void reduce(Device& device, vocab::RowPass p, const Wanted& wanted) {
+  if (p.rows == 0) return;
+  DeviceScratch::Mark mark(device.scratch);
+  p.take(device.scratch, false);
+  vocab::row_pass<false>(device, p);
+  launch_dependent(row_chain, dim3(static_cast<unsigned>(p.rows)), dim3(kChainThreads), 0, device.stream(), p, wanted);
+}
+
 }  // namespace
 
 void logits_stats(Device& device, int64_t rows, int64_t vocab, const float* logits, int64_t ld,
@@ -71,8 +109,7 @@ void logits_stats(Device& device, int64_t rows, int64_t vocab, const float* logi
   p.rows = rows;
   p.vocab = vocab;
   p.scale = {inv_temperature, sizeof(float), 1.0f};
-  p.stats = stats;
-  vocab::row_pass<false>(device, p);
+  reduce(device, p, {stats, nullptr, nullptr, nullptr, nullptr});
 }
 
 template <class T>
@@ -92,11 +129,7 @@ void vocab_logprob_forward(Device& device, int64_t rows, int64_t d, const T* x, 
     p.rows = count;
     p.vocab = vocab;
     p.scale.constant = inv_temperature;
-    p.lse = lse + row;
-    p.entropy = entropy == nullptr ? nullptr : entropy + row;
-    p.logprob = logprob + row;
-    p.targets = targets + row;
-    vocab::row_pass<false>(device, p);
+    reduce(device, p, {nullptr, lse + row, entropy == nullptr ? nullptr : entropy + row, logprob + row, targets + row});
   }
 }
 

@@ -1,11 +1,11 @@
-// One pass over rows of logits, read once: the reduction of stats.h, and what drawing a token starts from.
+// A pass over rows of logits, each read once: the reduction of stats.h, and what drawing a token starts from.
 //
 // The chain of stats.h runs over 640 blocks of a row of 163,840, and the running maximum enters every block's sums. But
-// the maximum before a block is a maximum of block maxima, whatever the order, so a cluster of blocks shares a row: each
-// keeps its logits in registers, takes the maxima of its vocabulary blocks, exchanges the largest, and then computes
-// every sum with the maximum that the chain would have there. One thread adds the 640 pairs of sums in order. Where the
-// maximum stays, which is nearly everywhere, a step of that chain is two additions, because multiplying by e^0 = 1 and
-// adding 0 change no bit.
+// the maximum before a block is a maximum of block maxima, whatever the order. So a cluster of thread blocks shares a
+// row: each keeps its logits in registers, takes the maxima of its vocabulary blocks, exchanges the largest, and then
+// computes every sum with the maximum that the chain would have there (row_pass). A second launch adds the 640 pairs of
+// sums in order, one warp to a row (row_chain). Where the maximum stays, which is nearly everywhere, a step of that chain
+// is an addition, because multiplying by e^0 = 1 and adding 0 change no bit.
 #pragma once
 #include <algorithm>
 #include <cfloat>
@@ -27,20 +27,32 @@ struct RowPass {
   const float* logits = nullptr;  // [rows, ld]
   int64_t ld = 0, rows = 0, vocab = 0;
   RowScale scale;
-  // Results over rows; null: not wanted. logprob is that of targets.
-  LogitStats* stats = nullptr;
-  float *lse = nullptr, *entropy = nullptr, *logprob = nullptr;
-  const int32_t* targets = nullptr;
-  // For drawing (kDraw), all of them wanted: the largest z; of each block [rows, blocks] the largest z and the sum of
-  // e^(z - top) in the CPU's order.
-  float *top = nullptr, *block_top = nullptr, *block_sum = nullptr;
+  // Of each block [rows, blocks]: the maximum so far, and with it the sums of e^d and d e^d.
+  float *next = nullptr, *sum = nullptr, *weighted = nullptr;
+  // For drawing (kDraw), of each block: the largest z, and the sum of e^(z - the row's largest z) in the CPU's order.
+  float *block_top = nullptr, *draw_sum = nullptr;
+
+  __host__ __device__ int blocks() const { return static_cast<int>((vocab + kVocabBlock - 1) / kVocabBlock); }
+  // The arrays that the sums are passed on in.
+  void take(DeviceScratch& scratch, bool draw) {
+    const int64_t n = rows * blocks();
+    next = scratch.take<float>(n);
+    sum = scratch.take<float>(n);
+    weighted = scratch.take<float>(n);
+    if (!draw) return;
+    block_top = scratch.take<float>(n);
+    draw_sum = scratch.take<float>(n);
+  }
+  // The row's inverse temperature.
+  __device__ float inv_temperature(int64_t row) const {
+    if (scale.value == nullptr) return scale.constant;
+    return *reinterpret_cast<const float*>(reinterpret_cast<const char*>(scale.value) + row * scale.stride);
+  }
 };
 
 inline constexpr int kPassThreads = 640, kSlots = 2;
 inline constexpr int kMostPerCta = kPassThreads / 16 * kSlots;  // vocabulary blocks that a thread block holds
 inline constexpr int kMostCluster = 16;
-inline constexpr int kMostParts = kMostPerCta * kMostCluster;
-inline constexpr int kChain = 8;  // steps of the chain that go together
 
 namespace pass {
 
@@ -106,76 +118,18 @@ __device__ __forceinline__ float max16(float x) {  // over sixteen neighbouring 
   return x;
 }
 
-// What the chain over blocks needs of each, in the shared memory of the cluster's first thread block.
-struct Parts {
-  alignas(16) float sum[kMostParts];
-  alignas(16) float weighted[kMostParts];
-  alignas(16) float shift[kMostParts];  // the step's change of the maximum, bounded, and its exponential
-  alignas(16) float scale[kMostParts];
-  alignas(16) float next[kMostParts];
-};
-
-struct Running {
-  float maximum = -FLT_MAX, sum = 0, weighted = 0;
-};
-
-// add_block's last lines for `count` blocks, by one thread.
-__device__ __forceinline__ void run_chain(const Parts& parts, int count, Running& r) {
-  for (int first = 0; first < count; first += kChain) {
-    if (first + kChain <= count && parts.next[first + kChain - 1] == r.maximum) {
-      float s[kChain], w[kChain];
-#pragma unroll
-      for (int i = 0; i < kChain; i += 4) {
-        *reinterpret_cast<float4*>(s + i) = *reinterpret_cast<const float4*>(parts.sum + first + i);
-        *reinterpret_cast<float4*>(w + i) = *reinterpret_cast<const float4*>(parts.weighted + first + i);
-      }
-#pragma unroll
-      for (int i = 0; i < kChain; ++i) {
-        r.sum = r.sum + s[i];
-        r.weighted = r.weighted + w[i];
-      }
-      continue;
-    }
-    const int end = min(first + kChain, count);
-#pragma unroll 4
-    for (int i = first; i < end; ++i) {
-      const float shift = parts.shift[i], scale = parts.scale[i];
-      r.weighted = (r.weighted + r.sum * shift) * scale + parts.weighted[i];
-      r.sum = r.sum * scale + parts.sum[i];
-    }
-    r.maximum = parts.next[end - 1];
-  }
-}
-
-__device__ __forceinline__ void finish(const RowPass& p, int64_t row, float inv_temperature, const Running& r) {
-  float lse = __int_as_float(0x7fc00000), entropy = lse;
-  if (r.sum > 0 && r.sum <= FLT_MAX) {
-    const float log_sum = math::log(r.sum);
-    lse = r.maximum + log_sum;
-    entropy = log_sum - __fdiv_rn(r.weighted, r.sum);
-  }
-  if (p.stats != nullptr) p.stats[row] = {lse, entropy};
-  if (p.lse != nullptr) p.lse[row] = lse;
-  if (p.entropy != nullptr) p.entropy[row] = entropy;
-  if (p.logprob != nullptr) p.logprob[row] = inv_temperature * p.logits[row * p.ld + p.targets[row]] - lse;
-}
-
 template <bool kDraw>
 __global__ void __launch_bounds__(kPassThreads, 2) row_pass_kernel(const RowPass p, int per_cta) {
   __shared__ float block_max[kMostPerCta];
   __shared__ float rank_max[kMostCluster];
-  __shared__ Parts parts;
   const int rank = static_cast<int>(cluster_rank()), ranks = static_cast<int>(cluster_size());
   const int64_t row = blockIdx.x / ranks;
   wait_for_previous();
   let_next_start();
-  const float inv =
-      p.scale.value == nullptr
-          ? p.scale.constant
-          : *reinterpret_cast<const float*>(reinterpret_cast<const char*>(p.scale.value) + row * p.scale.stride);
+  const float inv = p.inv_temperature(row);
   if (inv == 0.0f) return;  // the whole cluster
   cluster_arrive();  // waited for before the first store into another's memory: by then all are running
-  const int blocks = static_cast<int>((p.vocab + kVocabBlock - 1) / kVocabBlock);
+  const int blocks = p.blocks();
   const int lane = threadIdx.x % 16, half = threadIdx.x / 16, halves = blockDim.x / 16;
   const float* const logits = p.logits + row * p.ld;
 
@@ -207,7 +161,6 @@ __global__ void __launch_bounds__(kPassThreads, 2) row_pass_kernel(const RowPass
     return math::reduce_add16(sum);
   };
 
-  Running running;           // of the first thread of rank 0
   float maximum = -FLT_MAX;  // of all before the stretch, in every thread
   for (int first = 0; first < blocks; first += ranks * per_cta) {
     const int from = first + rank * per_cta;
@@ -258,13 +211,10 @@ __global__ void __launch_bounds__(kPassThreads, 2) row_pass_kernel(const RowPass
       weighted = math::reduce_add16(weighted);
       const bool there = local < per_cta && b < blocks;
       if (there && lane == 0) {
-        const float shift = math::max(-200.0f, previous - next);
-        const int i = rank * per_cta + local;
-        store_remote(&parts.sum[i], 0, sum);
-        store_remote(&parts.weighted[i], 0, weighted);
-        store_remote(&parts.shift[i], 0, shift);
-        store_remote(&parts.scale[i], 0, shift == 0.0f ? 1.0f : math::exp(shift));
-        store_remote(&parts.next[i], 0, next);
+        const int64_t at = row * blocks + b;
+        p.next[at] = next;
+        p.sum[at] = sum;
+        p.weighted[at] = weighted;
       }
       if constexpr (kDraw) {
         // Where the chain's maximum is already the row's, the sum is the one that drawing needs. The vote keeps the two
@@ -274,20 +224,16 @@ __global__ void __launch_bounds__(kPassThreads, 2) row_pass_kernel(const RowPass
             const float other = sum_below(s, maximum);
             sum = next != maximum ? other : sum;
           }
-          if (there && lane == 0) p.block_sum[row * blocks + b] = sum;
+          if (there && lane == 0) p.draw_sum[row * blocks + b] = sum;
         }
       }
     }
-    cluster_arrive();
-    const bool last = first + ranks * per_cta >= blocks;
-    if (rank == 0 || !last) cluster_wait();
-    if (rank == 0 && threadIdx.x == 0) {
-      run_chain(parts, min(ranks * per_cta, blocks - first), running);
-      if (last) finish(p, row, inv, running);
+    if (first + ranks * per_cta < blocks) {  // the arrays are used again
+      cluster_arrive();
+      cluster_wait();
     }
   }
   if constexpr (kDraw) {
-    if (rank == 0 && threadIdx.x == 0) p.top[row] = maximum;
     if (ranks * per_cta < blocks) {  // more than the cluster holds: read the row again, now that its maximum is known
       for (int first = 0; first < blocks; first += ranks * per_cta) {
         const int from = first + rank * per_cta;
@@ -296,11 +242,94 @@ __global__ void __launch_bounds__(kPassThreads, 2) row_pass_kernel(const RowPass
         for (int s = 0; s < kSlots; ++s) {
           const float sum = sum_below(s, maximum);
           const int local = half + s * halves;
-          if (lane == 0 && local < per_cta && from + local < blocks) p.block_sum[row * blocks + from + local] = sum;
+          if (lane == 0 && local < per_cta && from + local < blocks) p.draw_sum[row * blocks + from + local] = sum;
         }
       }
     }
   }
+}
+
+// A tile of the chain over blocks, in shared memory; padded with steps that change nothing.
+inline constexpr int kChainTile = 1024, kChainGroup = 16;
+struct Chain {
+  alignas(16) float sum[kChainTile + kChainGroup];
+  alignas(16) float weighted[kChainTile + kChainGroup];
+  alignas(16) float shift[kChainTile];  // the step's change of the maximum, bounded, and its exponential
+  alignas(16) float scale[kChainTile];
+  unsigned changes[kChainTile / kChainGroup / 32];  // a bit for every group in which the maximum changes
+};
+
+// Fills the tile that begins at block `first` of a row. Every thread of the block calls it.
+__device__ __forceinline__ void load_chain(const RowPass& p, int64_t row, int first, Chain& c) {
+  if (threadIdx.x < kChainTile / kChainGroup / 32) c.changes[threadIdx.x] = 0;
+  __syncthreads();
+  const int blocks = p.blocks(), padded = (min(blocks - first, kChainTile) + kChainGroup - 1) / kChainGroup * kChainGroup;
+  const int64_t base = row * blocks + first;
+  for (int i = threadIdx.x; i < padded; i += blockDim.x) {
+    float sum = -0.0f, weighted = -0.0f, shift = 0.0f, scale = 1.0f;
+    if (first + i < blocks) {
+      const float previous = first + i > 0 ? p.next[base + i - 1] : -FLT_MAX;
+      sum = p.sum[base + i];
+      weighted = p.weighted[base + i];
+      shift = math::max(-200.0f, previous - p.next[base + i]);
+      if (shift != 0.0f) {
+        scale = math::exp(shift);
+        atomicOr(&c.changes[i / (32 * kChainGroup)], 1u << (i / kChainGroup % 32));
+      }
+    }
+    c.sum[i] = sum;
+    c.weighted[i] = weighted;
+    c.shift[i] = shift;
+    c.scale[i] = scale;
+  }
+  __syncthreads();
+}
+
+struct Running {
+  float sum = 0, weighted = 0;
+};
+
+// add_block's last lines for the tile's `count` blocks, by one warp: lane 0 has the chain of sums, the others that of the
+// weighted sums, and both are needed only where the maximum changes.
+__device__ __forceinline__ void run_chain(const Chain& c, int count, Running& r) {
+  const int lane = threadIdx.x % 32, groups = (count + kChainGroup - 1) / kChainGroup;
+  const float* const mine = lane == 0 ? c.sum : c.weighted;
+  float v = lane == 0 ? r.sum : r.weighted;
+  float ahead[kChainGroup];
+  const auto read = [&](int g) {
+#pragma unroll
+    for (int i = 0; i < kChainGroup; i += 4)
+      *reinterpret_cast<float4*>(ahead + i) = *reinterpret_cast<const float4*>(mine + g * kChainGroup + i);
+  };
+  read(0);
+#pragma unroll 2
+  for (int g = 0; g < groups; ++g) {
+    float x[kChainGroup];
+#pragma unroll
+    for (int i = 0; i < kChainGroup; ++i) x[i] = ahead[i];
+    read(g + 1);
+    if ((c.changes[g / 32] >> (g % 32) & 1) == 0) {
+#pragma unroll
+      for (int i = 0; i < kChainGroup; ++i) v = v + x[i];
+    } else {
+      float s = __shfl_sync(0xffffffffu, v, 0), w = __shfl_sync(0xffffffffu, v, 1);
+#pragma unroll 4
+      for (int i = g * kChainGroup; i < (g + 1) * kChainGroup; ++i) {
+        w = (w + s * c.shift[i]) * c.scale[i] + c.weighted[i];
+        s = s * c.scale[i] + c.sum[i];
+      }
+      v = lane == 0 ? s : w;
+    }
+  }
+  r.sum = __shfl_sync(0xffffffffu, v, 0);
+  r.weighted = __shfl_sync(0xffffffffu, v, 1);
+}
+
+// finish() of stats.h.
+__device__ __forceinline__ LogitStats finish(float maximum, const Running& r) {
+  if (!(r.sum > 0 && r.sum <= FLT_MAX)) return {__int_as_float(0x7fc00000), __int_as_float(0x7fc00000)};
+  const float log_sum = math::log(r.sum);
+  return {maximum + log_sum, log_sum - __fdiv_rn(r.weighted, r.sum)};
 }
 
 }  // namespace pass
