@@ -10,7 +10,8 @@ namespace perigee::kernels::mla_grad {
 // Chunks of 64 columns (128-byte rows, swizzled), `chunk_bytes` apart; groups of eight rows 1024 bytes apart. The next
 // sixteen rows are 2048 bytes further.
 __device__ __forceinline__ uint64_t turned_operand(uint32_t address, uint32_t chunk_bytes) {
-  return (uint64_t{1} << 62) | (uint64_t{64} << 32) | (uint64_t{chunk_bytes >> 4} << 16) | ((address & 0x3ffffu) >> 4);
+  return (uint64_t{1} << 62) | (uint64_t{64} << 32) | (uint64_t{chunk_bytes >> 4} << 16) |
+         ((address & 0x3ffffu) >> 4);
 }
 inline constexpr uint64_t kTurnedStep = 2048 >> 4;
 
@@ -37,19 +38,26 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
-__device__ __forceinline__ uint32_t load_shared(uint32_t address) {
-  uint32_t x;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
-  return x;
-}
 
 // d [64, N] += a [64, 16] b [16, N], held as hopper::wgmma says.
+template <int N>
+__device__ __forceinline__ void wgmma_turned(float (&d)[N / 2], uint64_t a, uint64_t b);
+
 #define PERIGEE_ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define PERIGEE_ACC16(i) PERIGEE_ACC4(i), PERIGEE_ACC4(i + 4), PERIGEE_ACC4(i + 8), PERIGEE_ACC4(i + 12)
-// N 128, the first 64 of d.
-template <int M>
-__device__ __forceinline__ void wgmma_turned_128(float (&d)[M], uint64_t a, uint64_t b) {
-  static_assert(M >= 64);
+template <>
+__device__ __forceinline__ void wgmma_turned<64>(float (&d)[32], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.eq.u32 p, 1, 1;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, p, 1, 1, 0, 1;\n}\n"
+      : PERIGEE_ACC16(0), PERIGEE_ACC16(16)
+      : "l"(a), "l"(b));
+}
+template <>
+__device__ __forceinline__ void wgmma_turned<128>(float (&d)[64], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.eq.u32 p, 1, 1;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
@@ -61,10 +69,8 @@ __device__ __forceinline__ void wgmma_turned_128(float (&d)[M], uint64_t a, uint
       : PERIGEE_ACC16(0), PERIGEE_ACC16(16), PERIGEE_ACC16(32), PERIGEE_ACC16(48)
       : "l"(a), "l"(b));
 }
-// N 192, the first 96 of d.
-template <int M>
-__device__ __forceinline__ void wgmma_turned_192(float (&d)[M], uint64_t a, uint64_t b) {
-  static_assert(M >= 96);
+template <>
+__device__ __forceinline__ void wgmma_turned<192>(float (&d)[96], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.eq.u32 p, 1, 1;\n"
       "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 "

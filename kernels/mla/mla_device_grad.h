@@ -8,10 +8,6 @@
 
 namespace perigee::kernels {
 
-// Bytes of scratch that mla_backward<T> takes for a batch of so many rows and slices.
-template <class T>
-int64_t mla_backward_scratch_bytes(const MlaShape& shape, int64_t rows, int64_t slices);
-
 // For a training batch: whole sequences from position 0.
 //  q     [rows, heads*width]   queries, the key half of kv_b_proj absorbed
 //  c     [rows, width]         the batch's latent rows
@@ -23,16 +19,17 @@ int64_t mla_backward_scratch_bytes(const MlaShape& shape, int64_t rows, int64_t 
 // float: the bits of the CPU's mla_backward. bf16: products on the tensor cores with float32 sums; the weights p and ds
 // are rounded to bf16 between the products. The same inputs give the same bits: every sum has one order, a function of
 // the shapes and of the slices' lengths.
-// REQUIRES (bf16) the arrays aligned to 16 bytes. Latent 512, rope 64 and a multiple of 32 heads go to the tensor
-// cores; other shapes take the float path's kernels, which are slow.
+// REQUIRES (bf16) the arrays aligned to 16 bytes. Latent 512, rope 64 and a multiple of 32 heads on a device of
+// capability 9.0 go to the tensor cores; all else takes the float path's kernels, which are slow.
 // ASYNC on the device's stream; takes mla_backward_scratch_bytes of scratch; may be captured into a graph.
 template <class T>
-void mla_backward(Device& device, const MlaShape& shape, const T* q, const T* c, const DeviceBatch& batch, const T* out,
-                  const float* lse, const T* dout, T* dq, float* dc);
+void mla_backward(Device& device, const MlaShape& shape, const T* q, const T* c, const DeviceBatch& batch,
+                  const T* out, const float* lse, const T* dout, T* dq, float* dc);
 
 // What mla_backward<T> takes of the scratch.
 template <class T>
-int64_t mla_backward_scratch_bytes(const MlaShape& shape, int64_t rows, int64_t max_count);
+int64_t mla_backward_scratch_bytes(const Device& device, const MlaShape& shape, int64_t rows,
+                                   int64_t max_count);
 
 // From the latent rows back to what kv_a_proj gave (latent_store, backwards): the first `latent` values went through an
 // RMSNorm, the rest as they are.
@@ -42,7 +39,7 @@ int64_t mla_backward_scratch_bytes(const MlaShape& shape, int64_t rows, int64_t 
 // float: the bits of the CPU (rms_norm_backward of kernels/norm/norm.h and a copy). bf16: the same arithmetic with dkv
 // rounded at the end, and rows added to dnorm_w in runs of 64, the runs in ascending order.
 template <class T>
-void latent_grad(Device& device, const MlaShape& shape, int64_t rows, const float* kv, const float* norm_w, float eps,
-                 const float* dc, T* dkv, float* dnorm_w);
+void latent_grad(Device& device, const MlaShape& shape, int64_t rows, const float* kv, const float* norm_w,
+                 float eps, const float* dc, T* dkv, float* dnorm_w);
 
 }  // namespace perigee::kernels

@@ -80,8 +80,9 @@ __device__ __forceinline__ void gather(const Shared& s, const Shape& m, const fl
   }
 }
 
-__global__ void __launch_bounds__(kThreads) forward(Shape m, const float* q, DeviceBatch batch, int64_t page_offset,
-                                                    const float* c, float* out, float* lse) {
+__global__ void __launch_bounds__(kThreads)
+    forward(Shape m, const float* q, DeviceBatch batch, int64_t page_offset, const float* c, float* out,
+            float* lse) {
   __shared__ Shared s;
   __shared__ int seen[kQueries];
   extern __shared__ float span_o[];  // [kQueries, latent]
@@ -111,7 +112,8 @@ __global__ void __launch_bounds__(kThreads) forward(Shape m, const float* q, Dev
       const float* const block =
           c != nullptr ? c + (static_cast<int64_t>(slice.begin) + key) * m.width
                        : reinterpret_cast<const float*>(
-                             batch.pages[static_cast<int64_t>(blockIdx.y) * batch.max_pages + key / kPage] + page_offset);
+                             batch.pages[static_cast<int64_t>(blockIdx.y) * batch.max_pages + key / kPage] +
+                             page_offset);
       if (t < kQueries) {
         const int n = (t < queries ? keys_of(t) : last) - key;
         seen[t] = n < kPage ? n : kPage;
@@ -156,11 +158,13 @@ __global__ void __launch_bounds__(kThreads) forward(Shape m, const float* q, Dev
 
   for (int i = 0; i < queries; ++i) {
     const float inverse = __fdiv_rn(1.0f, s.total_sum[i]);
-    for (int column = t; column < m.latent; column += kThreads) out[static_cast<int64_t>(i) * m.latent + column] *= inverse;
+    for (int column = t; column < m.latent; column += kThreads)
+      out[static_cast<int64_t>(i) * m.latent + column] *= inverse;
   }
   if (lse != nullptr && t < queries) {
     const float sum = s.total_sum[t];
-    lse[row + t] = sum > 0.0f && sum <= FLT_MAX ? s.total_maximum[t] + math::log(sum) : __int_as_float(0x7fc00000);
+    lse[row + t] =
+        sum > 0.0f && sum <= FLT_MAX ? s.total_maximum[t] + math::log(sum) : __int_as_float(0x7fc00000);
   }
 }
 

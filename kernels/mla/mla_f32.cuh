@@ -39,9 +39,9 @@ __device__ __forceinline__ void fill_stage(Stage<kRows>& to, const float* from, 
 // acc[i] = a[4 (t / kKeys) + i] . b[t % kKeys] over n columns, in one ascending chain from zero. kQueries * kKeys = 1024.
 // All threads of the block must call it; the stages may be filled again when it returns.
 template <int kQueries, int kKeys>
-__device__ __forceinline__ void products(const float* a, int64_t lda, int queries, const float* b, int64_t ldb,
-                                         int keys, int n, Stage<kQueries>& a_stage, Stage<kKeys>& b_stage,
-                                         float (&acc)[4]) {
+__device__ __forceinline__ void products(const float* a, int64_t lda, int queries, const float* b,
+                                         int64_t ldb, int keys, int n, Stage<kQueries>& a_stage,
+                                         Stage<kKeys>& b_stage, float (&acc)[4]) {
   static_assert(kQueries * kKeys == 4 * kThreads);
   const int key = threadIdx.x % kKeys, query = threadIdx.x / kKeys * 4;
 #pragma unroll

@@ -13,8 +13,8 @@ struct Arrays {
 };
 
 // delta[r] = dout . out, sixteen threads to a query.
-__global__ void __launch_bounds__(kThreads) dot_rows(Shape m, const float* dout, const float* out, DeviceBatch batch,
-                                                     float* delta) {
+__global__ void __launch_bounds__(kThreads)
+    dot_rows(Shape m, const float* dout, const float* out, DeviceBatch batch, float* delta) {
   const DeviceSlice slice = batch.slice[blockIdx.y];
   const int64_t r = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 16;
   if (r >= static_cast<int64_t>(slice.count) * m.heads) return;
@@ -34,14 +34,15 @@ struct Weights {
   __device__ __forceinline__ void compute(const Shape& m, const Arrays& a, int64_t row, int queries,
                                           const float* block, int keys, int64_t first_query, int first_key,
                                           Stage<kQueries>& q_stage, Stage<kKeys>& c_stage) {
-    products<kQueries, kKeys>(a.q + row * m.width, m.width, queries, block, m.width, keys, m.width, q_stage, c_stage, p);
-    products<kQueries, kKeys>(a.dout + row * m.latent, m.latent, queries, block, m.width, keys, m.latent, q_stage,
-                              c_stage, ds);
+    products<kQueries, kKeys>(a.q + row * m.width, m.width, queries, block, m.width, keys, m.width, q_stage,
+                              c_stage, p);
+    products<kQueries, kKeys>(a.dout + row * m.latent, m.latent, queries, block, m.width, keys, m.latent,
+                              q_stage, c_stage, ds);
     const int key = static_cast<int>(threadIdx.x) % kKeys, query = static_cast<int>(threadIdx.x) / kKeys * 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const bool seen =
-          query + i < queries && key < keys && first_key + key <= static_cast<int>((first_query + query + i) / m.heads);
+      const bool seen = query + i < queries && key < keys &&
+                        first_key + key <= static_cast<int>((first_query + query + i) / m.heads);
       if (seen) {
         const float weight = math::exp(p[i] * m.scale - a.lse[row + query + i]);
         ds[i] = m.scale * (weight * (ds[i] - a.delta[row + query + i]));
@@ -53,7 +54,8 @@ struct Weights {
   }
 };
 
-__global__ void __launch_bounds__(kThreads) backward_queries(Shape m, Arrays a, DeviceBatch batch, float* dq) {
+__global__ void __launch_bounds__(kThreads)
+    backward_queries(Shape m, Arrays a, DeviceBatch batch, float* dq) {
   constexpr int kQueries = 16;
   __shared__ Stage<kQueries> q_stage;
   __shared__ Stage<kPage> c_stage;
@@ -121,7 +123,8 @@ __global__ void __launch_bounds__(kThreads) backward_keys(Shape m, Arrays a, Dev
     for (int i0 = 0; i0 < count; i0 += kQueries) {
       const int n = count - i0 < kQueries ? count - i0 : kQueries;
       w.compute(m, a, start + first + i0, n, c, keys, first + i0, key, q_stage, c_stage);
-      const int j = static_cast<int>(threadIdx.x) % kKeys, query = i0 + static_cast<int>(threadIdx.x) / kKeys * 4;
+      const int j = static_cast<int>(threadIdx.x) % kKeys,
+                query = i0 + static_cast<int>(threadIdx.x) / kKeys * 4;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         p[query + i][j] = w.p[i];
@@ -162,13 +165,14 @@ __global__ void __launch_bounds__(kThreads) backward_keys(Shape m, Arrays a, Dev
 }  // namespace mla_f32
 
 template <>
-int64_t mla_backward_scratch_bytes<float>(const MlaShape& shape, int64_t rows, int64_t) {
+int64_t mla_backward_scratch_bytes<float>(const Device&, const MlaShape& shape, int64_t rows, int64_t) {
   return rows * shape.heads * static_cast<int64_t>(sizeof(float)) + 1024;
 }
 
 template <>
-void mla_backward<float>(Device& device, const MlaShape& shape, const float* q, const float* c, const DeviceBatch& batch,
-                         const float* out, const float* lse, const float* dout, float* dq, float* dc) {
+void mla_backward<float>(Device& device, const MlaShape& shape, const float* q, const float* c,
+                         const DeviceBatch& batch, const float* out, const float* lse, const float* dout,
+                         float* dq, float* dc) {
   using namespace mla_f32;
   PERIGEE_CHECK(shape.heads > 0 && shape.latent > 0 && shape.rope >= 0, "shape of attention");
   if (batch.slices == 0 || batch.max_count == 0) return;
@@ -178,11 +182,14 @@ void mla_backward<float>(Device& device, const MlaShape& shape, const float* q, 
   const Arrays arrays{q, c, lse, dout, delta};
   const int64_t queries = batch.max_count * shape.heads;
   const unsigned slices = static_cast<unsigned>(batch.slices);
-  dot_rows<<<dim3(blocks_for(queries, kThreads / 16), slices), kThreads, 0, device.stream()>>>(m, dout, out, batch, delta);
+  dot_rows<<<dim3(blocks_for(queries, kThreads / 16), slices), kThreads, 0, device.stream()>>>(m, dout, out,
+                                                                                               batch, delta);
   PERIGEE_LAUNCHED();
-  backward_queries<<<dim3(blocks_for(queries, 16), slices), kThreads, 0, device.stream()>>>(m, arrays, batch, dq);
+  backward_queries<<<dim3(blocks_for(queries, 16), slices), kThreads, 0, device.stream()>>>(m, arrays, batch,
+                                                                                            dq);
   PERIGEE_LAUNCHED();
-  backward_keys<<<dim3(blocks_for(batch.max_count, 32), slices), kThreads, 0, device.stream()>>>(m, arrays, batch, dc);
+  backward_keys<<<dim3(blocks_for(batch.max_count, 32), slices), kThreads, 0, device.stream()>>>(m, arrays,
+                                                                                                 batch, dc);
   PERIGEE_LAUNCHED();
 }
 

@@ -37,7 +37,8 @@ class MlaBackwardDevice : public DeviceTest {
     in.dout = narrow(testing::normals(z.rows() * z.shape().heads * z.shape().latent, 97));
     const DeviceArray<DeviceSlice> slices(d, z.device_slices());
     const DeviceArray<float> q(d, widen(in.q)), c(d, widen(in.c));
-    const DeviceArray<float> out(d, z.rows() * z.shape().heads * z.shape().latent), lse(d, z.rows() * z.shape().heads);
+    const DeviceArray<float> out(d, z.rows() * z.shape().heads * z.shape().latent),
+        lse(d, z.rows() * z.shape().heads);
     mla_forward<float>(d, z.shape(), q.data(), z.batch(slices), 0, c.data(), out.data(), lse.data());
     in.out = narrow(out.get());
     in.lse = lse.get();
@@ -49,15 +50,15 @@ class MlaBackwardDevice : public DeviceTest {
     const DeviceArray<DeviceSlice> slices(d, z.device_slices());
     const DeviceArray<bf16> q(d, in.q), c(d, in.c), out(d, in.out), dout(d, in.dout), dq(d, q.size());
     const DeviceArray<float> lse(d, in.lse), dc(d, c.size());
-    mla_backward<bf16>(d, z.shape(), q.data(), c.data(), z.batch(slices), out.data(), lse.data(), dout.data(), dq.data(),
-                       dc.data());
+    mla_backward<bf16>(d, z.shape(), q.data(), c.data(), z.batch(slices), out.data(), lse.data(), dout.data(),
+                       dq.data(), dc.data());
     return {dq.get(), dc.get()};
   }
 
   static void expect_near(const PackedCase& z, const Gradients& got, const Doubles& dq, const Doubles& dc) {
     const double q_error = kernels::relative_error(got.dq, dq), c_error = kernels::relative_error(got.dc, dc);
-    std::printf("%ld heads, %ld rows: dq %.2e dc %.2e\n", static_cast<long>(z.shape().heads), static_cast<long>(z.rows()),
-                q_error, c_error);
+    std::printf("%ld heads, %ld rows: dq %.2e dc %.2e\n", static_cast<long>(z.shape().heads),
+                static_cast<long>(z.rows()), q_error, c_error);
     EXPECT_LE(q_error, kTolerance);
     EXPECT_LE(c_error, kTolerance);
     // No row is off by itself: a whole row's error against the root mean square of all rows.
@@ -83,10 +84,10 @@ class MlaBackwardDevice : public DeviceTest {
     };
     const MlaShape& s = z.shape();
     for (const Slice& slice : z.slices()) {
-      const auto g = reference::mla_gradients<double>({s.heads, s.latent, s.rope, s.scale}, slice.count,
-                                                      cut(q, slice.begin, slice.count, s.heads * s.width()),
-                                                      cut(c, slice.begin, slice.count, s.width()),
-                                                      cut(dout, slice.begin, slice.count, s.heads * s.latent));
+      const auto g = reference::mla_gradients<double>(
+          {s.heads, s.latent, s.rope, s.scale}, slice.count,
+          cut(q, slice.begin, slice.count, s.heads * s.width()), cut(c, slice.begin, slice.count, s.width()),
+          cut(dout, slice.begin, slice.count, s.heads * s.latent));
       dq.insert(dq.end(), g.dq.begin(), g.dq.end());
       dc.insert(dc.end(), g.dc.begin(), g.dc.end());
     }
@@ -100,8 +101,8 @@ class MlaBackwardDevice : public DeviceTest {
     const DeviceArray<DeviceSlice> slices(d, z.device_slices());
     const DeviceArray<float> q(d, widen(in.q)), c(d, widen(in.c)), out(d, widen(in.out)), lse(d, in.lse),
         dout(d, widen(in.dout)), dq(d, q.size()), dc(d, c.size());
-    mla_backward<float>(d, z.shape(), q.data(), c.data(), z.batch(slices), out.data(), lse.data(), dout.data(), dq.data(),
-                        dc.data());
+    mla_backward<float>(d, z.shape(), q.data(), c.data(), z.batch(slices), out.data(), lse.data(),
+                        dout.data(), dq.data(), dc.data());
     const Gradients got = backward(z, in), again = backward(z, in);
     expect_near(z, got, testing::widened(dq.get()), testing::widened(dc.get()));
     EXPECT_EQ(std::memcmp(got.dq.data(), again.dq.data(), got.dq.size() * sizeof(bf16)), 0);
@@ -137,7 +138,8 @@ TEST_F(MlaBackwardDevice, PackedEqualsAlone) {
   const auto spoil = [](std::vector<bf16>& x, int64_t from) {
     for (size_t i = static_cast<size_t>(from); i < x.size(); ++i) x[i].bits = 0x7fc0;
   };
-  spoil(in.q, 77 * 32 * 576), spoil(in.c, 77 * 576), spoil(in.out, 77 * 32 * 512), spoil(in.dout, 77 * 32 * 512);
+  spoil(in.q, 77 * 32 * 576), spoil(in.c, 77 * 576), spoil(in.out, 77 * 32 * 512),
+      spoil(in.dout, 77 * 32 * 512);
   const Gradients got = backward(z, in);
   EXPECT_EQ(std::memcmp(got.dq.data(), clean.dq.data(), 77 * 32 * 576 * sizeof(bf16)), 0);
   EXPECT_EQ(std::memcmp(got.dc.data(), clean.dc.data(), 77 * 576 * sizeof(float)), 0);
@@ -146,8 +148,8 @@ TEST_F(MlaBackwardDevice, PackedEqualsAlone) {
 TEST_F(MlaBackwardDevice, LatentGrad) {
   Device& d = device();
   const int64_t rows = 301, width = kModel.width(), latent = kModel.latent;
-  const Floats kv = testing::normals(rows * width, 1), w = testing::normals(latent, 2), dc = testing::normals(rows * width, 3),
-               start = testing::normals(latent, 4);
+  const Floats kv = testing::normals(rows * width, 1), w = testing::normals(latent, 2),
+               dc = testing::normals(rows * width, 3), start = testing::normals(latent, 4);
   Doubles dkv(kv.size()), dw = testing::widened(start);
   for (int64_t r = 0; r < rows; ++r) {
     const float *x = kv.data() + r * width, *g = dc.data() + r * width;

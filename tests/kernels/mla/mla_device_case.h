@@ -21,15 +21,18 @@ class PackedCase {
       sequences_.emplace_back(shape, p.length, seed + 10 * sequences_.size());
       const Sequence& s = sequences_.back();
       slices_.push_back({rows_, p.count, p.position});
-      device_slices_.push_back({static_cast<int32_t>(rows_), static_cast<int32_t>(p.count), static_cast<int32_t>(p.position), 0});
-      q_.insert(q_.end(), s.q.begin() + p.position * s.q_row(), s.q.begin() + (p.position + p.count) * s.q_row());
-      c_.insert(c_.end(), s.c.begin() + p.position * shape.width(), s.c.begin() + (p.position + p.count) * shape.width());
+      device_slices_.push_back(
+          {static_cast<int32_t>(rows_), static_cast<int32_t>(p.count), static_cast<int32_t>(p.position), 0});
+      q_.insert(q_.end(), s.q.begin() + p.position * s.q_row(),
+                s.q.begin() + (p.position + p.count) * s.q_row());
+      c_.insert(c_.end(), s.c.begin() + p.position * shape.width(),
+                s.c.begin() + (p.position + p.count) * shape.width());
       rows_ += p.count;
       max_count_ = std::max(max_count_, p.count);
       max_pages_ = std::max(max_pages_, (p.length + kernels::kLatentPage - 1) / kernels::kLatentPage);
     }
     for (Sequence& s : sequences_) s.lay_out();  // pages point into vectors that have moved
-    device_slices_.push_back({0, 0, 0, 0});  // padding
+    device_slices_.push_back({0, 0, 0, 0});      // padding
   }
 
   const kernels::MlaShape& shape() const { return shape_; }

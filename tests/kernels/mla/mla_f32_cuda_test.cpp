@@ -29,7 +29,8 @@ class MlaF32Device : public DeviceTest {
   // The pages scattered, each at an offset into its block; rows that do not exist yet are NaN.
   static Result paged(const PackedCase& z) {
     Device& d = device();
-    const int64_t width = z.shape().width(), page = kLatentPage * width, offset = 192, stride = offset / 4 + page + 16;
+    const int64_t width = z.shape().width(), page = kLatentPage * width, offset = 192,
+                  stride = offset / 4 + page + 16;
     int64_t total = 0;
     for (const auto& s : z.sequences()) total += static_cast<int64_t>(s.pages.size());
     Floats host(static_cast<size_t>(total * stride), NAN);
@@ -40,7 +41,8 @@ class MlaF32Device : public DeviceTest {
       for (size_t p = 0; p < z.sequences()[i].pages.size(); ++p, ++n) {
         const int64_t at = total - 1 - n;
         std::copy_n(z.sequences()[i].pages[p], page, host.begin() + at * stride + offset / 4);
-        table[i * static_cast<size_t>(z.max_pages()) + p] = reinterpret_cast<std::byte*>(memory.data() + at * stride);
+        table[i * static_cast<size_t>(z.max_pages()) + p] =
+            reinterpret_cast<std::byte*>(memory.data() + at * stride);
       }
     d.copy_in(memory, host.data(), static_cast<int64_t>(host.size()) * 4);
     const DeviceArray<std::byte*> pages(d, table);
@@ -59,7 +61,8 @@ class MlaF32Device : public DeviceTest {
   static Result run(const PackedCase& z, const DeviceBatch& batch, int64_t offset, const float* c) {
     Device& d = device();
     const DeviceArray<float> q(d, z.q());
-    const DeviceArray<float> out(d, z.rows() * z.shape().heads * z.shape().latent), lse(d, z.rows() * z.shape().heads);
+    const DeviceArray<float> out(d, z.rows() * z.shape().heads * z.shape().latent),
+        lse(d, z.rows() * z.shape().heads);
     mla_forward<float>(d, z.shape(), q.data(), batch, offset, c, out.data(), lse.data());
     Result r{out.get(), lse.get()};
     mla_forward<float>(d, z.shape(), q.data(), batch, offset, c, out.data(), nullptr);
@@ -76,8 +79,9 @@ class MlaF32Device : public DeviceTest {
 TEST_F(MlaF32Device, Prefill) {
   const int64_t sizes[][3] = {{1, 1, 0}, {2, 32, 8}, {3, 17, 5}, {5, 20, 3}, {4, 300, 33}, {32, 64, 16}};
   for (const auto& z : sizes) {
-    const PackedCase c(shape_of(z[0], z[1], z[2]),
-                       {{1, 0, 1}, {130, 0, 130}, {63, 0, 63}, {65, 3, 62}, {700, 500, 200}, {600, 64, 65}, {15, 15, 0}}, 3);
+    const PackedCase c(
+        shape_of(z[0], z[1], z[2]),
+        {{1, 0, 1}, {130, 0, 130}, {63, 0, 63}, {65, 3, 62}, {700, 500, 200}, {600, 64, 65}, {15, 15, 0}}, 3);
     expect_same(paged(c), on_cpu(c));
   }
 }
@@ -94,7 +98,8 @@ TEST_F(MlaF32Device, Decode) {
 
 TEST_F(MlaF32Device, Training) {
   for (const auto& shape : {shape_of(3, 40, 8), shape_of(4, 33, 7), shape_of(1, 1, 0)}) {
-    const PackedCase c(shape, {{1, 0, 1}, {65, 0, 65}, {15, 0, 15}, {600, 0, 600}, {33, 0, 33}, {64, 0, 64}}, 7);
+    const PackedCase c(shape, {{1, 0, 1}, {65, 0, 65}, {15, 0, 15}, {600, 0, 600}, {33, 0, 33}, {64, 0, 64}},
+                       7);
     expect_same(training(c), on_cpu(c));
   }
 }
@@ -102,18 +107,20 @@ TEST_F(MlaF32Device, Training) {
 TEST_F(MlaF32Device, Backward) {
   Context ctx(2);
   Device& d = device();
-  for (const auto& shape : {shape_of(3, 40, 8), shape_of(4, 33, 7), shape_of(1, 1, 0), shape_of(5, 17, 0), shape_of(2, 300, 20)}) {
-    const PackedCase z(shape, {{1, 0, 1}, {65, 0, 65}, {15, 0, 15}, {0, 0, 0}, {300, 0, 300}, {33, 0, 33}, {64, 0, 64}}, 9);
+  for (const auto& shape : {shape_of(3, 40, 8), shape_of(4, 33, 7), shape_of(1, 1, 0), shape_of(5, 17, 0),
+                            shape_of(2, 300, 20)}) {
+    const PackedCase z(
+        shape, {{1, 0, 1}, {65, 0, 65}, {15, 0, 15}, {0, 0, 0}, {300, 0, 300}, {33, 0, 33}, {64, 0, 64}}, 9);
     const Result f = on_cpu(z);
     const Floats dout = testing::normals(static_cast<int64_t>(f.out.size()), 11);
     Floats dq(z.q().size()), dc(z.c().size());
-    mla_backward(ctx, shape, z.q().data(), z.c().data(), z.slices(), f.out.data(), f.lse.data(), dout.data(), dq.data(),
-                 dc.data());
+    mla_backward(ctx, shape, z.q().data(), z.c().data(), z.slices(), f.out.data(), f.lse.data(), dout.data(),
+                 dq.data(), dc.data());
     const DeviceArray<DeviceSlice> slices(d, z.device_slices());
     const DeviceArray<float> q(d, z.q()), c(d, z.c()), out(d, f.out), lse(d, f.lse), g(d, dout);
     const DeviceArray<float> got_dq(d, q.size()), got_dc(d, c.size());
-    mla_backward<float>(d, shape, q.data(), c.data(), z.batch(slices), out.data(), lse.data(), g.data(), got_dq.data(),
-                        got_dc.data());
+    mla_backward<float>(d, shape, q.data(), c.data(), z.batch(slices), out.data(), lse.data(), g.data(),
+                        got_dq.data(), got_dc.data());
     EXPECT_EQ(first_difference(got_dq.get(), dq), -1) << shape.heads << " heads, latent " << shape.latent;
     EXPECT_EQ(first_difference(got_dc.get(), dc), -1) << shape.heads << " heads, latent " << shape.latent;
   }
@@ -125,15 +132,18 @@ TEST_F(MlaF32Device, LatentGrad) {
   for (const auto& shape : {shape_of(1, 512, 64), shape_of(1, 33, 7), shape_of(1, 1, 0)})
     for (const int64_t rows : {1, 77, 300}) {
       const int64_t width = shape.width(), latent = shape.latent;
-      const Floats kv = testing::normals(rows * width, 1), w = testing::normals(latent, 2), dc = testing::normals(rows * width, 3);
+      const Floats kv = testing::normals(rows * width, 1), w = testing::normals(latent, 2),
+                   dc = testing::normals(rows * width, 3);
       Floats dkv(kv.size()), dw = testing::normals(latent, 4);
       const DeviceArray<float> gw(d, dw);
-      rms_norm_backward(ctx, rows, latent, kv.data(), width, w.data(), 1e-6f, dc.data(), width, dkv.data(), width, false,
-                        dw.data());
+      rms_norm_backward(ctx, rows, latent, kv.data(), width, w.data(), 1e-6f, dc.data(), width, dkv.data(),
+                        width, false, dw.data());
       for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = latent; i < width; ++i) dkv[static_cast<size_t>(r * width + i)] = dc[static_cast<size_t>(r * width + i)];
+        for (int64_t i = latent; i < width; ++i)
+          dkv[static_cast<size_t>(r * width + i)] = dc[static_cast<size_t>(r * width + i)];
       const DeviceArray<float> a(d, kv), b(d, w), g(d, dc);
-      latent_grad<float>(d, shape, rows, a.data(), b.data(), 1e-6f, g.data(), g.data(), gw.data());  // in place
+      latent_grad<float>(d, shape, rows, a.data(), b.data(), 1e-6f, g.data(), g.data(),
+                         gw.data());  // in place
       EXPECT_EQ(first_difference(g.get(), dkv), -1) << rows;
       EXPECT_EQ(first_difference(gw.get(), dw), -1) << rows;
     }
