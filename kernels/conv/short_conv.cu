@@ -5,8 +5,8 @@ namespace {
 
 using namespace conv;
 
-constexpr int kThreads = 128;  // eight heads
-constexpr int kRows = 32;      // of a slice that a block walks along
+constexpr int kThreads = 128;
+constexpr int kRows = 32;  // of a slice that a block walks along
 
 struct Arguments {
   int64_t heads, d;
@@ -16,23 +16,51 @@ struct Arguments {
   float q_scale;
 };
 
-// Block x: eight of the 3 * heads heads of q, k and v; block y: pieces of kRows rows of slices, every gridDim.y-th.
+// A lane's share of one head of q, k or v. Of bf16 a lane holds four channels and a warp a head: few registers, so that
+// many warps have reads under way. Else sixteen lanes, in the CPU's order.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads, 4) forward(const Arguments a, const T* qkv, T* q, T* k, T* v) {
-  constexpr int kAhead = kVector ? 4 : 1;  // rows read at a time
-  const int64_t head = blockIdx.x * int64_t{kThreads / 16} + threadIdx.x / 16;
-  const bool exists = head < 3 * a.heads;
-  const Lane<T, kVector> lane{static_cast<int>(threadIdx.x % 16), static_cast<int>(a.d)};
-  const int64_t wide = a.heads * a.d, first_channel = head * a.d;
-  if (exists && lane.has(0)) prefetch_l2(a.w + 4 * (first_channel + lane.channel(0)));
+struct Head : Lane<T, kVector, kVector ? 4 : 8> {
+  static constexpr int kHeld = kVector ? 4 : 8;
+  using Base = Lane<T, kVector, kHeld>;
+  int64_t channel0;  // of the 3 * wide
+  bool normed;
+  float scale;
+  T* out;  // the head's first channel in row 0 of its output
+  float taps[4][kHeld];
+
+  __device__ __forceinline__ Head(const Arguments& a, int64_t head, T* q, T* k, T* v)
+      : Base{static_cast<int>(threadIdx.x % Base::kLanes), static_cast<int>(a.d)}, channel0(head * a.d) {
+    const int part = static_cast<int>(head / a.heads);
+    normed = part < 2;
+    scale = part == 0 ? a.q_scale : 1.0f;
+    out = (part == 0 ? q : part == 1 ? k : v) + (channel0 - part * a.heads * a.d);
+    this->load_taps(a.w + 4 * channel0, taps);
+  }
+  // The output of the row with input x after `history`.
+  __device__ __forceinline__ void write(T* to, const History<kHeld>& history, const float (&x)[kHeld]) const {
+    float y[kHeld];
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) y[j] = silu_for<T>(history.convolve(taps, x, j));
+    if (normed) {
+      const float factor = scale_over_root<T>(scale, Base::inner_product(y, y) + 1e-6f);
+#pragma unroll
+      for (int j = 0; j < kHeld; ++j) y[j] = y[j] * factor;
+    }
+    this->store(to, y);
+  }
+};
+
+// Block x: the heads of q, k and v, some at a time; block y: pieces of kRows rows of slices, every gridDim.y-th.
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kThreads, kVector ? 6 : 1) forward(const Arguments a, const T* qkv, T* q, T* k, T* v) {
+  constexpr int kHeld = Head<T, kVector>::kHeld, kAhead = kVector ? 4 : 1;  // rows read before any is used
+  using Held = Lane<T, kVector, kHeld>;
   wait_for_previous();
   let_next_start();
-  if (!exists) return;
-  const int part = static_cast<int>(head / a.heads);
-  T* const out = (part == 0 ? q : part == 1 ? k : v) + (first_channel - part * wide);
-  const float scale = part == 0 ? a.q_scale : 1.0f;
-  float taps[4][kHeld];
-  lane.load_taps(a.w + 4 * first_channel, taps);
+  const int64_t index_of_head = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / Held::kLanes;
+  if (index_of_head >= 3 * a.heads) return;
+  const Head<T, kVector> head(a, index_of_head, q, k, v);
+  const int64_t wide = a.heads * a.d, all = 3 * wide;
 
   const int pieces = (a.batch.max_count + kRows - 1) / kRows;
   const int64_t items = static_cast<int64_t>(a.batch.slices) * pieces;
@@ -42,32 +70,27 @@ __global__ void __launch_bounds__(kThreads, 4) forward(const Arguments a, const 
     if (begin >= s.count) continue;
     T* const window = a.batch.recurrent == nullptr || begin > 0
                           ? nullptr
-                          : reinterpret_cast<T*>(a.batch.recurrent[index] + a.window_offset) + first_channel;
-    const T* const in = qkv + s.begin * 3 * wide + first_channel;
-    History history = {};
+                          : reinterpret_cast<T*>(a.batch.recurrent[index] + a.window_offset) + head.channel0;
+    const T* const in = qkv + s.begin * all + head.channel0;
+    const int end = begin + kRows < s.count ? begin + kRows : s.count;
+    typename Held::Raw raw[kAhead];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u)
+      if (begin + u < end) raw[u] = head.read(in + (begin + u) * all);
+    History<kHeld> history = {};
     if (begin > 0 || window != nullptr) {
 #pragma unroll
-      for (int i = 0; i < 3; ++i) lane.load(begin > 0 ? in + (begin - 3 + i) * 3 * wide : window + i * 3 * wide, history.x[i]);
+      for (int i = 0; i < 3; ++i) head.load(begin > 0 ? in + (begin - 3 + i) * all : window + i * all, history.x[i]);
     }
-    const int end = begin + kRows < s.count ? begin + kRows : s.count;
-    for (int t = begin; t < end; t += kAhead) {
-      typename Lane<T, kVector>::Raw raw[kAhead];
-#pragma unroll
-      for (int u = 0; u < kAhead; ++u)
-        if (t + u < end) raw[u] = lane.read(in + (t + u) * 3 * wide);
+    for (int first = begin; first < end; first += kAhead) {
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
-        if (t + u >= end) break;
-        float x[kHeld], y[kHeld];
-        lane.get(raw[u], x);
-#pragma unroll
-        for (int j = 0; j < kHeld; ++j) y[j] = silu_for<T>(history.convolve(taps, x, j));
-        if (part < 2) {
-          const float factor = __fdiv_rn(scale, __fsqrt_rn(inner_product(y, y) + 1e-6f));
-#pragma unroll
-          for (int j = 0; j < kHeld; ++j) y[j] = y[j] * factor;
-        }
-        lane.store(out + (s.begin + t + u) * wide, y);
+        const int t = first + u;
+        if (t >= end) break;
+        float x[kHeld];
+        head.get(raw[u], x);
+        if (t + kAhead < end) raw[u] = head.read(in + (t + kAhead) * all);
+        head.write(head.out + (s.begin + t) * wide, history, x);
         history.push(x);
       }
     }
@@ -75,9 +98,54 @@ __global__ void __launch_bounds__(kThreads, 4) forward(const Arguments a, const 
     // The block of the first piece read the window, so it alone may write it; of a long slice it must fetch the end.
     if (s.count > kRows)
 #pragma unroll
-      for (int i = 0; i < 3; ++i) lane.load(in + (s.count - 3 + i) * int64_t{3} * wide, history.x[i]);
+      for (int i = 0; i < 3; ++i) head.load(in + (s.count - 3 + i) * all, history.x[i]);
 #pragma unroll
-    for (int i = 0; i < 3; ++i) lane.store(window + i * 3 * wide, history.x[i]);
+    for (int i = 0; i < 3; ++i) head.store(window + i * all, history.x[i]);
+  }
+}
+
+// A row of each of four sequences: warp w of a block has sequence 4 y + w, all four the same heads, so that the taps come
+// into the block once.
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kThreads) decode(const Arguments a, const T* qkv, T* q, T* k, T* v) {
+  constexpr int kHeld = Head<T, kVector>::kHeld, kHeads = 32 / Lane<T, kVector, kHeld>::kLanes;  // of a warp
+  const int64_t index_of_head = blockIdx.x * kHeads + threadIdx.x % 32 / Lane<T, kVector, kHeld>::kLanes;
+  const int index = static_cast<int>(blockIdx.y * (kThreads / 32) + threadIdx.x / 32);
+  if (index_of_head < 3 * a.heads && threadIdx.x < 32 && threadIdx.x % 16 * 8 < a.d)
+    prefetch_l2(a.w + 4 * (index_of_head * a.d + threadIdx.x % 16 * 8));
+  wait_for_previous();
+  let_next_start();
+  if (index_of_head >= 3 * a.heads || index >= a.batch.slices) return;
+  const int64_t wide = a.heads * a.d, all = 3 * wide;
+  const DeviceSlice s = a.batch.slice[index];
+  std::byte* const memory = a.batch.recurrent == nullptr ? nullptr : a.batch.recurrent[index];
+  const Head<T, kVector> head(a, index_of_head, q, k, v);
+  if (s.count == 0) return;
+  T* const window = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + a.window_offset) + head.channel0;
+  float x[kHeld];
+  History<kHeld> history = {};
+  head.load(qkv + s.begin * all + head.channel0, x);
+  if (window != nullptr) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) head.load(window + i * all, history.x[i]);
+  }
+  head.write(head.out + s.begin * wide, history, x);
+  if (window == nullptr) return;
+  history.push(x);
+#pragma unroll
+  for (int i = 0; i < 3; ++i) head.store(window + i * all, history.x[i]);
+}
+
+template <class T, bool kVector>
+void launch(Device& device, const Arguments& a, const T* qkv, T* q, T* k, T* v) {
+  const int64_t lanes = 3 * a.heads * Lane<T, kVector, Head<T, kVector>::kHeld>::kLanes;
+  if (a.batch.max_count == 1) {
+    const dim3 grid(blocks_for(lanes, 32), blocks_for(a.batch.slices, kThreads / 32));
+    launch_dependent(decode<T, kVector>, grid, dim3(kThreads), 0, device.stream(), a, qkv, q, k, v);
+  } else {
+    const int64_t items = static_cast<int64_t>(a.batch.slices) * ((a.batch.max_count + kRows - 1) / kRows);
+    const dim3 grid(blocks_for(lanes, kThreads), static_cast<unsigned>(items < 65535 ? items : 65535));
+    launch_dependent(forward<T, kVector>, grid, dim3(kThreads), 0, device.stream(), a, qkv, q, k, v);
   }
 }
 
@@ -86,23 +154,18 @@ __global__ void __launch_bounds__(kThreads, 4) forward(const Arguments a, const 
 template <class T>
 void conv_forward(Device& device, const ConvShape& shape, const T* qkv, const float* w, const DeviceBatch& batch,
                   int64_t window_offset, T* q, T* k, T* v) {
-  PERIGEE_CHECK(shape.heads > 0 && shape.d > 0 && shape.d <= 16 * kHeld);
+  PERIGEE_CHECK(shape.heads > 0 && shape.d > 0 && shape.d <= kMostChannels);
   PERIGEE_CHECK(window_offset >= 0 && window_offset % 16 == 0);
-  PERIGEE_CHECK(batch.training() || batch.slices == 0 || batch.max_count == 0 || batch.slice != nullptr);
   if (batch.slices == 0 || batch.max_count == 0) return;
   const Arguments a = {shape.heads, shape.d, w, batch, window_offset,
                        1.0f / __builtin_sqrtf(static_cast<float>(shape.d))};
-  const int64_t items = static_cast<int64_t>(batch.slices) * ((batch.max_count + kRows - 1) / kRows);
-  // Of a decoding batch a block takes several rows, so that it reads the taps once.
-  const int64_t most = batch.max_count == 1 ? 128 : 65535;
-  const dim3 grid(blocks_for(3 * shape.heads, kThreads / 16), static_cast<unsigned>(items < most ? items : most));
   if constexpr (std::is_same_v<T, bf16>) {
-    if (shape.d % kHeld == 0) {
-      launch_dependent(forward<T, true>, grid, dim3(kThreads), 0, device.stream(), a, qkv, q, k, v);
+    if (shape.d % 4 == 0) {
+      launch<T, true>(device, a, qkv, q, k, v);
       return;
     }
   }
-  launch_dependent(forward<T, false>, grid, dim3(kThreads), 0, device.stream(), a, qkv, q, k, v);
+  launch<T, false>(device, a, qkv, q, k, v);
 }
 template void conv_forward(Device&, const ConvShape&, const float*, const float*, const DeviceBatch&, int64_t, float*,
                            float*, float*);

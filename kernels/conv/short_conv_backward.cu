@@ -1,15 +1,16 @@
-// Sixteen lanes walk along the rows of a piece of a slice and compute the raw outputs and their gradients again; a row
+// Some lanes walk along the rows of a piece of a slice and compute the raw outputs and their gradients again; a row
 // of dqkv is done when its four outputs have been met, so a piece reads three rows before and three after its own.
 #include "kernels/conv/short_conv_lanes.cuh"
+#include "kernels/device/sum_blocks.cuh"
 
 namespace perigee::kernels {
 namespace {
 
 using namespace conv;
 
-constexpr int kThreads = 128;  // eight heads
+constexpr int kThreads = 128;
 constexpr int kRows = 64;      // of a piece
-constexpr int kWorkers = 66;   // blocks along the rows at most: twelve times as many for 32 heads are two waves of 132 x 3
+constexpr int kWorkers = 44;   // blocks along the rows at most: for 32 heads 24 times as many are two waves of 132 * 4
 
 struct Arguments {
   int64_t heads, d;
@@ -21,13 +22,14 @@ struct Arguments {
 // kVector: dw is summed in registers, one partial result per block y. Otherwise the gradients before the SiLU go to dz
 // [rows, 3 * wide], for dw to be summed in the order of the rows.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads, kVector ? 3 : 1) backward(const Arguments a, const T* qkv, const T* dq,
+__global__ void __launch_bounds__(kThreads, kVector ? 4 : 1) backward(const Arguments a, const T* qkv, const T* dq,
                                                                       const T* dk, const T* dv, T* dqkv, float* dz,
                                                                       float* partial) {
-  const int64_t head = blockIdx.x * int64_t{kThreads / 16} + threadIdx.x / 16;
+  constexpr int kHeld = kVector ? 4 : 8, kTogether = kVector ? 4 : 1;  // rows unrolled, so that nothing moves along
+  using Held = Lane<T, kVector, kHeld>;
+  const int64_t head = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / Held::kLanes;
   if (head >= 3 * a.heads) return;
-  using Held = Lane<T, kVector>;
-  const Held lane{static_cast<int>(threadIdx.x % 16), static_cast<int>(a.d)};
+  const Held lane{static_cast<int>(threadIdx.x % Held::kLanes), static_cast<int>(a.d)};
   const int64_t wide = a.heads * a.d, all = 3 * wide, first_channel = head * a.d;
   const int part = static_cast<int>(head / a.heads);
   const T* const dy = (part == 0 ? dq : part == 1 ? dk : dv) + (first_channel - part * wide);
@@ -45,60 +47,71 @@ __global__ void __launch_bounds__(kThreads, kVector ? 3 : 1) backward(const Argu
     const int last = end + 3 < s.count ? end + 3 : s.count;  // rows whose outputs are met
     const T* const in = qkv + s.begin * all + first_channel;
     const T* const dout = dy + s.begin * wide;
-    History history = {}, dzs = {};
+    History<kHeld> history = {}, dzs = {};
     if (begin > 0) {
 #pragma unroll
       for (int i = 0; i < 3; ++i) lane.load(in + (begin - 3 + i) * all, history.x[i]);
     }
-    typename Held::Raw next_x = lane.read(in + begin * all), next_dy = lane.read(dout + begin * wide);
-    for (int t = begin; t < end + 3; ++t) {
-      float d[kHeld] = {};
-      if (t < last) {
-        float x[kHeld], z[kHeld], sigma[kHeld], raw[kHeld];
-        lane.get(next_x, x);
-        lane.get(next_dy, d);
-        if (t + 1 < last) {
-          next_x = lane.read(in + (t + 1) * all);
-          next_dy = lane.read(dout + (t + 1) * wide);
-        }
+    typename Held::Raw next_x[2], next_dy[2];  // of rows t and t + 1
 #pragma unroll
-        for (int j = 0; j < kHeld; ++j) {
-          z[j] = history.convolve(taps, x, j);
-          sigma[j] = sigmoid_for<T>(z[j]);
-        }
-        if (part < 2) {
+    for (int i = 0; i < 2; ++i)
+      if (begin + i < last) next_x[i] = lane.read(in + (begin + i) * all), next_dy[i] = lane.read(dout + (begin + i) * wide);
+    for (int first = begin; first < end + 3; first += kTogether) {
 #pragma unroll
-          for (int j = 0; j < kHeld; ++j) raw[j] = std::is_same_v<T, float> ? math::silu(z[j]) : z[j] * sigma[j];
-          const float square = inner_product(raw, raw) + 1e-6f;
-          const float factor = __fdiv_rn(scale, __fsqrt_rn(square)), along = __fdiv_rn(inner_product(raw, d), square);
+      for (int u = 0; u < kTogether; ++u) {
+        const int t = first + u;
+        if (t >= end + 3) break;
+        float d[kHeld] = {};
+        if (t < last) {
+          float x[kHeld], z[kHeld], sigma[kHeld], raw[kHeld];
+          lane.get(next_x[0], x);
+          lane.get(next_dy[0], d);
+          next_x[0] = next_x[1], next_dy[0] = next_dy[1];
+          if (t + 2 < last) next_x[1] = lane.read(in + (t + 2) * all), next_dy[1] = lane.read(dout + (t + 2) * wide);
 #pragma unroll
-          for (int j = 0; j < kHeld; ++j) d[j] = factor * math::fnma(raw[j], along, d[j]);
-        }
-#pragma unroll
-        for (int j = 0; j < kHeld; ++j) {
-          d[j] = d[j] * (sigma[j] * math::fma(z[j], 1.0f - sigma[j], 1.0f));
-          if (kVector && t < end) {
-#pragma unroll
-            for (int i = 0; i < 3; ++i) dtaps[i][j] = math::fma(d[j], history.x[i][j], dtaps[i][j]);
-            dtaps[3][j] = math::fma(d[j], x[j], dtaps[3][j]);
+          for (int j = 0; j < kHeld; ++j) {
+            z[j] = history.convolve(taps, x, j);
+            sigma[j] = sigmoid_for<T>(z[j]);
           }
-          if (!kVector && t < end && lane.has(j)) dz[(s.begin + t) * all + first_channel + lane.channel(j)] = d[j];
-        }
-        history.push(x);
-      }
-      if (t >= begin + 3) {
-        // Row t - 3: its own output's gradient is the oldest of the four.
-        float sum[kHeld];
+          if (part < 2) {
 #pragma unroll
-        for (int j = 0; j < kHeld; ++j) {
-          sum[j] = math::fma(taps[3][j], dzs.x[0][j], 0.0f);
-          sum[j] = math::fma(taps[2][j], dzs.x[1][j], sum[j]);
-          sum[j] = math::fma(taps[1][j], dzs.x[2][j], sum[j]);
-          sum[j] = math::fma(taps[0][j], d[j], sum[j]);
+            for (int j = 0; j < kHeld; ++j) raw[j] = std::is_same_v<T, float> ? math::silu(z[j]) : z[j] * sigma[j];
+            const float square = Held::inner_product(raw, raw) + 1e-6f, product = Held::inner_product(raw, d);
+            const float factor = scale_over_root<T>(scale, square);
+            const float along = std::is_same_v<T, float> ? __fdiv_rn(product, square) : __fdividef(product, square);
+#pragma unroll
+            for (int j = 0; j < kHeld; ++j) d[j] = factor * math::fnma(raw[j], along, d[j]);
+          }
+#pragma unroll
+          for (int j = 0; j < kHeld; ++j) d[j] = d[j] * (sigma[j] * math::fma(z[j], 1.0f - sigma[j], 1.0f));
+          if (t < end) {
+#pragma unroll
+            for (int j = 0; j < kHeld; ++j) {
+              if (kVector) {
+#pragma unroll
+                for (int i = 0; i < 3; ++i) dtaps[i][j] = math::fma(d[j], history.x[i][j], dtaps[i][j]);
+                dtaps[3][j] = math::fma(d[j], x[j], dtaps[3][j]);
+              } else if (lane.has(j)) {
+                dz[(s.begin + t) * all + first_channel + lane.channel(j)] = d[j];
+              }
+            }
+          }
+          history.push(x);
         }
-        lane.store(dqkv + (s.begin + t - 3) * all + first_channel, sum);
+        if (t >= begin + 3) {
+          // Row t - 3: its own output's gradient is the oldest of the four.
+          float sum[kHeld];
+#pragma unroll
+          for (int j = 0; j < kHeld; ++j) {
+            sum[j] = math::fma(taps[3][j], dzs.x[0][j], 0.0f);
+            sum[j] = math::fma(taps[2][j], dzs.x[1][j], sum[j]);
+            sum[j] = math::fma(taps[1][j], dzs.x[2][j], sum[j]);
+            sum[j] = math::fma(taps[0][j], d[j], sum[j]);
+          }
+          lane.store(dqkv + (s.begin + t - 3) * all + first_channel, sum);
+        }
+        dzs.push(d);
       }
-      dzs.push(d);
     }
   }
   if (!kVector) return;
@@ -133,16 +146,16 @@ __global__ void weights_in_order(int64_t all, DeviceBatch batch, const T* qkv, c
 template <class T>
 void conv_backward(Device& device, const ConvShape& shape, const T* qkv, const float* w, const DeviceBatch& batch,
                    const T* dq, const T* dk, const T* dv, T* dqkv, float* dw) {
-  PERIGEE_CHECK(shape.heads > 0 && shape.d > 0 && shape.d <= 16 * kHeld && batch.training());
+  PERIGEE_CHECK(shape.heads > 0 && shape.d > 0 && shape.d <= kMostChannels && batch.training());
   if (batch.slices == 0 || batch.max_count == 0) return;
   DeviceScratch::Mark mark(device.scratch);
   const Arguments a = {shape.heads, shape.d, w, batch, 1.0f / __builtin_sqrtf(static_cast<float>(shape.d))};
   const int64_t items = static_cast<int64_t>(batch.slices) * ((batch.max_count + kRows - 1) / kRows);
   const int64_t all = 3 * shape.wide();
   cudaStream_t stream = device.stream();
-  const unsigned across = blocks_for(3 * shape.heads, kThreads / 16);
-  if constexpr (std::is_same_v<T, bf16>) {
-    if (shape.d % kHeld == 0) {
+    if constexpr (std::is_same_v<T, bf16>) {
+    if (shape.d % 4 == 0) {
+      const unsigned across = blocks_for(3 * shape.heads * Lane<T, true, 4>::kLanes, kThreads);
       const int workers = static_cast<int>(items < kWorkers ? items : kWorkers);
       float* const partial = device.scratch.take<float>(workers * all * 4);
       backward<T, true><<<dim3(across, static_cast<unsigned>(workers)), kThreads, 0, stream>>>(a, qkv, dq, dk, dv, dqkv,
@@ -154,7 +167,7 @@ void conv_backward(Device& device, const ConvShape& shape, const T* qkv, const f
     }
   }
   float* const dz = device.scratch.take<float>(static_cast<int64_t>(batch.rows) * all);
-  const dim3 grid(across, static_cast<unsigned>(items < 65535 ? items : 65535));
+  const dim3 grid(blocks_for(3 * shape.heads * 16, kThreads), static_cast<unsigned>(items < 65535 ? items : 65535));
   backward<T, false><<<grid, kThreads, 0, stream>>>(a, qkv, dq, dk, dv, dqkv, dz, nullptr);
   PERIGEE_LAUNCHED();
   weights_in_order<<<blocks_for(all, 32), 32, 0, stream>>>(all, batch, qkv, dz, dw);

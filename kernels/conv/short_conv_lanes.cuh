@@ -1,17 +1,19 @@
-// What the forward and the backward of the short convolution share: sixteen lanes hold the channels of one head of one
-// of q, k and v, and walk along the rows with the last three inputs in registers.
+// What the forward and the backward of the short convolution share: some lanes hold the channels of one head of one of
+// q, k and v, and walk along the rows with the last three inputs in registers.
 #pragma once
 #include "kernels/conv/short_conv_device.h"
 #include "kernels/device/elementwise.cuh"
 
 namespace perigee::kernels::conv {
 
-inline constexpr int kHeld = 8;  // channels of a lane
+inline constexpr int kMostChannels = 128;  // of a head
 
-// Which channels of the head a lane holds, and how it reads them. Vector: eight neighbours at once. Otherwise lane,
-// lane + 16, ..., the order in which the CPU sums.
-template <class T, bool kVector>
+// Which channels of the head a lane holds, and how it reads them. Vector: kHeld neighbours at once, 128 / kHeld lanes.
+// Otherwise lane, lane + 16, ..., the order in which the CPU sums.
+template <class T, bool kVector, int kHeld>
 struct Lane {
+  static constexpr int kLanes = kMostChannels / kHeld;
+  static_assert(kVector || kLanes == 16);
   int lane, d;
   __device__ __forceinline__ int channel(int j) const { return kVector ? lane * kHeld + j : lane + 16 * j; }
   __device__ __forceinline__ bool has(int j) const { return channel(j) < d; }
@@ -48,6 +50,13 @@ struct Lane {
         if (has(j)) p[channel(j)] = from_float<T>(x[j]);
     }
   }
+  static __device__ __forceinline__ float inner_product(const float (&a)[kHeld], const float (&b)[kHeld]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) sum = math::fma(a[j], b[j], sum);
+    if (kLanes == 32) sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+    return math::reduce_add16(sum, kLanes == 32 ? 0xffffffffu : half_warp_mask());
+  }
   // The taps of the head's channels, w at the head's first.
   __device__ __forceinline__ void load_taps(const float* w, float (&taps)[4][kHeld]) const {
 #pragma unroll
@@ -59,6 +68,7 @@ struct Lane {
 };
 
 // The last three inputs, oldest first.
+template <int kHeld>
 struct History {
   float x[3][kHeld];
   __device__ __forceinline__ void push(const float (&next)[kHeld]) {
@@ -72,12 +82,5 @@ struct History {
     return math::fma(taps[3][j], next[j], z);
   }
 };
-
-__device__ __forceinline__ float inner_product(const float (&a)[kHeld], const float (&b)[kHeld]) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int j = 0; j < kHeld; ++j) sum = math::fma(a[j], b[j], sum);
-  return math::reduce_add16(sum, half_warp_mask());
-}
 
 }  // namespace perigee::kernels::conv

@@ -1,4 +1,4 @@
-// What memory-bound kernels share: sixteen-byte accesses, cheap sigmoids, sums over the blocks of a grid.
+// What memory-bound kernels share: sixteen-byte accesses, cheap sigmoids.
 #pragma once
 #include "kernels/device/launch.cuh"
 #include "kernels/device/math.cuh"
@@ -29,9 +29,23 @@ struct Packed<float, N> {
     for (int i = 0; i < N / 4; ++i) v[i] = make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]);
   }
 };
-template <int N>
-struct Packed<bf16, N> {
-  static_assert(N == 8);
+template <>
+struct Packed<bf16, 4> {
+  uint2 v;
+  __device__ __forceinline__ void load(const bf16* p) { v = *reinterpret_cast<const uint2*>(p); }
+  __device__ __forceinline__ void store(bf16* p) const { *reinterpret_cast<uint2*>(p) = v; }
+  __device__ __forceinline__ void get(float (&x)[4]) const {
+    x[0] = __uint_as_float(v.x << 16), x[1] = __uint_as_float(v.x & 0xffff0000u);
+    x[2] = __uint_as_float(v.y << 16), x[3] = __uint_as_float(v.y & 0xffff0000u);
+  }
+  __device__ __forceinline__ void set(const float (&x)[4]) {
+    const __nv_bfloat162 low = __floats2bfloat162_rn(x[0], x[1]), high = __floats2bfloat162_rn(x[2], x[3]);
+    v = make_uint2(*reinterpret_cast<const unsigned*>(&low), *reinterpret_cast<const unsigned*>(&high));
+  }
+};
+template <>
+struct Packed<bf16, 8> {
+  static constexpr int N = 8;
   uint4 v;
   __device__ __forceinline__ void load(const bf16* p) { v = *reinterpret_cast<const uint4*>(p); }
   __device__ __forceinline__ void store(bf16* p) const { *reinterpret_cast<uint4*>(p) = v; }
@@ -66,46 +80,31 @@ __device__ __forceinline__ void store_vector(T* p, const float (&x)[N]) {
   packed.store(p);
 }
 
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // The sigmoid behind an output of type T: the CPU's bits for float; for bf16, which keeps 8 of the 24 bits, the
-// processor's own exponential and reciprocal (4 ulp of float32).
+// processor's own exponential and reciprocal (a few ulp of float32; 0 below -88).
 template <class T>
 __device__ __forceinline__ float sigmoid_for(float x) {
   if constexpr (std::is_same_v<T, float>) return math::sigmoid(x);
-  else return __fdividef(1.0f, 1.0f + __expf(-x));
+  else return fast_reciprocal(1.0f + __expf(-x));
 }
 template <class T>
 __device__ __forceinline__ float silu_for(float x) {
   if constexpr (std::is_same_v<T, float>) return math::silu(x);
-  else return __fdividef(x, 1.0f + __expf(-x));
+  else return x * fast_reciprocal(1.0f + __expf(-x));
+}
+// scale / sqrt(x), likewise.
+template <class T>
+__device__ __forceinline__ float scale_over_root(float scale, float x) {
+  if constexpr (std::is_same_v<T, float>) return __fdiv_rn(scale, __fsqrt_rn(x));
+  else return scale * rsqrtf(x);
 }
 
 // The half of a warp a thread is in: sixteen lanes that reduce together.
 __device__ __forceinline__ unsigned half_warp_mask() { return 0xffffu << (threadIdx.x & 16); }
-
-// Blocks that rows are summed over when the order of the rows need not be the CPU's: enough to fill the device, and
-// fixed, so that a sum is the same on any device.
-inline constexpr int kSumBlocks = 264;
-
-namespace {
-// to[i] += sum over blocks b, in a fixed order, of partial[b * n + i]. Threads (32, 32).
-[[maybe_unused]] __global__ void sum_blocks(int64_t n, int blocks, const float* partial, float* to) {
-  __shared__ float sums[32][33];
-  const int64_t i = blockIdx.x * int64_t{32} + threadIdx.x;
-  const int per_thread = (blocks + 31) / 32, begin = static_cast<int>(threadIdx.y) * per_thread;
-  const int end = ::min(begin + per_thread, blocks);
-  float sum = 0.0f;
-  if (i < n) {
-#pragma unroll 4
-    for (int b = begin; b < end; ++b) sum += partial[b * n + i];
-  }
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y == 0 && i < n) {
-    float total = 0.0f;
-    for (int y = 0; y < 32; ++y) total += sums[y][threadIdx.x];
-    to[i] += total;
-  }
-}
-}  // namespace
 
 }  // namespace perigee::kernels

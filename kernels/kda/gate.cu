@@ -1,5 +1,6 @@
 #include "kernels/device/elementwise.cuh"
 #include "kernels/kda/gate_device.h"
+#include "kernels/kda/gate_math.cuh"
 
 namespace perigee::kernels {
 namespace {
@@ -9,7 +10,7 @@ constexpr int kHeld = 4;
 
 // rate is exp(a_log).
 __device__ __forceinline__ float log_decay(float rate, float x, float lower_bound) {
-  return lower_bound == 0.0f ? -rate * math::softplus(x) : lower_bound * math::sigmoid(rate * x);
+  return lower_bound == 0.0f ? -rate * gate::softplus(x) : lower_bound * gate::sigmoid(rate * x);
 }
 
 // A thread takes four columns of a row; d % 4 == 0 keeps them in one head and aligned.

@@ -1,5 +1,7 @@
 #include "kernels/device/elementwise.cuh"
+#include "kernels/device/sum_blocks.cuh"
 #include "kernels/kda/gate_device.h"
+#include "kernels/kda/gate_math.cuh"
 
 namespace perigee::kernels {
 namespace {
@@ -11,9 +13,10 @@ struct Slopes {
 __device__ __forceinline__ Slopes slopes(float rate, float x, float dg, float lower_bound) {
   if (lower_bound == 0.0f) {
     const float scaled = dg * -rate;
-    return {scaled * math::sigmoid(x), scaled * math::softplus(x)};
+    const gate::Both both = gate::functions<true, true>(x);
+    return {scaled * both.sigmoid, scaled * both.softplus};
   }
-  const float z = rate * x, slope = lower_bound * math::sigmoid(z) * math::sigmoid(0.0f - z) * rate;
+  const float z = rate * x, slope = lower_bound * gate::sigmoid(z) * gate::sigmoid(0.0f - z) * rate;
   return {dg * slope, dg * (slope * x)};
 }
 

@@ -94,20 +94,26 @@ __global__ void gather_backward(int top_k, int64_t d, bool vectors, const T* ddi
   store_columns(dx + row * d + c, d - c, vectors, own);
 }
 
-template <class T>
-__global__ void gather(int64_t d, bool vectors, const T* x, const int32_t* source, T* dispatched) {
+// A block takes kRows slots, so that their reads are under way together.
+template <class T, int kRows>
+__global__ void gather(int64_t slots, int64_t d, bool vectors, const T* x, const int32_t* source, T* dispatched) {
   wait_for_previous();
   let_next_start();
-  const int64_t c = (blockIdx.y * int64_t{kThreads} + threadIdx.x) * kHeld;
+  const int64_t c = (blockIdx.y * int64_t{kThreads} + threadIdx.x) * kHeld, first = blockIdx.x * int64_t{kRows};
   if (c >= d) return;
-  const T* const from = x + source[blockIdx.x] * d + c;
-  T* const to = dispatched + blockIdx.x * d + c;
+  int32_t from[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) from[i] = first + i < slots ? source[first + i] : 0;
   if (vectors) {
-    Packed<T, kHeld> raw;
-    raw.load(from);
-    raw.store(to);
+    Packed<T, kHeld> raw[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) raw[i].load(x + from[i] * d + c);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      if (first + i < slots) raw[i].store(dispatched + (first + i) * d + c);
   } else {
-    for (int j = 0; j < kHeld && c + j < d; ++j) to[j] = from[j];
+    for (int i = 0; i < kRows && first + i < slots; ++i)
+      for (int64_t j = c; j < c + kHeld && j < d; ++j) dispatched[(first + i) * d + j] = x[from[i] * d + j];
   }
 }
 
@@ -132,8 +138,9 @@ template <class T>
 void moe_gather(Device& device, int64_t slots, int64_t d, const T* x, const int32_t* source, T* dispatched) {
   PERIGEE_CHECK(slots >= 0 && d > 0);
   if (slots == 0) return;
-  launch_dependent(gather<T>, grid_of(slots, d), dim3(kThreads), 0, device.stream(), d, d % kHeld == 0, x, source,
-                   dispatched);
+  const int64_t per_block = slots < 1024 ? 1 : 4;
+  launch_dependent(per_block == 1 ? gather<T, 1> : gather<T, 4>, grid_of(blocks_for(slots, per_block), d), dim3(kThreads),
+                   0, device.stream(), slots, d, d % kHeld == 0, x, source, dispatched);
 }
 template void moe_gather(Device&, int64_t, int64_t, const float*, const int32_t*, float*);
 template void moe_gather(Device&, int64_t, int64_t, const bf16*, const int32_t*, bf16*);

@@ -29,6 +29,11 @@ void route_backward(Device& device, const RouterShape& shape, int64_t rows, cons
 void moe_dispatch(Device& device, int64_t rows, int64_t top_k, int64_t experts, const int32_t* chosen, int32_t* offsets,
                   int32_t* source, int32_t* slot);
 
+// Both of these, in one launch when the batch is small.
+void route_and_dispatch(Device& device, const RouterShape& shape, int64_t rows, const float* logits, const float* bias,
+                        int32_t* chosen, float* weights, int32_t* offsets, int32_t* source, int32_t* slot,
+                        const int32_t* active = nullptr);
+
 // dispatched[s] = x[source[s]] for all rows * top_k slots, for callers that do not gather while multiplying.
 template <class T>
 void moe_gather(Device& device, int64_t slots, int64_t d, const T* x, const int32_t* source, T* dispatched);

@@ -1,6 +1,7 @@
 // Sixteen lanes per head. In the CPU's order lane l holds channels l, l + 16, ...; for bf16 with heads of at most 128
 // channels it holds eight neighbours, read at once.
 #include "kernels/device/elementwise.cuh"
+#include "kernels/device/sum_blocks.cuh"
 #include "kernels/norm/norm_device.h"
 
 namespace perigee::kernels {
@@ -8,8 +9,9 @@ namespace {
 
 constexpr int kThreads = 256;  // sixteen heads
 
+template <class T>
 __device__ __forceinline__ float inverse_of(float sum, int64_t d, float eps) {
-  return __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum, static_cast<float>(d)) + eps));
+  return scale_over_root<T>(1.0f, __fdiv_rn(sum, static_cast<float>(d)) + eps);
 }
 
 template <class T>
@@ -20,7 +22,7 @@ __global__ void forward_lanes(int64_t count, int64_t d, const T* x, const T* gat
   const int lane = threadIdx.x % 16;
   if (i >= count) return;
   x += i * d, gate += i * d, y += i * d;
-  const float r = inverse_of(math::dot16(x, x, d, lane, half_warp_mask()), d, eps);
+  const float r = inverse_of<T>(math::dot16(x, x, d, lane, half_warp_mask()), d, eps);
   for (int64_t c = lane; c < d; c += 16)
     y[c] = from_float<T>(to_float(x[c]) * r * w[c] * sigmoid_for<T>(to_float(gate[c])));
 }
@@ -41,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) forward_vector(int64_t count, int64_
   float sum = 0.0f;
 #pragma unroll
   for (int j = 0; j < 8; ++j) sum = math::fma(v[j], v[j], sum);
-  const float r = inverse_of(math::reduce_add16(sum, half_warp_mask()), d, eps);
+  const float r = inverse_of<bf16>(math::reduce_add16(sum, half_warp_mask()), d, eps);
 #pragma unroll
   for (int j = 0; j < 8; ++j) v[j] = v[j] * r * weight[j] * sigmoid_for<bf16>(g[j]);
   if (c < d) store_vector(y + i * d + c, v);
@@ -76,7 +78,7 @@ __global__ void inverse_lanes(int64_t count, int64_t d, const T* x, float eps, f
   const int64_t i = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / 16;
   if (i >= count) return;
   const float sum = math::dot16(x + i * d, x + i * d, d, threadIdx.x % 16, half_warp_mask());
-  if (threadIdx.x % 16 == 0) inverse[i] = inverse_of(sum, d, eps);
+  if (threadIdx.x % 16 == 0) inverse[i] = inverse_of<T>(sum, d, eps);
 }
 
 template <class T>
@@ -136,13 +138,13 @@ __global__ void __launch_bounds__(kThreads) backward_vector(int64_t count, int64
     float sum = 0.0f, along = 0.0f, slope[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float e = __expf(-fabsf(g[j])), small = __fdividef(e, 1.0f + e), large = __fdividef(1.0f, 1.0f + e);
+      const float e = __expf(-fabsf(g[j])), large = fast_reciprocal(1.0f + e), small = e * large;
       v[j] *= g[j] < 0.0f ? small : large;    // dy sigmoid(gate)
       slope[j] = g[j] < 0.0f ? large : small;  // 1 - sigmoid(gate), with all its bits
       sum = math::fma(xv[j], xv[j], sum);
       along = math::fma(v[j] * weight[j], xv[j], along);
     }
-    const float r = inverse_of(math::reduce_add16(sum, half_warp_mask()), d, eps);
+    const float r = inverse_of<bf16>(math::reduce_add16(sum, half_warp_mask()), d, eps);
     const float t = r * r * __fdiv_rn(math::reduce_add16(along, half_warp_mask()), static_cast<float>(d));
 #pragma unroll
     for (int j = 0; j < 8; ++j) {

@@ -1,6 +1,7 @@
 // Two families of kernels: over sixteen lanes per row, in the CPU's order, for float and for shapes that do not divide;
 // and for bf16 a block per row whose threads hold eight channels each, so that a row is read once.
 #include "kernels/device/elementwise.cuh"
+#include "kernels/device/sum_blocks.cuh"
 #include "kernels/norm/norm_device.h"
 
 namespace perigee::kernels {
@@ -50,27 +51,35 @@ constexpr int64_t kMostForward = 8 * 1024, kMostBackward = 8 * 512;  // d that a
 
 inline unsigned row_threads(int64_t d) { return static_cast<unsigned>((d / 8 + 31) / 32 * 32); }
 
+// A block takes rows blockIdx.x, + gridDim.x, ...; the next row is read before the sum of this one is known.
 template <class T, class X>
-__global__ void forward_block(int64_t d, const X* x, int64_t ldx, const float* w, float eps, T* y, int64_t ldy) {
-  __shared__ float memory[32][1];
+__global__ void forward_block(int64_t rows, int64_t d, const X* x, int64_t ldx, const float* w, float eps, T* y,
+                              int64_t ldy) {
+  __shared__ float memory[2][32][1];
   const int64_t c = threadIdx.x * int64_t{8};
-  if (threadIdx.x % 4 == 0 && c < d) prefetch_l2(w + c);
+  const bool mine = c < d;
+  if (threadIdx.x % 4 == 0 && mine) prefetch_l2(w + c);
   wait_for_previous();
   let_next_start();
-  float v[8] = {}, weight[8];
-  if (c < d) {
-    load_vector(x + blockIdx.x * ldx + c, v);
+  float weight[8] = {};
+  Packed<X, 8> next = {};
+  if (mine) {
+    next.load(x + blockIdx.x * ldx + c);
     load_vector(w + c, weight);
   }
-  float sum[1] = {0.0f};
+  int buffer = 0;
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, buffer ^= 1) {
+    float v[8], sum[1] = {0.0f};
+    next.get(v);
+    if (mine && row + gridDim.x < rows) next.load(x + (row + gridDim.x) * ldx + c);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) sum[0] = math::fma(v[i], v[i], sum[0]);
-  block_sums(sum, memory);
-  if (c >= d) return;
-  const float r = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum[0], static_cast<float>(d)) + eps));
+    for (int i = 0; i < 8; ++i) sum[0] = math::fma(v[i], v[i], sum[0]);
+    block_sums(sum, memory[buffer]);
+    const float r = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum[0], static_cast<float>(d)) + eps));
 #pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = v[i] * r * weight[i];
-  store_vector(y + blockIdx.x * ldy + c, v);
+    for (int i = 0; i < 8; ++i) v[i] = v[i] * r * weight[i];
+    if (mine) store_vector(y + row * ldy + c, v);
+  }
 }
 
 }  // namespace
@@ -82,9 +91,12 @@ void rms_norm_forward(Device& device, int64_t rows, int64_t d, const X* x, int64
   if (rows == 0) return;
   const bool vectors = std::is_same_v<T, bf16> && d % 8 == 0 && ldx % 8 == 0 && ldy % 8 == 0 && d <= kMostForward;
   if constexpr (std::is_same_v<T, bf16>) {
-    if (vectors)
-      launch_dependent(forward_block<T, X>, dim3(static_cast<unsigned>(rows)), dim3(row_threads(d)), 0, device.stream(), d,
-                       x, ldx, w, eps, y, ldy);
+    if (vectors) {
+      const unsigned threads = row_threads(d);
+      const int64_t most = 132 * (threads <= 1280 ? 1280 / threads : 1);  // blocks at once: 1280 threads a multiprocessor
+      launch_dependent(forward_block<T, X>, dim3(static_cast<unsigned>(rows < most ? rows : most)), dim3(threads), 0,
+                       device.stream(), rows, d, x, ldx, w, eps, y, ldy);
+    }
   }
   if (!vectors)
     launch_dependent(forward_lanes<T, X>, dim3(blocks_for(rows, kLaneThreads / 16)), dim3(kLaneThreads), 0,

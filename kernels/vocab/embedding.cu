@@ -7,22 +7,34 @@ namespace {
 constexpr int kThreads = 96;
 constexpr int kHeld = 8;
 
-template <class T>
-__global__ void forward(int64_t d, int64_t vocab, bool vectors, const T* table, const int32_t* tokens, float* x) {
+// A block takes kRows rows, so that their reads are under way together.
+template <class T, int kRows>
+__global__ void forward(int64_t rows, int64_t d, int64_t vocab, bool vectors, const T* table, const int32_t* tokens,
+                        float* x) {
   wait_for_previous();
   let_next_start();
-  const int64_t c = (blockIdx.y * int64_t{kThreads} + threadIdx.x) * kHeld;
+  const int64_t c = (blockIdx.y * int64_t{kThreads} + threadIdx.x) * kHeld, first = blockIdx.x * int64_t{kRows};
   if (c >= d) return;
-  const int32_t token = tokens[blockIdx.x];
-  const bool valid = token >= 0 && token < vocab;
-  const T* const from = table + token * d + c;
-  x += blockIdx.x * d + c;
+  int32_t token[kRows];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) token[i] = first + i < rows ? tokens[first + i] : -1;
   if (vectors) {
-    float v[kHeld] = {};
-    if (valid) load_vector(from, v);
-    store_vector(x, v);
+    Packed<T, kHeld> raw[kRows] = {};
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      if (token[i] >= 0 && token[i] < vocab) raw[i].load(table + token[i] * d + c);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      float v[kHeld];
+      raw[i].get(v);
+      if (first + i < rows) store_vector(x + (first + i) * d + c, v);
+    }
   } else {
-    for (int j = 0; j < kHeld && c + j < d; ++j) x[j] = valid ? to_float(from[j]) : 0.0f;
+    for (int i = 0; i < kRows && first + i < rows; ++i) {
+      const bool valid = token[i] >= 0 && token[i] < vocab;
+      for (int64_t j = c; j < c + kHeld && j < d; ++j)
+        x[(first + i) * d + j] = valid ? to_float(table[token[i] * d + j]) : 0.0f;
+    }
   }
 }
 
@@ -33,8 +45,10 @@ void embedding_forward(Device& device, int64_t rows, int64_t d, int64_t vocab, c
                        float* x) {
   PERIGEE_CHECK(rows >= 0 && d > 0 && vocab > 0);
   if (rows == 0) return;
-  const dim3 grid(static_cast<unsigned>(rows), blocks_for(d, kThreads * kHeld));
-  launch_dependent(forward<T>, grid, dim3(kThreads), 0, device.stream(), d, vocab, d % kHeld == 0, table, tokens, x);
+  const int64_t per_block = rows < 1024 ? 1 : 4;
+  const auto kernel = per_block == 1 ? forward<T, 1> : forward<T, 4>;
+  const dim3 grid(blocks_for(rows, per_block), blocks_for(d, kThreads * kHeld));
+  launch_dependent(kernel, grid, dim3(kThreads), 0, device.stream(), rows, d, vocab, d % kHeld == 0, table, tokens, x);
 }
 template void embedding_forward(Device&, int64_t, int64_t, int64_t, const float*, const int32_t*, float*);
 template void embedding_forward(Device&, int64_t, int64_t, int64_t, const bf16*, const int32_t*, float*);

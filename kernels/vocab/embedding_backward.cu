@@ -6,42 +6,48 @@
 namespace perigee::kernels {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 256, kEach = 16, kStep = kThreads * kEach;  // tokens compared at a time
 
 __global__ void __launch_bounds__(kThreads) backward(int rows, int64_t d, int64_t vocab, const int32_t* tokens,
                                                      const float* dx, float* dtable) {
-  __shared__ int found[kThreads];
+  __shared__ int found[kStep];
   __shared__ int counts[kThreads / 32];
   const int row = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t token = tokens[row];
   if (token < 0 || token >= vocab) return;
-  for (int first = 0; first < row; first += 8 * kThreads) {
-    bool seen = false;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int other = first + i * kThreads + static_cast<int>(threadIdx.x);
-      seen |= other < row && tokens[other] == token;
-    }
-    if (__syncthreads_or(seen)) return;
-  }
   float* const to = dtable + token * d;
-  for (int first = row; first < rows; first += kThreads) {
-    const int other = first + static_cast<int>(threadIdx.x);
-    const bool mine = other < rows && tokens[other] == token;
-    if (__syncthreads_or(mine) == 0) continue;
-    const unsigned lanes = __ballot_sync(0xffffffffu, mine);
-    if (lane == 0) counts[warp] = __popc(lanes);
+  for (int first = 0; first < rows; first += kStep) {
+    // Of a warp's 512 tokens this thread takes every 32nd.
+    const int mine = first + warp * 32 * kEach + lane;
+    unsigned same = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      same |= (mine + 32 * i < rows && tokens[mine + 32 * i] == token ? 1u : 0u) << i;
+    bool earlier = false;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) earlier |= (same >> i & 1) != 0 && mine + 32 * i < row;
+    if (__syncthreads_or(earlier)) return;  // another block has the token
+    if (!__syncthreads_or(same != 0)) continue;
+    int count = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) count += __popc(__ballot_sync(0xffffffffu, same >> i & 1));
+    if (lane == 0) counts[warp] = count;
     __syncthreads();
-    int before = 0, count = 0;
+    int at = 0, all = 0;
     for (int w = 0; w < kThreads / 32; ++w) {
-      if (w < warp) before += counts[w];
-      count += counts[w];
+      if (w < warp) at += counts[w];
+      all += counts[w];
     }
-    if (mine) found[before + __popc(lanes & ((1u << lane) - 1u))] = other;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const unsigned lanes = __ballot_sync(0xffffffffu, same >> i & 1);
+      if ((same >> i & 1) != 0) found[at + __popc(lanes & ((1u << lane) - 1u))] = mine + 32 * i;
+      at += __popc(lanes);
+    }
     __syncthreads();
     for (int64_t c = threadIdx.x; c < d; c += kThreads) {
       float sum = to[c];
-      for (int i = 0; i < count; ++i) sum = sum + dx[found[i] * d + c];
+      for (int i = 0; i < all; ++i) sum = sum + dx[found[i] * d + c];
       to[c] = sum;
     }
   }

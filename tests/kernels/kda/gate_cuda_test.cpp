@@ -36,6 +36,27 @@ TEST_F(GateDevice, has_the_bits_of_the_cpu) {
   }
 }
 
+// The shortened functions against the CPU's, over every size of argument.
+TEST_F(GateDevice, has_the_bits_of_the_cpu_for_any_argument) {
+  Context ctx(2);
+  const Case c{4, 128, 2000};
+  Inputs in(c);
+  Random random(9);
+  for (size_t i = 0; i < in.f.size(); ++i) {
+    const float size = std::exp2(40.0f * random.next_float() - 32.0f);  // 2^-32 to 2^8
+    in.f[i] = (random.next_u32() & 1) != 0 ? size : -size;
+  }
+  std::fill(in.dt_bias.begin(), in.dt_bias.end(), 0.0f);
+  Floats g(in.f.size()), beta(in.b.size());
+  const DeviceArray<float> f(device(), in.f), b(device(), in.b), a_log(device(), in.a_log), dt_bias(device(), in.dt_bias),
+      dev_g(device(), f.size()), dev_beta(device(), b.size());
+  kda_gate_forward(ctx, {c.heads, c.d, c.d}, c.rows, in.f.data(), in.b.data(), in.a_log.data(), in.dt_bias.data(), g.data(),
+                   beta.data());
+  kda_gate_forward(device(), c.heads, c.d, c.rows, f, b, a_log, dt_bias, dev_g, dev_beta);
+  EXPECT_EQ(first_difference(dev_g.get(), g), -1);
+  EXPECT_EQ(first_difference(dev_beta.get(), beta), -1);
+}
+
 // g and the four gradients of the bounded gate, of one element; gradients for dg.
 struct Bounded {
   double g, df, da_log;

@@ -125,6 +125,29 @@ TEST_F(MoeDevice, dispatch_is_a_stable_sort) {
     }
 }
 
+TEST_F(MoeDevice, routing_and_dispatch_together_give_what_each_gives) {
+  for (const RouterShape& s : kShapes)
+    for (const int64_t rows : {1, 5, 33, 64, 65, 200})
+      for (const bool padded : {false, true}) {
+        const int64_t n = rows * s.top_k;
+        const DeviceArray<float> logits(device(), some_logits(rows * s.experts)), bias(device(), normals(s.experts, 4, 0.1f)),
+            weights(device(), n), weights_together(device(), n);
+        const DeviceArray<int32_t> active(device(), Ints{static_cast<int32_t>(rows * 3 / 4)}), chosen(device(), n),
+            chosen_together(device(), n), offsets(device(), s.experts + 1), offsets_together(device(), s.experts + 1),
+            source(device(), n), source_together(device(), n), slot(device(), n), slot_together(device(), n);
+        const int32_t* const in_use = padded ? active.data() : nullptr;
+        route_forward(device(), s, rows, logits, bias, chosen, weights, in_use);
+        moe_dispatch(device(), rows, s.top_k, s.experts, chosen, offsets, source, slot);
+        route_and_dispatch(device(), s, rows, logits, bias, chosen_together, weights_together, offsets_together,
+                           source_together, slot_together, in_use);
+        EXPECT_TRUE(same_bits(chosen_together.get(), chosen.get())) << s.experts << ", rows " << rows;
+        EXPECT_TRUE(same_bits(weights_together.get(), weights.get())) << s.experts << ", rows " << rows;
+        EXPECT_TRUE(same_bits(offsets_together.get(), offsets.get())) << s.experts << ", rows " << rows;
+        EXPECT_TRUE(same_bits(source_together.get(), source.get())) << s.experts << ", rows " << rows;
+        EXPECT_TRUE(same_bits(slot_together.get(), slot.get())) << s.experts << ", rows " << rows;
+      }
+}
+
 struct Combination {
   Combination(int64_t rows_, int64_t top_k_, int64_t d_)
       : rows(rows_), top_k(top_k_), d(d_), s(sorted(top_k, 40, some_choices(rows, top_k, 40))),
