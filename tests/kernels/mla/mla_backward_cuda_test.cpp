@@ -28,7 +28,8 @@ class MlaBackwardDevice : public DeviceTest {
     Floats dc;
   };
 
-  // Values that bf16 holds, and what the float path's forward makes of them.
+  // Values that bf16 holds, and what the forward of T makes of them.
+  template <class T = float>
   static Inputs inputs(const PackedCase& z) {
     Device& d = device();
     Inputs in;
@@ -36,12 +37,18 @@ class MlaBackwardDevice : public DeviceTest {
     in.c = narrow(z.c());
     in.dout = narrow(testing::normals(z.rows() * z.shape().heads * z.shape().latent, 97));
     const DeviceArray<DeviceSlice> slices(d, z.device_slices());
-    const DeviceArray<float> q(d, widen(in.q)), c(d, widen(in.c));
-    const DeviceArray<float> out(d, z.rows() * z.shape().heads * z.shape().latent),
-        lse(d, z.rows() * z.shape().heads);
-    mla_forward<float>(d, z.shape(), q.data(), z.batch(slices), 0, c.data(), out.data(), lse.data());
-    in.out = narrow(out.get());
-    in.lse = lse.get();
+    const auto forward = [&](const auto& q_values, const auto& c_values) {
+      const DeviceArray<T> q(d, q_values), c(d, c_values),
+          out(d, z.rows() * z.shape().heads * z.shape().latent);
+      const DeviceArray<float> lse(d, z.rows() * z.shape().heads);
+      mla_forward<T>(d, z.shape(), q.data(), z.batch(slices), 0, c.data(), out.data(), lse.data());
+      in.lse = lse.get();
+      return out.get();
+    };
+    if constexpr (std::is_same_v<T, float>)
+      in.out = narrow(forward(widen(in.q), widen(in.c)));
+    else
+      in.out = forward(in.q, in.c);
     return in;
   }
 
@@ -75,8 +82,9 @@ class MlaBackwardDevice : public DeviceTest {
   }
 
   // Against the definition in double, sequence by sequence.
+  template <class T = float>
   static void expect_reference(const PackedCase& z) {
-    const Inputs in = inputs(z);
+    const Inputs in = inputs<T>(z);
     const Floats q = widen(in.q), c = widen(in.c), dout = widen(in.dout);
     Doubles dq, dc;
     const auto cut = [](const Floats& x, int64_t begin, int64_t count, int64_t row) {
@@ -114,6 +122,10 @@ const MlaShape kModel = {32, 512, 64, 0.0721687824f};
 
 TEST_F(MlaBackwardDevice, EqualsReference) {
   expect_reference(PackedCase(kModel, {{1, 0, 1}, {65, 0, 65}, {0, 0, 0}, {31, 0, 31}, {34, 0, 34}}, 3));
+}
+
+TEST_F(MlaBackwardDevice, TakesWhatTheForwardWrote) {
+  expect_reference<bf16>(PackedCase(kModel, {{47, 0, 47}, {66, 0, 66}}, 4));
 }
 
 // More than one span of queries, lengths around every edge, and the same bits again.
