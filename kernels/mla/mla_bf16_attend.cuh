@@ -29,7 +29,7 @@ inline constexpr float kSlack = 8.0f;       // binary orders by which scores may
 // Blocks of a split for a row at this position. Decoding a long sequence wants many splits, prefill few: each is a
 // round trip of the accumulators through memory.
 __host__ __device__ constexpr int split_blocks(int position) {
-  return position < 2048 ? 4 : position < 4096 ? 8 : position < 16384 ? 16 : position < 65536 ? 32 : position < 262144 ? 64 : 128;
+  return position < 1024 ? 4 : position < 4096 ? 8 : position < 16384 ? 16 : position < 65536 ? 32 : position < 262144 ? 64 : 128;
 }
 __host__ __device__ constexpr int split_count(int position) {
   return (position / 64 + split_blocks(position)) / split_blocks(position);
@@ -37,7 +37,7 @@ __host__ __device__ constexpr int split_count(int position) {
 // The most that any position up to this one has: not its own count, for longer sequences have longer splits.
 constexpr int most_split_count(int position) {
   int most = split_count(position);
-  for (int end : {2048, 4096, 16384, 65536, 262144})
+  for (int end : {1024, 4096, 16384, 65536, 262144})
     if (position >= end) most = most > split_count(end - 1) ? most : split_count(end - 1);
   return most;
 }
@@ -266,6 +266,12 @@ class Attention {
     Run r;
     while (runs.next(r)) {
       load_queries(r);
+      if constexpr (kDecode) {
+#pragma unroll
+        for (int v = 0; v < VT; ++v)
+#pragma unroll
+          for (int i = 0; i < N / 2; ++i) total_[v][i] = 0;
+      }
       const int length = split_blocks(r.end_position - 1), blocks = (r.end_position + 63) / 64;
       for (int s = r.split_begin; s < r.split_end; ++s) {
         attend(r, s * length, min(length, blocks - s * length), (s + 1) * length >= blocks);
@@ -279,16 +285,21 @@ class Attention {
   __device__ __forceinline__ int column(int i) const { return 8 * (i / 2) + 2 * (lane_ % 4) + i % 2; }
 
   __device__ __forceinline__ void load_queries(const Run& r) {
-    constexpr int pieces = kSlotTiles<VT> * 8;
-    for (int i = thread_; i < N * pieces; i += 256) {
-      const int c = i / pieces, piece = i % pieces;
-      const int position = r.first_position + c / a_.group_heads, head = r.group * N + c % a_.group_heads;
-      uint4 v = {0, 0, 0, 0};
-      if (position >= r.begin_position && position < r.end_position && head < a_.heads && c / a_.group_heads < a_.tokens && piece * 8 < a_.width) {
-        const int64_t row = int64_t{r.row + position - r.begin_position} * a_.heads + head;
-        v = *reinterpret_cast<const uint4*>(a_.q + row * a_.width + piece * 8);
+    constexpr int kPieces = kSlotTiles<VT> * 8, kAhead = 9;  // loads in flight
+    static_assert(N * kPieces % 256 == 0);
+    for (int first = 0; first < N * kPieces / 256; first += kAhead) {
+      uint4 v[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int i = (first + k) * 256 + thread_, c = i / kPieces, piece = i % kPieces;
+        const int64_t row = c < N && piece * 8 < a_.width ? out_row(r, c) : -1;
+        v[k] = row >= 0 ? *reinterpret_cast<const uint4*>(a_.q + row * a_.width + piece * 8) : uint4{0, 0, 0, 0};
       }
-      *reinterpret_cast<uint4*>(queries_ + (piece / 8) * (N * 128) + c * 128 + ((piece % 8) ^ (c % 8)) * 16) = v;
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int i = (first + k) * 256 + thread_, c = i / kPieces, piece = i % kPieces;
+        if (c < N) *reinterpret_cast<uint4*>(queries_ + (piece / 8) * (N * 128) + c * 128 + ((piece % 8) ^ (c % 8)) * 16) = v[k];
+      }
     }
     fence_async();
     named_barrier(3, 256);
@@ -299,6 +310,11 @@ class Attention {
   __device__ __forceinline__ void attend(const Run& r, int first, int n, bool last) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) sum_[i] = 0;
+    // The first product overwrites them; but the compiler need not keep what they held before.
+#pragma unroll
+    for (int v = 0; v < VT; ++v)
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) o_[v][i] = 0;
     const uint32_t b = block_;
     float s[N / 2];
     if constexpr (kGroup == 0) {
@@ -306,6 +322,7 @@ class Attention {
         scores(s, b + j, r, last && j == n - 1);
         wgmma_wait<0>();
         pin(s);
+        if (!kDecode && j + 1 < n) named_arrive(4, 256);
         weights(s, b + j, r, first + j, j == 0, last && j == n - 1);
         values<true>(b + j, j > 0);
         values_done(b + j);
@@ -316,6 +333,8 @@ class Attention {
       }
     } else {
       for (int j = 1; j < n; j += 2) {
+        // Scores one block after the other, not both at half speed: the first one's softmax then hides behind the second.
+        if (!kDecode) named_barrier(4, 256);
         scores(s, b + j, r, last && j == n - 1);
         values<false>(b + j - 1, j > 1);
         wgmma_wait<VT>();
@@ -545,28 +564,42 @@ class Attention {
   // Prefill: the total of the splits before lies in memory, in the order in which threads hold it; the last stays in o_.
   __device__ __forceinline__ void merge_in_memory(int split, bool last) {
     float4* const memory = reinterpret_cast<float4*>(a_.total) + int64_t{blockIdx.x} * (VT * N / 8 * 256) + thread_;
+    if (split > 0) {
+      constexpr int kAhead = 4;  // times VT loads in flight
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j) {
-      float x[2], y[2];
+      for (int first = 0; first < N / 8; first += kAhead) {
+        float4 before[kAhead][VT];
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int c = column(2 * j + i);
-        float before = split > 0 ? stats_.total_reference[c] : 0;
-        merge_factors(before, stats_.reference[c], x[i], y[i]);
-      }
+        for (int j = 0; j < kAhead; ++j)
 #pragma unroll
-      for (int v = 0; v < VT; ++v) {
-        float* const o = o_[v] + 4 * j;
-        float4* const at = memory + (v * (N / 8) + j) * 256;
-        if (split > 0) {
-          const float4 t = *at;
-          o[0] = merge(t.x, x[0], o[0], y[0]);
-          o[1] = merge(t.y, x[1], o[1], y[1]);
-          o[2] = merge(t.z, x[0], o[2], y[0]);
-          o[3] = merge(t.w, x[1], o[3], y[1]);
+          for (int v = 0; v < VT; ++v) before[j][v] = memory[(v * (N / 8) + first + j) * 256];
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+          const int j = first + k;
+          float x[2], y[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float m = stats_.total_reference[column(2 * j + i)];
+            merge_factors(m, stats_.reference[column(2 * j + i)], x[i], y[i]);
+          }
+#pragma unroll
+          for (int v = 0; v < VT; ++v) {
+            float* const o = o_[v] + 4 * j;
+            const float4 t = before[k][v];
+            o[0] = merge(t.x, x[0], o[0], y[0]);
+            o[1] = merge(t.y, x[1], o[1], y[1]);
+            o[2] = merge(t.z, x[0], o[2], y[0]);
+            o[3] = merge(t.w, x[1], o[3], y[1]);
+          }
         }
-        if (!last) *at = {o[0], o[1], o[2], o[3]};
       }
+    }
+    if (!last) {
+#pragma unroll
+      for (int v = 0; v < VT; ++v)
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j)
+          memory[(v * (N / 8) + j) * 256] = {o_[v][4 * j], o_[v][4 * j + 1], o_[v][4 * j + 2], o_[v][4 * j + 3]};
     }
     named_barrier(3, 256);
     if (thread_ < N) {
@@ -687,6 +720,7 @@ constexpr int attend_shared_bytes() {
 template <int N, int VT>
 __global__ void __launch_bounds__(kAttendThreads, 1) attend(const __grid_constant__ AttendArgs a) {
 #if defined(PERIGEE_HOPPER)
+  constexpr bool kDecode = N == 32;
   extern __shared__ __align__(1024) std::byte shared[];
   std::byte* const queries = shared + kSlots * kSlotTiles<VT> * kTileBytes;
   Stats<N>& stats = *reinterpret_cast<Stats<N>*>(queries + query_bytes<N>(VT));
@@ -700,10 +734,13 @@ __global__ void __launch_bounds__(kAttendThreads, 1) attend(const __grid_constan
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  for (int i = static_cast<int>(threadIdx.x) * 16; i < kSlots * kSlotTiles<VT> * kTileBytes; i += kAttendThreads * 16)
-    if (i / kTileBytes % kSlotTiles<VT> >= a.key_tiles) *reinterpret_cast<uint4*>(shared + i) = uint4{0, 0, 0, 0};
-  fence_async();
-  count_items<N == 32>(a, stats);
+  if (a.key_tiles < kSlotTiles<VT>) {
+    for (int i = static_cast<int>(threadIdx.x) * 16; i < kSlots * kSlotTiles<VT> * kTileBytes; i += kAttendThreads * 16)
+      if (i / kTileBytes % kSlotTiles<VT> >= a.key_tiles) *reinterpret_cast<uint4*>(shared + i) = uint4{0, 0, 0, 0};
+    fence_async();
+  }
+  if (kDecode) cudaTriggerProgrammaticLaunchCompletion();
+  count_items<kDecode>(a, stats);
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
   if (group == 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCopyRegisters));

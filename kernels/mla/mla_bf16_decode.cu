@@ -12,6 +12,7 @@ constexpr int64_t kMostPartials = 4096;  // 256 MiB
 template <int VT>
 __global__ void __launch_bounds__(128) combine(const __grid_constant__ AttendArgs a) {
 #if defined(PERIGEE_HOPPER)
+  cudaGridDependencySynchronize();
   const int slice = static_cast<int>(blockIdx.y) / a.groups, group = static_cast<int>(blockIdx.y) % a.groups;
   const DeviceSlice s = a.batch.slice[slice];
   if (s.count == 0) return;
@@ -85,8 +86,17 @@ void launch(Device& device, const AttendArgs& args, int64_t most_splits) {
   attend<kHeads, VT><<<ctas, kAttendThreads, kBytes, device.stream()>>>(args);
   PERIGEE_LAUNCHED();
   if (most_splits == 1) return;
-  combine<VT><<<dim3(VT * kHeads / 8 * 2, static_cast<unsigned>(args.batch.slices * args.groups)), 128, 0, device.stream()>>>(args);
-  PERIGEE_LAUNCHED();
+  // Its blocks may wait on the processors that have no split.
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(VT * kHeads / 8 * 2, static_cast<unsigned>(args.batch.slices * args.groups));
+  config.blockDim = dim3(128);
+  config.stream = device.stream();
+  config.attrs = &early;
+  config.numAttrs = 1;
+  PERIGEE_CUDA(cudaLaunchKernelEx(&config, combine<VT>, args));
 }
 
 }  // namespace
