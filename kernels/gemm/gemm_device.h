@@ -70,6 +70,20 @@ void matmul_experts<float>(Device& device, const DeviceExpertTask<float>& task);
 template <>
 void matmul_experts<bf16>(Device& device, const DeviceExpertTask<bf16>& task);
 
+// The same with dense products beside it (at most 8), such as those of the shared expert: one launch where rows are
+// few, in which their weights are fetched while the launches before end. The bits are those of separate calls.
+template <class T>
+void matmul_experts(Device& device, const DeviceExpertTask<T>& task, std::span<const DeviceMatmulTask<T>> beside);
+template <>
+void matmul_experts<bf16>(Device& device, const DeviceExpertTask<bf16>& task,
+                          std::span<const DeviceMatmulTask<bf16>> beside);
+template <>
+inline void matmul_experts<float>(Device& device, const DeviceExpertTask<float>& task,
+                                  std::span<const DeviceMatmulTask<float>> beside) {
+  matmul<float>(device, beside);
+  matmul_experts<float>(device, task);
+}
+
 // Row-major float [n, k] in host memory into host tiles (rounded to nearest even) and back. Any n, k >= 1.
 void pack_tiles(const float* w, int64_t n, int64_t k, bf16* tiles);
 void unpack_tiles(const bf16* tiles, int64_t n, int64_t k, float* w);

@@ -9,9 +9,8 @@ namespace perigee::kernels {
 namespace products {
 
 struct Form {
-  int warpgroups, tokens;  // of a unit
-  int out_rows;            // of a warpgroup: 64, or less where a matrix has few outputs and units would be too few
-  int stage_tiles, stages;
+  int warpgroups, tokens;
+  int stage_tiles;
 };
 
 // The driver's function that describes a matrix to the copy engine; the runtime finds it, so nothing links to the driver.
@@ -33,15 +32,15 @@ EncodeFunction encode_function() {
   return function;
 }
 
-// x as {k, rows, count}, read in boxes of 64 by `tokens`; what lies outside reads as zero.
-CUtensorMap describe(const bf16* x, int64_t k, int64_t rows, int64_t ldx, int64_t count, int64_t step_bytes, int tokens) {
+// A matrix of activations as {width, rows, count} in boxes of 64 by `tokens`; outside reads as zero and is not written.
+CUtensorMap describe(const void* x, int64_t k, int64_t rows, int64_t ldx, int64_t count, int64_t step_bytes, int tokens) {
   CUtensorMap map;
   const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(count)};
   const cuuint64_t strides[2] = {static_cast<cuuint64_t>(ldx) * 2,
                                  static_cast<cuuint64_t>(count > 1 ? step_bytes : ldx * 2)};
   const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(tokens), 1}, ones[3] = {1, 1, 1};
   const CUresult result = encode_function()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<bf16*>(x), sizes, strides, box, ones,
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(x), sizes, strides, box, ones,
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   PERIGEE_CHECK(result == CUDA_SUCCESS);
@@ -53,16 +52,19 @@ constexpr int kFixedBytes = (kMaxExperts + 2) * 4;
 
 template <int kWarpgroups, int kTokens>
 void launch_form(Device& device, Params& p, const Form& form, int64_t units_most) {
-  p.out_rows = form.out_rows;
   p.stage_tiles = form.stage_tiles;
-  const int stage_bytes = form.stage_tiles * 128 * (kWarpgroups * form.out_rows + kTokens);
-  const int budget = kWarpgroups == 1 ? 113 * 1024 : kSharedMost;
-  const int fixed = kWarpgroups * 16384 + kFixedBytes;
-  p.stages = std::min({form.stages, 32, (budget - fixed - 2 * 32 * 8) / stage_bytes});
-  const int bytes = p.stages * (stage_bytes + 16) + fixed;
+  const int stage_bytes = stage_size(kWarpgroups, kTokens, form.stage_tiles);
+  // Half of the multiprocessor's, so that the next launch can fetch weights beside this one. All of it where x is large,
+  // and in long launches, whose blocks must not share a multiprocessor.
+  const int blocks = static_cast<int>(std::min<int64_t>(units_most, device.info().multiprocessors));
+  const bool half = kWarpgroups == 1 && kTokens <= 32 && units_most <= 24 * blocks;
+  const int budget = half ? 113 * 1024 : kSharedMost;
+  const int fixed = kWarpgroups * 2 * kBufferBytes<kTokens> + kFixedBytes;
+  p.stages = (budget - fixed - 8) / (stage_bytes + 16);
+  const int bytes = p.stages * (stage_bytes + 16) + fixed + 8;
   auto kernel = product_kernel<kWarpgroups, kTokens>;
   static const bool allowed = [&] {
-    allow_shared_memory(kernel, budget);
+    allow_shared_memory(kernel, kSharedMost);
     return true;
   }();
   (void)allowed;
@@ -70,7 +72,7 @@ void launch_form(Device& device, Params& p, const Form& form, int64_t units_most
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(units_most, device.info().multiprocessors)));
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(threads<kWarpgroups>());
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = device.stream();
@@ -88,19 +90,20 @@ void launch(Device& device, Params& p, const Form& form, int64_t units_most) {
     case 8: return launch_form<1, 8>(device, p, form, units_most);
     case 16: return launch_form<1, 16>(device, p, form, units_most);
     case 32: return launch_form<1, 32>(device, p, form, units_most);
-    default: return launch_form<1, 64>(device, p, form, units_most);
+    case 64: return launch_form<1, 64>(device, p, form, units_most);
+    default: return launch_form<1, 128>(device, p, form, units_most);
   }
 }
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int narrow_form(int64_t rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : 64; }
-
-// Few outputs in a unit when there are few units, so that enough multiprocessors pull on the memory.
-Form decode_form(int tokens, int64_t units64) {
-  const int out_rows = units64 >= 96 ? 64 : units64 >= 48 || tokens > 32 ? 32 : 16;
-  return {1, tokens, out_rows, 64 / out_rows, 32};
+// Stages of 16 KiB of weights: with 8 the consumers' work per stage shows, with 32 there are too few.
+Form decode_form(int64_t rows) {
+  const int tokens = rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : rows <= 64 ? 64 : 128;
+  return {1, tokens, tokens > 64 ? 1 : 2};
 }
+
+int outputs_of_unit(const Form& form) { return form.warpgroups == 2 ? 128 : form.tokens <= 64 ? 32 : 64; }
 
 // Units of a set of products in a form.
 template <class Tasks>
@@ -115,11 +118,10 @@ Form choose(std::span<const DeviceMatmulTask<bf16>> tasks, int multiprocessors) 
   int64_t rows = 0;
   for (const auto& t : tasks) rows = std::max(rows, t.rows);
   if (rows > 64) {
-    if (rows > 128 && count(tasks, 128, 256) >= multiprocessors * 3 / 4) return {2, 256, 64, 1, 32};
-    if (count(tasks, 128, 128) >= multiprocessors / 2) return {2, 128, 64, 1, 32};
+    if (rows > 128 && count(tasks, 128, 256) >= multiprocessors * 3 / 4) return {2, 256, 1};
+    if (count(tasks, 128, 128) >= multiprocessors / 2) return {2, 128, 1};
   }
-  const int tokens = narrow_form(rows);
-  return decode_form(tokens, count(tasks, 64, tokens));
+  return decode_form(rows);
 }
 
 bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -131,7 +133,7 @@ void fill(Group& g, int64_t n, int64_t k, int64_t rows, int64_t ldy, Store store
   g.ldy = ldy;
   g.store = static_cast<int>(store);
   g.vector = aligned(y) && ldy % (store == Store::kAct ? 8 : 4) == 0;
-  g.m_blocks = static_cast<int>(ceil_divide(n, form.warpgroups * form.out_rows));
+  g.m_blocks = static_cast<int>(ceil_divide(n, outputs_of_unit(form)));
   g.t_blocks = static_cast<int>(ceil_divide(rows, form.tokens));
 }
 
@@ -146,6 +148,57 @@ void check(const DeviceMatmulTask<bf16>& t) {
   PERIGEE_CHECK(t.n < (1 << 30) && t.k < (1 << 30) && t.rows < (1 << 30));
 }
 
+// Takes tasks from `next` on while there is room for their groups.
+void add_groups(Params& p, std::span<const DeviceMatmulTask<bf16>> tasks, size_t& next, const Form& form) {
+  int64_t units = 0;
+  while (next < tasks.size() && p.groups < kMaxGroups) {
+    const auto& a = tasks[next];
+    if (a.rows == 0) {
+      ++next;
+      continue;
+    }
+    // Products of one shape at equal distances, such as those of the heads, make one group.
+    size_t members = 1;
+    int64_t w_step = 0, x_step = 0, y_step = 0;
+    while (next + members < tasks.size()) {
+      const auto &last = tasks[next + members - 1], &b = tasks[next + members];
+      if (b.n != a.n || b.k != a.k || b.rows != a.rows || b.ldx != a.ldx || b.ldy != a.ldy || b.store != a.store) break;
+      const int64_t dw = distance(last.w, b.w), dx = distance(last.x, b.x), dy = distance(last.y, b.y);
+      if (members == 1) {
+        if (dx < 0 || dx % 16 != 0 || dx >= int64_t{1} << 39 || dy % 16 != 0 || dy <= 0 || dy >= int64_t{1} << 39)
+          break;
+        w_step = dw, x_step = dx, y_step = dy;
+      } else if (dw != w_step || dx != x_step || dy != y_step) {
+        break;
+      }
+      ++members;
+    }
+    Group& g = p.group[p.groups++];
+    fill(g, a.n, a.k, a.rows, a.ldy, a.store, a.y, form);
+    g.w = static_cast<const char*>(a.w);
+    g.y = static_cast<char*>(a.y);
+    g.w_step = w_step;
+    g.y_step = y_step;
+    g.x_step = x_step > 0 ? 1 : 0;
+    g.x = describe(a.x, a.k, a.rows, a.ldx, x_step > 0 ? static_cast<int64_t>(members) : 1, x_step, form.tokens);
+    if (a.store == Store::kAct && g.vector)
+      g.y_map = describe(a.y, a.n, a.rows, a.ldy, static_cast<int64_t>(members), y_step, 32);
+    units += static_cast<int64_t>(members) * g.m_blocks * g.t_blocks;
+    PERIGEE_CHECK(units < (int64_t{1} << 31));
+    g.unit_end = static_cast<int>(units);
+    next += members;
+  }
+  p.units = static_cast<int>(units);
+}
+
+// How many slots an expert has is the device's to know; the form goes by the mean, and any number is right.
+Form choose(const DeviceExpertTask<bf16>& t) {
+  const int64_t mean = ceil_divide(t.slots, t.experts);
+  if (mean > 128) return {2, 256, 1};
+  if (mean > 32) return {2, 128, 1};
+  return decode_form(mean <= 3 ? 8 : mean <= 9 ? 16 : mean <= 20 ? 32 : 64);
+}
+
 }  // namespace products
 
 template <>
@@ -154,80 +207,53 @@ void matmul<bf16>(Device& device, std::span<const DeviceMatmulTask<bf16>> tasks)
   PERIGEE_CHECK(tasks.size() <= static_cast<size_t>(kMaxMatmulTasks));
   for (const auto& t : tasks) check(t);
   const Form form = choose(tasks, device.info().multiprocessors);
-  size_t i = 0;
-  while (i < tasks.size()) {
+  size_t next = 0;
+  while (next < tasks.size()) {
     Params p{};
-    int64_t units = 0;
-    while (i < tasks.size() && p.groups < kMaxGroups) {
-      const auto& a = tasks[i];
-      if (a.rows == 0) {
-        ++i;
-        continue;
-      }
-      // Products of one shape at equal distances, such as those of the heads, make one group.
-      int64_t members = 1, w_step = 0, x_step = 0, y_step = 0;
-      while (i + members < tasks.size()) {
-        const auto &last = tasks[i + members - 1], &next = tasks[i + members];
-        if (next.n != a.n || next.k != a.k || next.rows != a.rows || next.ldx != a.ldx || next.ldy != a.ldy ||
-            next.store != a.store)
-          break;
-        const int64_t dw = distance(last.w, next.w), dx = distance(last.x, next.x), dy = distance(last.y, next.y);
-        if (members == 1) {
-          if (dx < 0 || dx % 16 != 0 || dx >= int64_t{1} << 39 || dy % 16 != 0) break;
-          w_step = dw, x_step = dx, y_step = dy;
-        } else if (dw != w_step || dx != x_step || dy != y_step) {
-          break;
-        }
-        ++members;
-      }
-      Group& g = p.group[p.groups++];
-      fill(g, a.n, a.k, a.rows, a.ldy, a.store, a.y, form);
-      g.w = static_cast<const char*>(a.w);
-      g.y = static_cast<char*>(a.y);
-      g.w_step = w_step;
-      g.y_step = y_step;
-      g.x_step = x_step > 0 ? 1 : 0;
-      g.x = describe(a.x, a.k, a.rows, a.ldx, x_step > 0 ? members : 1, x_step, form.tokens);
-      units += members * g.m_blocks * g.t_blocks;
-      PERIGEE_CHECK(units < (int64_t{1} << 31));
-      g.unit_end = static_cast<int>(units);
-      i += static_cast<size_t>(members);
-    }
-    p.units = static_cast<int>(units);
-    if (units > 0) launch(device, p, form, units);
+    add_groups(p, tasks, next, form);
+    if (p.units > 0) launch(device, p, form, p.units);
   }
 }
 
 template <>
-void matmul_experts<bf16>(Device& device, const DeviceExpertTask<bf16>& t) {
+void matmul_experts<bf16>(Device& device, const DeviceExpertTask<bf16>& t,
+                          std::span<const DeviceMatmulTask<bf16>> beside) {
   using namespace products;
   PERIGEE_CHECK(t.experts >= 1 && t.experts <= kMaxExperts && t.n >= 1 && t.k >= 1 && t.k % 8 == 0 && t.slots >= 0);
   PERIGEE_CHECK(t.ldx >= t.k && t.ldx % 8 == 0 && t.ldy >= t.n && t.expert_bytes % 16 == 0);
-  PERIGEE_CHECK(aligned(t.w) && aligned(t.x));
-  if (t.slots == 0) return;
-  const int64_t mean = ceil_divide(t.slots, t.experts);
-  Form form;
-  if (mean > 128) form = {2, 256, 64, 1, 32};
-  else if (mean > 32) form = {2, 128, 64, 1, 32};
-  else form = decode_form(mean <= 3 ? 8 : mean <= 9 ? 16 : mean <= 20 ? 32 : 64,
-                          std::min(t.slots, t.experts) * tiles_across(t.n));
-  // Touched experts are at most the slots; each may add one unfinished tile of tokens.
+  PERIGEE_CHECK(aligned(t.w) && aligned(t.x) && beside.size() <= static_cast<size_t>(kMaxGroups));
+  for (const auto& b : beside) check(b);
+  const Form form = choose(t);
   Params p{};
-  Group& g = p.group[0];
+  if (t.slots > 0 && form.warpgroups == 1 &&
+      std::all_of(beside.begin(), beside.end(), [&](const auto& b) { return b.rows <= form.tokens; })) {
+    size_t next = 0;
+    add_groups(p, beside, next, form);
+  } else {
+    matmul<bf16>(device, beside);
+  }
+  if (t.slots == 0) return;
+  Group& g = p.group[kMaxGroups];
   fill(g, t.n, t.k, t.slots, t.ldy, Store::kAct, t.y, form);
   g.w = static_cast<const char*>(t.w);
   g.y = reinterpret_cast<char*>(t.y);
-  const int64_t units = (std::min(t.slots, t.experts) + t.slots / form.tokens) * g.m_blocks;
-  PERIGEE_CHECK(units < (int64_t{1} << 31));
   if (t.source == nullptr) g.x = describe(t.x, t.k, t.slots, t.ldx, 1, 0, form.tokens);
-  p.groups = 1;
+  if (g.vector) g.y_map = describe(t.y, t.n, t.slots, t.ldy, 1, 0, 32);
   p.experts = static_cast<int>(t.experts);
   p.expert_bytes = t.expert_bytes;
   p.offsets = t.offsets;
   p.source = t.source;
   p.x = t.x;
   p.ldx = t.ldx;
+  // Touched experts are at most the slots; each may add one unfinished tile of tokens.
+  const int64_t units = p.units + (std::min(t.slots, t.experts) + t.slots / form.tokens) * g.m_blocks;
+  PERIGEE_CHECK(units < (int64_t{1} << 31));
   launch(device, p, form, units);
+}
+
+template <>
+void matmul_experts<bf16>(Device& device, const DeviceExpertTask<bf16>& t) {
+  matmul_experts<bf16>(device, t, {});
 }
 
 }  // namespace perigee::kernels

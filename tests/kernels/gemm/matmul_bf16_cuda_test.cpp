@@ -200,8 +200,21 @@ void check_experts(Device& device, int64_t n, int64_t k, const std::vector<int64
     device.copy(w + e * each, matrices.back()->tiles, tiled_elements(n, k) * 2);
   }
   ExpertTask t{w, each * 2, experts, n, k, x, ldx, gathered ? device_source.data() : nullptr, device_offsets, slots, y, n};
-  matmul_experts<bf16>(device, t);
+  // A shared expert beside them.
+  const Matrix shared(device, 100, k, 49);
+  const int64_t shared_rows = std::min<int64_t>(rows, 150);
+  const DeviceArray<bf16> beside(device, shared_rows * 104), alone(device, shared_rows * 104);
+  const Task one = task(shared, x, ldx, shared_rows, beside, 104, Store::kAct);
+  Task other = one;
+  other.y = alone.data();
+  matmul_experts<bf16>(device, t, std::span(&one, 1));
+  matmul<bf16>(device, std::span(&other, 1));
+  ASSERT_EQ(std::memcmp(beside.get().data(), alone.get().data(), static_cast<size_t>(shared_rows) * 208), 0) << rows;
   const std::vector<bf16> got = y.get();
+  const DeviceArray<bf16> again(device, slots * n);
+  t.y = again;
+  matmul_experts<bf16>(device, t);
+  ASSERT_EQ(std::memcmp(again.get().data(), got.data(), got.size() * 2), 0) << "without the shared expert";
   for (int64_t e = 0; e < experts; ++e) {
     const DeviceArray<bf16> all(device, rows * n);
     const Task dense = task(*matrices[static_cast<size_t>(e)], x, ldx, rows, all, n, Store::kAct);
