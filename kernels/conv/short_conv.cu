@@ -16,11 +16,11 @@ struct Arguments {
   float q_scale;
 };
 
-// A lane's share of one head of q, k or v. Of bf16 a lane holds four channels and a warp a head: few registers, so that
-// many warps have reads under way. Else sixteen lanes, in the CPU's order.
+// A lane's share of one head of q, k or v: sixteen lanes a head, so that what is done once a row and not once a channel
+// is done for eight channels.
 template <class T, bool kVector>
-struct Head : Lane<T, kVector, kVector ? 4 : 8> {
-  static constexpr int kHeld = kVector ? 4 : 8;
+struct Head : Lane<T, kVector, 8> {
+  static constexpr int kHeld = 8;
   using Base = Lane<T, kVector, kHeld>;
   int64_t channel0;  // of the 3 * wide
   bool normed;
@@ -52,8 +52,8 @@ struct Head : Lane<T, kVector, kVector ? 4 : 8> {
 
 // Block x: the heads of q, k and v, some at a time; block y: pieces of kRows rows of slices, every gridDim.y-th.
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads, kVector ? 6 : 1) forward(const Arguments a, const T* qkv, T* q, T* k, T* v) {
-  constexpr int kHeld = Head<T, kVector>::kHeld, kAhead = kVector ? 4 : 1;  // rows read before any is used
+__global__ void __launch_bounds__(kThreads, kVector ? 4 : 1) forward(const Arguments a, const T* qkv, T* q, T* k, T* v) {
+  constexpr int kHeld = Head<T, kVector>::kHeld, kAhead = kVector ? 3 : 1;  // rows under way; by three the history is where it was
   using Held = Lane<T, kVector, kHeld>;
   wait_for_previous();
   let_next_start();
@@ -82,15 +82,27 @@ __global__ void __launch_bounds__(kThreads, kVector ? 6 : 1) forward(const Argum
 #pragma unroll
       for (int i = 0; i < 3; ++i) head.load(begin > 0 ? in + (begin - 3 + i) * all : window + i * all, history.x[i]);
     }
-    for (int first = begin; first < end; first += kAhead) {
+    T* to = head.out + (s.begin + begin) * wide;
+    const T* next = in + (begin + kAhead) * all;
+    int t = begin;
+    for (; t + 2 * kAhead <= end; t += kAhead) {
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int t = first + u;
+      for (int u = 0; u < kAhead; ++u, next += all, to += wide) {
+        float x[kHeld];
+        head.get(raw[u], x);
+        raw[u] = head.read(next);
+        head.write(to, history, x);
+        history.push(x);
+      }
+    }
+    while (t < end) {
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u, ++t, next += all, to += wide) {
         if (t >= end) break;
         float x[kHeld];
         head.get(raw[u], x);
-        if (t + kAhead < end) raw[u] = head.read(in + (t + kAhead) * all);
-        head.write(head.out + (s.begin + t) * wide, history, x);
+        if (t + kAhead < end) raw[u] = head.read(next);
+        head.write(to, history, x);
         history.push(x);
       }
     }
@@ -160,7 +172,7 @@ void conv_forward(Device& device, const ConvShape& shape, const T* qkv, const fl
   const Arguments a = {shape.heads, shape.d, w, batch, window_offset,
                        1.0f / __builtin_sqrtf(static_cast<float>(shape.d))};
   if constexpr (std::is_same_v<T, bf16>) {
-    if (shape.d % 4 == 0) {
+    if (shape.d % 8 == 0) {
       launch<T, true>(device, a, qkv, q, k, v);
       return;
     }

@@ -1,7 +1,7 @@
 #include "kernels/device/elementwise.cuh"
 #include "kernels/device/sum_blocks.cuh"
 #include "kernels/kda/gate_device.h"
-#include "kernels/kda/gate_math.cuh"
+#include "kernels/device/short_math.cuh"
 
 namespace perigee::kernels {
 namespace {
@@ -13,10 +13,10 @@ struct Slopes {
 __device__ __forceinline__ Slopes slopes(float rate, float x, float dg, float lower_bound) {
   if (lower_bound == 0.0f) {
     const float scaled = dg * -rate;
-    const gate::Both both = gate::functions<true, true>(x);
+    const math::Logistic both = math::logistic<true, true>(x);
     return {scaled * both.sigmoid, scaled * both.softplus};
   }
-  const float z = rate * x, slope = lower_bound * gate::sigmoid(z) * gate::sigmoid(0.0f - z) * rate;
+  const float z = rate * x, slope = lower_bound * math::short_sigmoid(z) * math::short_sigmoid(0.0f - z) * rate;
   return {dg * slope, dg * (slope * x)};
 }
 
@@ -75,15 +75,22 @@ __global__ void __launch_bounds__(kThreads) in_blocks(int64_t heads, int64_t d, 
   float bias[kHeld], da[kHeld] = {}, dbias[kHeld] = {};
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) bias[j] = dt_bias[c + j];
+  // The next row is read before this one is computed.
+  float next_x[kHeld] = {}, next_dg[kHeld] = {};
+  const auto read = [&](int64_t r) {
+    if constexpr (kVectors) {
+      load_vector(f + r * wide + c, next_x);
+      load_vector(dg + r * wide + c, next_dg);
+    } else {
+      next_x[0] = f[r * wide + c], next_dg[0] = dg[r * wide + c];
+    }
+  };
+  if (blockIdx.y < rows) read(blockIdx.y);
   for (int64_t r = blockIdx.y; r < rows; r += gridDim.y) {
     float x[kHeld], v[kHeld];
-    const int64_t at = r * wide + c;
-    if constexpr (kVectors) {
-      load_vector(f + at, x);
-      load_vector(dg + at, v);
-    } else {
-      x[0] = f[at], v[0] = dg[at];
-    }
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) x[j] = next_x[j], v[j] = next_dg[j];
+    if (r + gridDim.y < rows) read(r + gridDim.y);
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) {
       const Slopes s = slopes(rate, x[j] + bias[j], v[j], lower_bound);
@@ -91,8 +98,8 @@ __global__ void __launch_bounds__(kThreads) in_blocks(int64_t heads, int64_t d, 
       dbias[j] += s.x;
       v[j] = s.x;
     }
-    if constexpr (kVectors) store_vector(df + at, v);
-    else df[at] = from_float<bf16>(v[0]);
+    if constexpr (kVectors) store_vector(df + r * wide + c, v);
+    else df[r * wide + c] = from_float<bf16>(v[0]);
   }
 #pragma unroll
   for (int j = 0; j < kHeld; ++j) {

@@ -22,7 +22,8 @@ template <class G>
 void route_backward(Device& device, const RouterShape& shape, int64_t rows, const float* logits, const int32_t* chosen,
                     const float* dweights, G* dlogits);
 
-// Sorts the (row, choice) pairs by expert, keeping the order of rows inside an expert.
+// Sorts the (row, choice) pairs by expert, keeping the order of rows inside an expert. REQUIRES the experts of a row
+// distinct, as route_forward chooses them.
 //   offsets  [experts + 1]    first slot of each expert; the last is the number of slots in use
 //   source   [rows * top_k]   slot -> row; 0 past the slots in use
 //   slot     [rows, top_k]    (row, choice) -> slot, or -1

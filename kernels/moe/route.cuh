@@ -2,6 +2,7 @@
 // lower lane.
 #pragma once
 #include "kernels/device/elementwise.cuh"
+#include "kernels/device/short_math.cuh"
 #include "kernels/moe/shape.h"
 
 namespace perigee::kernels::moe {
@@ -36,6 +37,42 @@ __device__ __forceinline__ unsigned mark_largest(unsigned (&key)[kPer], int coun
     marked |= bit;
 #pragma unroll
     for (int j = 0; j < kPer; ++j) key[j] = (bit >> j & 1) != 0 ? 0u : key[j];
+  }
+  return marked;
+}
+
+// Of eight keys a lane first sorts its own, so that a round looks at what is on top only.
+__device__ __forceinline__ void larger_first(unsigned long long& a, unsigned long long& b) {
+  const unsigned long long larger = a > b ? a : b, smaller = a > b ? b : a;
+  a = larger, b = smaller;
+}
+template <>
+__device__ __forceinline__ unsigned mark_largest<8>(unsigned (&keys)[8], int count, int lane) {
+  unsigned long long key[8];  // and under it, so that the lower index is the larger, 7 - index
+#pragma unroll
+  for (int j = 0; j < 8; ++j) key[j] = static_cast<unsigned long long>(keys[j]) << 32 | static_cast<unsigned>(7 - j);
+  // Batcher's merges of 1, 2 and 4.
+  larger_first(key[0], key[1]), larger_first(key[2], key[3]), larger_first(key[4], key[5]), larger_first(key[6], key[7]);
+  larger_first(key[0], key[2]), larger_first(key[1], key[3]), larger_first(key[4], key[6]), larger_first(key[5], key[7]);
+  larger_first(key[1], key[2]), larger_first(key[5], key[6]);
+  larger_first(key[0], key[4]), larger_first(key[1], key[5]), larger_first(key[2], key[6]), larger_first(key[3], key[7]);
+  larger_first(key[2], key[4]), larger_first(key[3], key[5]);
+  larger_first(key[1], key[2]), larger_first(key[3], key[4]), larger_first(key[5], key[6]);
+  unsigned top[8], order = 0;  // order: the indices, four bits each
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    top[j] = static_cast<unsigned>(key[j] >> 32);
+    order |= (7 - static_cast<unsigned>(key[j])) << (4 * j);
+  }
+  unsigned marked = 0;
+  for (int round = 0; round < count; ++round) {
+    const unsigned most = __reduce_max_sync(kAll, top[0]);
+    const unsigned lanes = __ballot_sync(kAll, top[0] == most);
+    const bool mine = lane == __ffs(static_cast<int>(lanes)) - 1;
+    marked |= mine ? 1u << (order & 15) : 0u;
+    order = mine ? order >> 4 : order;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) top[j] = mine ? (j < 7 ? top[j + 1] : 0u) : top[j];
   }
   return marked;
 }
@@ -101,7 +138,7 @@ __device__ __forceinline__ void route_row(const RouterShape& shape, const float*
   }
 #pragma unroll
   for (int j = 0; j < kPer; ++j) {
-    s[j] = math::sigmoid(s[j]);
+    s[j] = math::short_sigmoid(s[j]);
     choice[j] = s[j] + choice[j];
     // A NaN ranks first, so that it reaches the weights instead of being passed over.
     if (!(choice[j] == choice[j])) choice[j] = __int_as_float(0x7f800000);
@@ -117,12 +154,15 @@ __device__ __forceinline__ void route_row(const RouterShape& shape, const float*
   for (int j = 0; j < kPer; ++j) before += __popc(__ballot_sync(kAll, marked >> j & 1) & ((1u << lane) - 1u));
 #pragma unroll
   for (int j = 0; j < kPer; ++j) {
-    if ((marked >> j & 1) == 0) continue;
-    chosen[before] = first + j;
-    mine[before++] = s[j];
+    if ((marked >> j & 1) != 0) {
+      chosen[before] = first + j;
+      mine[before] = s[j];
+    }
+    before += marked >> j & 1;
   }
   __syncwarp();
   float sum = 0.0f;
+#pragma unroll 8
   for (int j = 0; j < top_k; ++j) sum = sum + mine[j];
   for (int j = lane; j < top_k; j += 32) {
     float weight = mine[j];

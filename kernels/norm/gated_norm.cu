@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) backward_vector(int64_t count, int64
     float sum = 0.0f, along = 0.0f, slope[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float e = __expf(-fabsf(g[j])), large = fast_reciprocal(1.0f + e), small = e * large;
+      const float e = fast_exp(-fabsf(g[j])), large = fast_reciprocal(1.0f + e), small = e * large;
       v[j] *= g[j] < 0.0f ? small : large;    // dy sigmoid(gate)
       slope[j] = g[j] < 0.0f ? large : small;  // 1 - sigmoid(gate), with all its bits
       sum = math::fma(xv[j], xv[j], sum);

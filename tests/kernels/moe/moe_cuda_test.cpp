@@ -127,7 +127,7 @@ TEST_F(MoeDevice, dispatch_is_a_stable_sort) {
 
 TEST_F(MoeDevice, routing_and_dispatch_together_give_what_each_gives) {
   for (const RouterShape& s : kShapes)
-    for (const int64_t rows : {1, 5, 33, 64, 65, 200})
+    for (const int64_t rows : {1, 5, 8, 9, 64, 200})
       for (const bool padded : {false, true}) {
         const int64_t n = rows * s.top_k;
         const DeviceArray<float> logits(device(), some_logits(rows * s.experts)), bias(device(), normals(s.experts, 4, 0.1f)),
