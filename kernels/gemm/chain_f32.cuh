@@ -46,10 +46,16 @@ struct Products {
 
 inline constexpr int kStep = 16, kThreads = 256;
 
-template <Kind kind, int R, class T>
-__global__ void __launch_bounds__(kThreads, R == 8 ? 1 : 2) tile_kernel(const __grid_constant__ Products products) {
+// Four bytes, or zeros.
+__device__ __forceinline__ void copy4(float* to, const float* from, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(there ? 4 : 0)
+               : "memory");
+}
+
+template <Kind kind, int R>
+__global__ void __launch_bounds__(kThreads, 2) tile_kernel(const __grid_constant__ Products products) {
   constexpr int kSide = 16 * R, kLine = kSide + 4;
-  using A = std::conditional_t<kind == Kind::kGradWeight, T, float>;
   __shared__ __align__(16) float as[2][kStep * kLine], bs[2][kStep * kLine];
   int which = 0;
   while (which + 1 < products.count && products.p[which + 1].first_tile <= blockIdx.x) ++which;
@@ -58,7 +64,7 @@ __global__ void __launch_bounds__(kThreads, R == 8 ? 1 : 2) tile_kernel(const __
   int64_t r0 = tile / p.tile_columns * kSide;
   const int64_t c0 = tile % p.tile_columns * kSide;
   int64_t rows = p.rows, depth = p.depth, out_row = 0, first = 0;
-  const A* a = static_cast<const A*>(p.a);
+  const float* a = static_cast<const float*>(p.a);
   const float* b = static_cast<const float*>(p.b);
   const int32_t* source = p.source;
   int64_t shift = 0;  // elements of out, by expert
@@ -88,45 +94,40 @@ __global__ void __launch_bounds__(kThreads, R == 8 ? 1 : 2) tile_kernel(const __
   const int bc = kDepthFirstB ? tid / 16 : kind == Kind::kForward ? tid % 16 : tid % kSide;
   const int bd = kDepthFirstB ? tid % 16 : kind == Kind::kForward ? tid / 16 : tid / kSide;
   constexpr int kApart = kThreads / kSide;  // steps of the depth between elements that go along the side
-  float ra[R], rb[R];
-  int64_t a_row[kDepthFirstA ? R : 1];
+  int a_row[kDepthFirstA ? R : 1];
   if constexpr (kDepthFirstA) {
 #pragma unroll
     for (int m = 0; m < R; ++m) {
       const int64_t r = r0 + ar + 16 * m;
-      a_row[m] = r >= rows ? -1 : source != nullptr ? source[r] : r;
+      a_row[m] = r >= rows ? -1 : source != nullptr ? source[r] : static_cast<int>(r);
     }
   }
-  const auto load = [&](int64_t d0) {
+  const auto load = [&](int64_t d0, int buffer) {
 #pragma unroll
     for (int m = 0; m < R; ++m) {
       if constexpr (kDepthFirstA) {
-        ra[m] = a_row[m] >= 0 && d0 + ad < depth ? a[a_row[m] * p.lda + d0 + ad] : 0.0f;
+        const bool there = a_row[m] >= 0 && d0 + ad < depth;
+        copy4(&as[buffer][ad * kLine + ar + 16 * m], there ? a + a_row[m] * p.lda + d0 + ad : a, there);
       } else {
         const int64_t r = r0 + ar, d = d0 + ad + kApart * m;
-        ra[m] = r < rows && d < depth ? to_float(a[(source != nullptr ? source[d] : d) * p.lda + r]) : 0.0f;
+        const bool there = r < rows && d < depth;
+        copy4(&as[buffer][(ad + kApart * m) * kLine + ar],
+              there ? a + (source != nullptr ? source[d] : d) * p.lda + r : a, there);
       }
-      if constexpr (kind == Kind::kForward) {
-        const int64_t c = c0 + bc + 16 * m, d = d0 + bd;
-        rb[m] = c < p.cols && d < depth ? b[(c / 16 * depth + d) * 16 + c % 16] : 0.0f;
-      } else if constexpr (kind == Kind::kGradInput) {
-        const int64_t c = c0 + bc + 16 * m, d = d0 + bd;
-        rb[m] = c < p.cols && d < depth ? b[(d0 / 16 * p.cols + c) * 16 + bd] : 0.0f;
+      const int64_t c = c0 + bc + (kind == Kind::kGradWeight ? 0 : 16 * m);
+      const int64_t d = d0 + bd + (kind == Kind::kGradWeight ? kApart * m : 0);
+      const bool there = c < p.cols && d < depth;
+      if constexpr (kind == Kind::kGradWeight) {
+        copy4(&bs[buffer][(bd + kApart * m) * kLine + bc], there ? b + d * p.ldb + c : b, there);
       } else {
-        const int64_t c = c0 + bc, d = d0 + bd + kApart * m;
-        rb[m] = c < p.cols && d < depth ? b[d * p.ldb + c] : 0.0f;
+        const int64_t at = kind == Kind::kForward ? (c / 16 * depth + d) * 16 + c % 16 : (d0 / 16 * p.cols + c) * 16 + bd;
+        copy4(&bs[buffer][bd * kLine + bc + 16 * m], there ? b + at : b, there);
       }
     }
-  };
-  const auto put = [&](int buffer) {
-#pragma unroll
-    for (int m = 0; m < R; ++m) {
-      as[buffer][kDepthFirstA ? ad * kLine + ar + 16 * m : (ad + kApart * m) * kLine + ar] = ra[m];
-      bs[buffer][kind != Kind::kGradWeight ? bd * kLine + bc + 16 * m : (bd + kApart * m) * kLine + bc] = rb[m];
-    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
   };
   // A thread's results: rows tr + 64 (i / 4) + i % 4, columns tc + 64 (j / 4) + j % 4.
-  const int tr = tid / 16 * 4, tc = tid % 16 * 4;
+  const int tr = (tid / 64 * 4 + tid % 32 / 8) * 4, tc = (tid / 32 % 2 * 8 + tid % 8) * 4;
   float acc[R][R];
   const auto each = [&](auto&& body) {
 #pragma unroll
@@ -160,13 +161,12 @@ __global__ void __launch_bounds__(kThreads, R == 8 ? 1 : 2) tile_kernel(const __
 #pragma unroll
       for (int j = 0; j < R; ++j) acc[i][j] = __fmaf_rn(x[i], y[j], acc[i][j]);
   };
-  load(0);
-  put(0);
-  __syncthreads();
+  if (depth > 0) load(0, 0);
   int buffer = 0;
   for (int64_t d0 = 0; d0 < depth; d0 += kStep, buffer ^= 1) {
-    const bool more = d0 + kStep < depth;
-    if (more) load(d0 + kStep);
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncthreads();  // this step's values are there, and the other buffer has been read
+    if (d0 + kStep < depth) load(d0 + kStep, buffer ^ 1);
     if (depth - d0 >= kStep) {
 #pragma unroll
       for (int d = 0; d < kStep; ++d) step(buffer, d);
@@ -175,23 +175,20 @@ __global__ void __launch_bounds__(kThreads, R == 8 ? 1 : 2) tile_kernel(const __
 #pragma unroll 1
       for (int d = 0; d < depth - d0; ++d) step(buffer, d);
     }
-    if (more) put(buffer ^ 1);
-    __syncthreads();
   }
   each([&](float& x, int64_t r, int64_t c) {
     if constexpr (kind == Kind::kGradWeight) {
       dw[(c / 16 * inputs + r) * 16 + c % 16] = x;
     } else {
       const int64_t at = (out_row + r) * p.ldo + c;
-      if (p.store == Store::kAct) static_cast<T*>(p.out)[at] = from_float<T>(x);
-      else if (p.store == Store::kF32) static_cast<float*>(p.out)[at] = x;
-      else static_cast<float*>(p.out)[at] = static_cast<float*>(p.out)[at] + x;
+      float* const y = static_cast<float*>(p.out) + at;
+      *y = p.store == Store::kAddF32 ? *y + x : x;
     }
   });
 }
 
 // Launches the products, in groups that fit a kernel's parameters, with tiles small enough to fill the card.
-template <Kind kind, class T>
+template <Kind kind>
 void launch(Device& device, std::span<const Product> products) {
   const auto tiles_of = [](Product p, int64_t side) {
     p.tile_columns = (p.cols + side - 1) / side;
@@ -217,8 +214,8 @@ void launch(Device& device, std::span<const Product> products) {
     }
     if (tiles == 0) continue;
     PERIGEE_CHECK(tiles <= 0x7fffffff);
-    if (small) tile_kernel<kind, 4, T><<<static_cast<unsigned>(tiles), kThreads, 0, device.stream()>>>(list);
-    else tile_kernel<kind, 8, T><<<static_cast<unsigned>(tiles), kThreads, 0, device.stream()>>>(list);
+    if (small) tile_kernel<kind, 4><<<static_cast<unsigned>(tiles), kThreads, 0, device.stream()>>>(list);
+    else tile_kernel<kind, 8><<<static_cast<unsigned>(tiles), kThreads, 0, device.stream()>>>(list);
     PERIGEE_LAUNCHED();
   }
 }

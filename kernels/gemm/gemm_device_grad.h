@@ -7,8 +7,8 @@
 // card's number of multiprocessors, and the pieces are added in order: the same bits from run to run, but a row of dx
 // only, not dw, is independent of how rows are batched.
 //
-// REQUIRES (bf16) lddy and ldx multiples of 8; dy, x, w and dw aligned to 16 bytes; dx to 8, lddx even. Tasks of a call
-// write disjoint memory; results do not alias operands.
+// REQUIRES (bf16) k, lddy and ldx multiples of 8, lddx of 8 for kAct and of 2 else (of 4 is faster); everything aligned
+// to 16 bytes. Tasks of a call write disjoint memory; results do not alias operands.
 // ERRORS shapes are checked before the launch. ASYNC on the device's stream; every function may be captured into a
 // graph. matmul_grad_weight<bf16> takes scratch of at most grad_weight_scratch_bytes(device).
 #pragma once

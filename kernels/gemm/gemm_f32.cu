@@ -56,42 +56,45 @@ __global__ void __launch_bounds__(kFewThreads) few_rows(const __grid_constant__ 
     const int64_t row = r < rows ? (p.source != nullptr ? p.source[row0 + r] : row0 + r) : 0;
     x[m] = r < rows ? static_cast<const float*>(p.a) + row * p.lda : nullptr;
   }
-  const int64_t steps = (k + kRingStep - 1) / kRingStep;
-  const auto fetch = [&](int64_t s) {
+  const int inputs = static_cast<int>(k), steps = (inputs + kRingStep - 1) / kRingStep;
+  const auto fetch = [&](int s, int slot) {
     if (s < steps) {
-      float* const ws = ring + s % kStages * kStageFloats;
+      float* const ws = ring + slot * kStageFloats;
       float* const xs = ws + kRingStep * kBlockOutputs;
-      const int64_t j0 = s * kRingStep;
+      const int j0 = s * kRingStep;
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         // Sixteen bytes of a panel: panel m / 2, inputs 32 (m % 2) + tid / 4.
         const int j = 32 * (m % 2) + tid / 4;
-        if (m / 2 < panels && j0 + j < k)
-          copy_async(ws + j * kBlockOutputs + m / 2 * 16 + tid % 4 * 4, w + (m / 2 * k + j0 + j) * 16 + tid % 4 * 4, 16);
+        if (m / 2 < panels && j0 + j < inputs)
+          copy_async(ws + j * kBlockOutputs + m / 2 * 16 + tid % 4 * 4, w + (m / 2 * k + j0 + j) * 16 + tid % 4 * 4,
+                     16);
       }
 #pragma unroll
       for (int m = 0; m < kFewRows / 2; ++m) {
         const int j = tid % kRingStep;
-        if (x[m] != nullptr && j0 + j < k)
+        if (x[m] != nullptr && j0 + j < inputs)
           copy_async(xs + (tid / kRingStep + 2 * m) * kRingStep + j, x[m] + j0 + j, 4);
       }
     }
     asm volatile("cp.async.commit_group;");
   };
-  for (int s = 0; s < kStages - 1; ++s) fetch(s);
+  for (int s = 0; s < kStages - 1; ++s) fetch(s, s);
   float sum0 = 0.0f, sum1 = 0.0f;
   const bool first = warp < rows, second = warp + 4 < rows;
-  for (int64_t s = 0; s < steps; ++s) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2));
+  int slot = 0;
+  for (int s = 0; s < steps; ++s) {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kStages - 2) : "memory");
     __syncthreads();
-    fetch(s + kStages - 1);
-    const float* const ws = ring + s % kStages * kStageFloats + lane;
-    const float* const x0 = ring + s % kStages * kStageFloats + kRingStep * kBlockOutputs + warp * kRingStep;
+    fetch(s + kStages - 1, slot == 0 ? kStages - 1 : slot - 1);
+    const float* const ws = ring + slot * kStageFloats + lane;
+    const float* const x0 = ring + slot * kStageFloats + kRingStep * kBlockOutputs + warp * kRingStep;
     const float* const x1 = x0 + 4 * kRingStep;
-    const int64_t left = k - s * kRingStep;
+    const int left = inputs - s * kRingStep;
+    if (++slot == kStages) slot = 0;
     if (!first) continue;
     if (left >= kRingStep) {
-#pragma unroll 4
+#pragma unroll
       for (int j = 0; j < kRingStep; j += 4) {
         const float4 a = *reinterpret_cast<const float4*>(x0 + j);
         const float w0 = ws[j * kBlockOutputs], w1 = ws[(j + 1) * kBlockOutputs], w2 = ws[(j + 2) * kBlockOutputs],
@@ -148,14 +151,14 @@ template <>
 void matmul<float>(Device& device, std::span<const DeviceMatmulTask<float>> tasks) {
   std::vector<Product> few, many;
   for (const DeviceMatmulTask<float>& t : tasks) {
-    PERIGEE_CHECK(t.rows >= 0 && t.n >= 0 && t.k >= 0 && t.ldx >= t.k && t.ldy >= t.n);
+    PERIGEE_CHECK(t.rows >= 0 && t.n >= 0 && t.k >= 0 && t.ldx >= t.k && t.ldy >= t.n && t.k < (int64_t{1} << 31));
     Product p;
     p.a = t.x, p.lda = t.ldx, p.b = t.w, p.out = t.y, p.ldo = t.ldy;
     p.rows = t.rows, p.cols = t.n, p.depth = t.k, p.store = t.store;
     (t.rows <= 4 * kFewRows ? few : many).push_back(p);
   }
   launch_few(device, few);
-  chain::launch<Kind::kForward, float>(device, many);
+  chain::launch<Kind::kForward>(device, many);
 }
 
 template <>
@@ -168,7 +171,7 @@ void matmul_experts<float>(Device& device, const DeviceExpertTask<float>& t) {
   p.offsets = t.offsets, p.source = t.source, p.experts = t.experts;
   p.expert_stride = t.expert_bytes / static_cast<int64_t>(sizeof(float));
   if (t.slots <= 4 * kFewRows * t.experts) launch_few(device, {&p, 1});
-  else chain::launch<Kind::kForward, float>(device, {&p, 1});
+  else chain::launch<Kind::kForward>(device, {&p, 1});
 }
 
 }  // namespace perigee::kernels

@@ -24,7 +24,7 @@ void matmul_grad_input<float>(Device& device, std::span<const DeviceGradInputTas
     p.rows = t.rows, p.cols = t.k, p.depth = t.n, p.store = t.store;
     products.push_back(p);
   }
-  chain::launch<Kind::kGradInput, float>(device, products);
+  chain::launch<Kind::kGradInput>(device, products);
 }
 
 template <>
@@ -36,7 +36,7 @@ void matmul_experts_grad_input<float>(Device& device, const DeviceExpertGradInpu
   p.rows = t.slots, p.cols = t.k, p.depth = t.n, p.store = t.store;
   p.offsets = t.offsets, p.experts = t.experts;
   p.expert_stride = t.expert_bytes / static_cast<int64_t>(sizeof(float));
-  chain::launch<Kind::kGradInput, float>(device, {&p, 1});
+  chain::launch<Kind::kGradInput>(device, {&p, 1});
 }
 
 template <>
@@ -50,7 +50,7 @@ void matmul_grad_weight<float>(Device& device, std::span<const DeviceGradWeightT
     p.rows = t.k, p.cols = t.n, p.depth = t.rows;
     products.push_back(p);
   }
-  chain::launch<Kind::kGradWeight, float>(device, products);
+  chain::launch<Kind::kGradWeight>(device, products);
 }
 
 template <>
@@ -61,7 +61,7 @@ void matmul_experts_grad_weight<float>(Device& device, const DeviceExpertGradWei
   p.a = t.x, p.lda = t.ldx, p.b = t.dy, p.ldb = t.lddy, p.out = t.dw;
   p.rows = t.k, p.cols = t.n, p.depth = t.slots;
   p.offsets = t.offsets, p.source = t.source, p.experts = t.experts, p.expert_stride = t.dw_stride;
-  chain::launch<Kind::kGradWeight, float>(device, {&p, 1});
+  chain::launch<Kind::kGradWeight>(device, {&p, 1});
 }
 
 }  // namespace perigee::kernels

@@ -19,9 +19,12 @@ int64_t router_scratch_bytes(int64_t experts, int64_t d);
 
 // Gradients of the logits, each skipped when its pointer is null: dh [rows, d] stored as `store` says (kAct: T, else
 // float) and dw, float32 panels, accumulated into. float: the bits of the CPU's matmul_grad_input and
-// matmul_grad_weight; bf16: the same chains over the widened values.
+// matmul_grad_weight. bf16: dlogits and the weight count with sixteen bits of their mantissas; scratch of at most
+// router_grad_scratch_bytes.
 template <class T>
 void router_grad(Device& device, int64_t rows, int64_t experts, int64_t d, const T* h, const float* w_panels,
                  const float* dlogits, void* dh, Store store, float* dw_panels);
+
+int64_t router_grad_scratch_bytes(const Device& device, int64_t rows, int64_t experts, int64_t d);
 
 }  // namespace perigee::kernels
