@@ -14,7 +14,8 @@ inline constexpr int kTileBytes = kChunk * kDim * 2, kStateBytes = kDim * kDim *
 
 // Of one chunk and head, written by the first step.
 struct Record {
-  // Tiles, but for the decay, float [kDim]: Gamma at the chunk's end.
+  // Tiles, but for the decay, float [kDim]: Gamma at the chunk's end; and R, which lies as the fragments of its eight
+  // panels, sixteen bytes of each lane together.
   static constexpr int kGammaK = 0, kGammaQ = kTileBytes, kW = 2 * kTileBytes, kDecay = 3 * kTileBytes;
   static constexpr int kX0 = kDecay + kDim * 4, kR = kX0 + kTileBytes, kBytes = kR + kTileBytes;
 };

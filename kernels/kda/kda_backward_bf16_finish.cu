@@ -48,21 +48,33 @@ __global__ void __launch_bounds__(kThreads, 3) finish_kernel(Operands o) {
   if (tid < kChunk) m.beta[tid] = tid < n ? o.beta[(chunk.row + tid) * o.heads + head] : 0.0f;
   float alpha[kChunk];  // first g
   unsigned kq[kChunk];  // k in the low half, q in the high
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) {
-    const bool present = i < n && tid < o.dk;
-    alpha[i] = present ? o.g[at_k + i * ld_k] : 0.0f;
-    kq[i] = present ? o.k[at_k + i * ld_k].bits | static_cast<unsigned>(o.q[at_k + i * ld_k].bits) << 16 : 0u;
-  }
   // R comes as fragments: every warp needs all of it.
   const std::byte* r_memory = o.records + at * Record::kBytes + Record::kR;
   const int row = lane / 4, pair = 2 * (lane % 4);
   unsigned r[kDim / 16][4];
 #pragma unroll
-  for (int i = 0; i < kDim / 16; ++i)
+  for (int i = 0; i < kDim / 16; ++i) {
+    const uint4 x = *reinterpret_cast<const uint4*>(r_memory + (i * 32 + lane) * 16);
+    r[i][0] = x.x, r[i][1] = x.y, r[i][2] = x.z, r[i][3] = x.w;
+  }
+  {
+    // All loads at once, of something present; then zeros for what is not.
+    const int64_t from = at_k - tid + min(tid, o.dk - 1);
+    unsigned short k[kChunk], q[kChunk];
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      r[i][e] = *reinterpret_cast<const unsigned*>(r_memory + tile_offset(row + e % 2 * 8, 2 * i + e / 2) + 2 * pair);
+    for (int i = 0; i < kChunk; ++i) {
+      const int64_t at = from + min(i, n - 1) * ld_k;
+      alpha[i] = o.g[at];
+      k[i] = o.k[at].bits;
+      q[i] = o.q[at].bits;
+    }
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const bool present = i < n && tid < o.dk;
+      alpha[i] = present ? alpha[i] : 0.0f;
+      kq[i] = present ? k[i] | static_cast<unsigned>(q[i]) << 16 : 0u;
+    }
+  }
   copies_done<0>();
   __syncthreads();
 

@@ -13,7 +13,7 @@ constexpr int kSmallRow = 24;  // bf16 between the rows of a 16x16 matrix
 
 struct Shared {
   std::byte s[kStateBytes];
-  // In the order of a record: V becomes R, dO becomes X0, K~ becomes W.
+  // In the order of a record: dO becomes X0, K~ becomes W; V becomes R, which a record has in another order.
   std::byte gk[kTileBytes], gq[kTileBytes], kt[kTileBytes];
   float decay[kDim];
   std::byte dout[kTileBytes], v[kTileBytes];
@@ -24,7 +24,6 @@ struct Shared {
 };
 static_assert(offsetof(Shared, decay) - offsetof(Shared, gk) == Record::kDecay);
 static_assert(offsetof(Shared, dout) - offsetof(Shared, gk) == Record::kX0);
-static_assert(offsetof(Shared, v) - offsetof(Shared, gk) == Record::kR);
 
 __device__ __forceinline__ unsigned small_address(const bf16 (&m)[kChunk][kSmallRow], int lane) {
   return shared_address(&m[lane & 15][(lane >> 4) * 8]);
@@ -51,23 +50,20 @@ __device__ __forceinline__ float4 load_four(const bf16* p) {
 
 // Warp w has the columns j = w, w + 4, w + 8, w + 12 of A and B, a lane four channels.
 __device__ __forceinline__ void inner_products(Shared& m, int warp, int lane) {
-  float4 kd[4];
-#pragma unroll 4
+  float4 kd[4] = {};  // zero until row j, then k_j
+#pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const float4 alpha = *reinterpret_cast<const float4*>(&m.alpha[i][4 * lane]);
     const float4 k = load_four(&m.k[i][4 * lane]), q = load_four(&m.q[i][4 * lane]);
     float sums[8];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const int j = warp + 4 * c;
-      sums[c] = sums[4 + c] = 0.0f;
-      if (j == i) kd[c] = k;
-      if (j < i) {
-        kd[c] = {kd[c].x * alpha.x, kd[c].y * alpha.y, kd[c].z * alpha.z, kd[c].w * alpha.w};
-        sums[c] = __fmaf_rn(k.x, kd[c].x, __fmaf_rn(k.y, kd[c].y, __fmaf_rn(k.z, kd[c].z, k.w * kd[c].w)));
-      }
-      if (j <= i)
-        sums[4 + c] = __fmaf_rn(q.x, kd[c].x, __fmaf_rn(q.y, kd[c].y, __fmaf_rn(q.z, kd[c].z, q.w * kd[c].w)));
+      const bool own = warp + 4 * c == i;
+      kd[c] = {own ? k.x : kd[c].x * alpha.x, own ? k.y : kd[c].y * alpha.y, own ? k.z : kd[c].z * alpha.z,
+               own ? k.w : kd[c].w * alpha.w};
+      const float a = __fmaf_rn(k.x, kd[c].x, k.y * kd[c].y) + __fmaf_rn(k.z, kd[c].z, k.w * kd[c].w);
+      sums[c] = own ? 0.0f : a;
+      sums[4 + c] = __fmaf_rn(q.x, kd[c].x, q.y * kd[c].y) + __fmaf_rn(q.z, kd[c].z, q.w * kd[c].w);
     }
     const float sum = reduce8(sums, lane);
     if (lane % 4 == 0) (lane < 16 ? m.a : m.b)[i][warp + (lane & 12)] = sum;
@@ -81,9 +77,15 @@ __device__ __forceinline__ void invert(Shared& m, int lane) {
   float x[kChunk];  // for A beta: beta times the element
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
+    float4 a[4];
+#pragma unroll
+    for (int j = 0; j < i; j += 4) a[j / 4] = *reinterpret_cast<const float4*>(&m.a[i][j]);
     float sum = 0.0f;
 #pragma unroll
-    for (int j = 0; j < i; ++j) sum = __fmaf_rn(m.a[i][j], x[j], sum);
+    for (int j = 0; j < i; ++j) {
+      const float4& four = a[j / 4];
+      sum = __fmaf_rn(j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w, x[j], sum);
+    }
     const float beta = m.beta[i], e = (i == column ? 1.0f : 0.0f) - (left ? beta * sum : sum);
     (left ? m.l_inverse : m.m_inverse)[i][column] = from_float<bf16>(e);
     x[i] = left ? e : beta * e;
@@ -108,14 +110,18 @@ __device__ __forceinline__ void run(const Operands& o, std::byte* memory, int he
   if (tid < kChunk) m.beta[tid] = tid < n ? o.beta[(chunk.row + tid) * o.heads + head] : 0.0f;
   {
     float alpha[kChunk], k[kChunk], q[kChunk];
+    // All loads at once, of something present; then zeros for what is not.
+    const int column = min(tid, o.dk - 1);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      const bool present = i < n && tid < o.dk;
-      const int64_t at = at_k + i * ld_k + tid;
-      alpha[i] = present ? o.g[at] : 0.0f;
-      k[i] = present ? to_float(o.k[at]) : 0.0f;
-      q[i] = present ? to_float(o.q[at]) : 0.0f;
+      const int64_t at = at_k + min(i, n - 1) * ld_k + column;
+      alpha[i] = o.g[at];
+      k[i] = to_float(o.k[at]);
+      q[i] = to_float(o.q[at]);
     }
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i)
+      if (i >= n || tid >= o.dk) alpha[i] = k[i] = q[i] = 0.0f;
     float gamma = 1.0f;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
@@ -148,6 +154,7 @@ __device__ __forceinline__ void run(const Operands& o, std::byte* memory, int he
   copies_done<0>();
   __syncthreads();
 
+  std::byte* record = o.records + (static_cast<int64_t>(slot - o.slot0) * o.heads + head) * Record::kBytes;
   // Transposed products: the rows are sixteen columns of the values (for W: of the keys), the columns the chunk's rows.
   const Fragment m_inverse = load_block(small_address(m.m_inverse, lane));
   const Fragment l_inverse = load_block_transposed(small_address(m.l_inverse, lane));
@@ -194,10 +201,11 @@ __device__ __forceinline__ void run(const Operands& o, std::byte* memory, int he
     __syncwarp();  // all lanes have read the blocks that are overwritten
     store(dout, panel, x0);
     store(kt, panel, w);
+    const Fragment f = load_block(block_address(v, 0, panel, lane));
+    *reinterpret_cast<uint4*>(record + Record::kR + (panel * 32 + lane) * 16) = {f.r[0], f.r[1], f.r[2], f.r[3]};
   }
   __syncthreads();
-  std::byte* record = o.records + (static_cast<int64_t>(slot - o.slot0) * o.heads + head) * Record::kBytes;
-  for (int i = tid * 16; i < Record::kBytes; i += kThreads * 16)
+  for (int i = tid * 16; i < Record::kR; i += kThreads * 16)
     *reinterpret_cast<int4*>(record + i) = *reinterpret_cast<const int4*>(m.gk + i);
 }
 
