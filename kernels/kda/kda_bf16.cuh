@@ -26,21 +26,18 @@ struct StateLayout {
   static constexpr int kBytes = 82944;
 };
 
-// What the scan needs to know of a chunk of a head. The words of a B operand stand as a lane wants them, four at a time.
+// What the scan needs to know of a chunk of a head, as wgmma reads it from shared memory. Of each half of the channels a
+// tile with rows of 64 channels, 128 bytes, whose sixteen-byte pieces are exchanged by the row's number; T and Q in pieces
+// of 8 x 8.
 struct Record {
-  static constexpr int kGammaK = 0;        // bf16 Gamma . K, per sixteen channels 32 x {b0 n0, b0 n1, b1 n0, b1 n1}
-  static constexpr int kGammaQ = 4096;     // the same of Q
-  static constexpr int kKeysAtEnd = 8192;  // bf16 K decayed to the end, per sixteen channels 32 x {n0 b0, n0 b1, n1 b0, n1 b1}
-  static constexpr int kT = 12288;         // bf16, 32 x {b0 n0, b0 n1, b1 n0, b1 n1}
+  static constexpr int kGammaKQ = 0;       // bf16, per half [32][64]: Gamma . K, then Gamma . Q
+  static constexpr int kKeysAtEnd = 8192;  // bf16, per half [16][64]: K decayed to the end
+  static constexpr int kT = 12288;         // bf16 [2 i][2 j][8 i][8 j]
   static constexpr int kQ = 12800;         // Tril(Q), likewise
   static constexpr int kGamma = 13312;     // float: the decay of the whole chunk, per sixteen channels [t][n][2]
   static constexpr int kBytes = 13824;
+  static constexpr int kPlace = 14336;     // bytes it takes in shared memory, where tiles start at multiples of 1024
 };
-// Where lane (g, t) finds its four words among the 32 of a block of sixteen channels: exchanged so that neither the
-// writers (by channel) nor the readers (by lane) meet in a bank.
-__device__ __forceinline__ int record_place(int block, int g, int t) {
-  return (g ^ (block & 1)) * 4 + (t ^ (g >> 1));
-}
 
 // Chunks have slots, found without a sum over the slices; with room for a slice that starts and ends inside a chunk.
 __device__ __forceinline__ int slot_base(const DeviceSlice& s, int index) { return s.begin / kChunk + 2 * index; }
@@ -149,6 +146,68 @@ __device__ __forceinline__ void tile_store_transposed(void* tile, int lane, cons
                "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
 #endif
 }
+
+// Products of a group of four warps: A from registers, sixteen rows of each warp as for mma; B from shared memory. They
+// run while the warps go on; wgmma_wait<n> waits until at most n committed groups are left.
+__device__ __forceinline__ uint64_t operand_at(const void* p, int leading_bytes, int stride_bytes, bool swizzled) {
+  return (shared_address(p) & 0x3ffffu) >> 4 | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
+         static_cast<uint64_t>(stride_bytes >> 4) << 32 | static_cast<uint64_t>(swizzled ? 1 : 0) << 62;
+}
+__device__ __forceinline__ void wgmma_begin() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wgmma_commit() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#endif
+}
+// Keeps the compiler from moving uses of sums across the calls above.
+template <int N>
+__device__ __forceinline__ void pin(C4 (&c)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int e = 0; e < 4; ++e) asm volatile("" : "+f"(c[i].x[e])::"memory");
+}
+#define PERIGEE_C4(i) "+f"(c[i].x[0]), "+f"(c[i].x[1]), "+f"(c[i].x[2]), "+f"(c[i].x[3])
+// c = a b, or c += a b: 64 x 16 x 16, 64 x 32 x 16 with b [n][16], and 64 x 128 x 16 with b [16][n].
+__device__ __forceinline__ void wgmma16(C4 (&c)[2], const A4& a, uint64_t b, int add) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7}, {%8,%9,%10,%11}, %12, p, 1, 1, 0;\n}\n"
+      : PERIGEE_C4(0), PERIGEE_C4(1)
+      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b), "r"(add));
+#endif
+}
+__device__ __forceinline__ void wgmma32(C4 (&c)[4], const A4& a, uint64_t b, int add) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, p, 1, 1, 0;\n}\n"
+      : PERIGEE_C4(0), PERIGEE_C4(1), PERIGEE_C4(2), PERIGEE_C4(3)
+      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b), "r"(add));
+#endif
+}
+__device__ __forceinline__ void wgmma128_add(C4 (&c)[16], const A4& a, uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+      "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;\n"
+      : PERIGEE_C4(0), PERIGEE_C4(1), PERIGEE_C4(2), PERIGEE_C4(3), PERIGEE_C4(4), PERIGEE_C4(5), PERIGEE_C4(6), PERIGEE_C4(7),
+        PERIGEE_C4(8), PERIGEE_C4(9), PERIGEE_C4(10), PERIGEE_C4(11), PERIGEE_C4(12), PERIGEE_C4(13), PERIGEE_C4(14), PERIGEE_C4(15)
+      : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "l"(b));
+#endif
+}
+#undef PERIGEE_C4
 
 // Completion of bulk copies. Hopper only; elsewhere the kernels that use them are not launched.
 __device__ __forceinline__ void barrier_init(uint64_t* barrier, unsigned count) {

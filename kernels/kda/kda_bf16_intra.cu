@@ -84,8 +84,8 @@ __device__ __forceinline__ void elements(int lane, const Use& use) {
 }
 
 __device__ __forceinline__ void put_half(uint8_t* block, int i, int j, float x) {
-  const int word = ((i & 7) * 4 + ((j & 7) >> 1)) * 4 + (j >> 3) * 2 + (i >> 3);
-  reinterpret_cast<uint16_t*>(block)[2 * word + (j & 1)] = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+  const int at = (i >> 3) * 128 + (j >> 3) * 64 + (i & 7) * 8 + (j & 7);
+  reinterpret_cast<uint16_t*>(block)[at] = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 
 // The record that this thread stored last is in global memory: the scan may read it.
@@ -161,42 +161,29 @@ __global__ void __launch_bounds__(kThreads, 8) intra_kernel(const Problem p) {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) x.a[i] = {decay_of(x.a[i].x), decay_of(x.a[i].y)};
 
-    // Gamma . K and Gamma . Q, two rows of eight apart at once; rows of the state have been multiplied by S before.
-    const int block = pair >> 3, t = pair & 3, high = (pair >> 2) & 1;
+    // Gamma . K, Gamma . Q, and K at the end; rows of the state have been multiplied by S before, and a chunk that stays
+    // open leaves S as it is.
+    const bool closes = own.last == kChunk;
     {
-      float2 gamma[kChunk];
-      gamma[0] = x.a[0];
+      const auto put = [&](int tile, int row, unsigned pair) {
+        *reinterpret_cast<unsigned*>(shared.record + tile + row * 128 + (((lane >> 2) ^ (row & 7)) << 4) + (lane & 3) * 4) = pair;
+      };
+      float2 s = x.a[0];
 #pragma unroll
-      for (int i = 1; i < kChunk; ++i) gamma[i] = gamma[i - 1] * x.a[i];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int word = block * 128 + record_place(block, i, t) * 4 + high * 2;
-        const uint2 gk = {i < own.first ? 0u : scale(x.k[i], gamma[i]), i + 8 < own.first ? 0u : scale(x.k[i + 8], gamma[i + 8])};
-        const uint2 gq = {scale(x.q[i], gamma[i]), scale(x.q[i + 8], gamma[i + 8])};
-        *reinterpret_cast<uint2*>(shared.record + Record::kGammaK + word * 4) = gk;
-        *reinterpret_cast<uint2*>(shared.record + Record::kGammaQ + word * 4) = gq;
+      for (int i = 0; i < kChunk; ++i) {
+        if (i > 0) s = s * x.a[i];
+        put(Record::kGammaKQ + 4096 * warp, i, i < own.first ? 0u : scale(x.k[i], s));
+        put(Record::kGammaKQ + 4096 * warp, i + 16, scale(x.q[i], s));
       }
-      *reinterpret_cast<float2*>(shared.record + Record::kGamma + (block * 16 + t * 4 + high * 2) * 4) = gamma[15];
-    }
-    {
-      float2 at_end[kChunk];
-      float2 s = x.a[15];
-      at_end[15] = {low_of(x.k[15]), high_of(x.k[15])};
+      const int block = pair >> 3, t = pair & 3, high = (pair >> 2) & 1;
+      *reinterpret_cast<float2*>(shared.record + Record::kGamma + (block * 16 + t * 4 + high * 2) * 4) =
+          closes ? s : float2{1.0f, 1.0f};
+      s = x.a[15];
+      put(Record::kKeysAtEnd + 2048 * warp, 15, closes ? x.k[15] : 0u);
 #pragma unroll
       for (int j = 14; j >= 0; --j) {
         if (j < 14) s = s * x.a[j + 1];
-        at_end[j] = float2{low_of(x.k[j]), high_of(x.k[j])} * s;
-      }
-      const int g = 2 * t;  // of the first channel among eight; `high` is the eight
-#pragma unroll
-      for (int tokens = 0; tokens < 4; ++tokens) {
-        const uint2 even = {pack(at_end[2 * tokens].x, at_end[2 * tokens + 1].x),
-                            pack(at_end[2 * tokens + 8].x, at_end[2 * tokens + 9].x)};
-        const uint2 odd = {pack(at_end[2 * tokens].y, at_end[2 * tokens + 1].y),
-                           pack(at_end[2 * tokens + 8].y, at_end[2 * tokens + 9].y)};
-        uint8_t* to = shared.record + Record::kKeysAtEnd + (block * 128 + high * 2) * 4;
-        *reinterpret_cast<uint2*>(to + record_place(block, g, tokens) * 16) = even;
-        *reinterpret_cast<uint2*>(to + record_place(block, g + 1, tokens) * 16) = odd;
+        put(Record::kKeysAtEnd + 2048 * warp, j, closes ? scale(x.k[j], s) : 0u);
       }
     }
 

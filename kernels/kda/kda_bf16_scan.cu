@@ -12,7 +12,7 @@ constexpr int kStages = 5;            // records in flight
 constexpr int kAhead = 6, kRing = 8;  // chunks of v in flight, per warp
 
 struct Shared {
-  uint8_t record[kStages][Record::kBytes];
+  uint8_t record[kStages][Record::kPlace];
   uint8_t v[kWarps][kRing][512];
   uint8_t tile[kWarps][8][512];
   uint8_t out[kWarps][2][512];
@@ -82,12 +82,13 @@ __device__ __forceinline__ void fewer_registers() {
 
 __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const DeviceSlice& slice, int index, int head, int m,
                                      int begin, int end, uint8_t* state, int warp, int lane) {
-  const int g = lane >> 2, t = lane & 3, chunks = chunk_count(slice);
+  const bool active = 16 * m < p.dv;  // all four warps take part in products
+  const int t = lane & 3, chunks = chunk_count(slice);
   const int64_t row_stride = static_cast<int64_t>(p.heads) * p.dv;
   const int64_t column = static_cast<int64_t>(head) * p.dv + 16 * m;
   uint8_t(*const v_ring)[512] = shared.v[warp];
   const auto prefetch = [&](int c) {
-    if (c < end) {
+    if (c < end && active) {
       const ChunkRows own(slice, c);
       const int row = lane >> 1, half = lane & 1;
       const bool any = row < own.last;
@@ -100,7 +101,7 @@ __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Dev
   for (int i = 0; i < kAhead; ++i) prefetch(begin + i);
 
   C4 s[16];
-  if (begin == 0 && state == nullptr) {
+  if ((begin == 0 && state == nullptr) || !active) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) s[i] = {};
   } else {
@@ -112,21 +113,8 @@ __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Dev
       s[2 * i + 1] = {join_state(high.z, low.z, 0), join_state(high.z, low.z, 1), join_state(high.w, low.w, 0), join_state(high.w, low.w, 1)};
     }
   }
-  const int place[2] = {record_place(0, g, t) * 16, record_place(1, g, t) * 16};
   int stage = 0;
   unsigned parity = 0;
-  // What the next chunk starts with is brought before its S is known: v and Gamma . K.
-  unsigned v[4];
-  uint4 gamma_k[8];
-  const auto bring = [&](int c, const uint8_t* record) {
-    copies_wait<kAhead - 1>();
-    __syncwarp();
-    load_matrices_transposed(v, tile_lane_address(v_ring[c % kRing], lane));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) gamma_k[i] = words(record + Record::kGammaK + i * 512 + place[i & 1]);
-  };
-  barrier_wait(&shared.full[0], 0);
-  bring(begin, shared.record[0]);
   unsigned packed[4];  // the last chunk's output, written while the next one's first products run
   bf16* out = p.out + ChunkRows(slice, begin).row0 * row_stride + column;
   const auto write_out = [&](int c) {
@@ -134,52 +122,45 @@ __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Dev
     tile_store_transposed(tile, lane, packed);
     __syncwarp();
     const ChunkRows own(slice, c);
-    copy_tile(tile, lane, out, row_stride, [&](int row) { return row >= own.first && row < own.last; });
+    copy_tile(tile, lane, out, row_stride, [&](int row) { return active && row >= own.first && row < own.last; });
     out += kChunk * row_stride;
   };
 
   for (int c = begin; c < end; ++c) {
     const ChunkRows own(slice, c);
-    const uint8_t* record = shared.record[stage];
-    // (Gamma . K) S in two chains, of the lower and the upper half of the channels.
+    const bool closes = own.last == kChunk;  // otherwise the record says that S does not change
+    // (Gamma . K) S and (Gamma . Q) S in two chains, of the lower and the upper half of the channels.
     A4 high[8];
-    C4 ks[2][2] = {}, qs[2][2] = {};
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const int i = (n >> 1) + 4 * (n & 1);
+    for (int i = 0; i < 8; ++i)
       high[i] = {round_state(s[2 * i].x[0], s[2 * i].x[1]), round_state(s[2 * i].x[2], s[2 * i].x[3]),
                  round_state(s[2 * i + 1].x[0], s[2 * i + 1].x[1]), round_state(s[2 * i + 1].x[2], s[2 * i + 1].x[3])};
-      mma(ks[i >> 2][0], high[i], gamma_k[i].x, gamma_k[i].z);
-      mma(ks[i >> 2][1], high[i], gamma_k[i].y, gamma_k[i].w);
+    C4 lower[4], upper[4];  // two tiles of eight tokens for K, two for Q
+    barrier_wait(&shared.full[stage], parity);
+    const uint8_t* record = shared.record[stage];
+    const uint64_t kq = operand_at(record + Record::kGammaKQ, 16, 1024, true);
+    pin(lower), pin(upper);
+    wgmma_begin();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      wgmma32(lower, high[i], kq + 2 * i, i > 0);
+      wgmma32(upper, high[i + 4], kq + 256 + 2 * i, i > 0);
     }
+    wgmma_commit();
+    // Meanwhile: the last chunk's output, this one's v, and the decay of S.
     if (c > begin) write_out(c - 1);
-    const auto step = [&](int i) {
-      const uint4 w = words(record + Record::kGammaQ + i * 512 + place[i & 1]);
-      mma(qs[i >> 2][0], high[i], w.x, w.z);
-      mma(qs[i >> 2][1], high[i], w.y, w.w);
-    };
-    const uint4 t_words = words(record + Record::kT + lane * 16), q_words = words(record + Record::kQ + lane * 16);
-    const bool closes = own.last == kChunk;
-    if (closes) {
+    unsigned v[4];
+    copies_wait<kAhead - 1>();
+    __syncwarp();
+    load_matrices_transposed(v, tile_lane_address(v_ring[c % kRing], lane));
+    prefetch(c + kAhead);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float4 d = *reinterpret_cast<const float4*>(record + Record::kGamma + i * 64 + t * 16);
-        s[2 * i] = {s[2 * i].x[0] * d.x, s[2 * i].x[1] * d.y, s[2 * i].x[2] * d.x, s[2 * i].x[3] * d.y};
-        s[2 * i + 1] = {s[2 * i + 1].x[0] * d.z, s[2 * i + 1].x[1] * d.w, s[2 * i + 1].x[2] * d.z, s[2 * i + 1].x[3] * d.w};
-      }
+    for (int i = 0; i < 8; ++i) {
+      const float4 d = *reinterpret_cast<const float4*>(record + Record::kGamma + i * 64 + t * 16);
+      s[2 * i] = {s[2 * i].x[0] * d.x, s[2 * i].x[1] * d.y, s[2 * i].x[2] * d.x, s[2 * i].x[3] * d.y};
+      s[2 * i + 1] = {s[2 * i + 1].x[0] * d.z, s[2 * i + 1].x[1] * d.w, s[2 * i + 1].x[2] * d.z, s[2 * i + 1].x[3] * d.w};
     }
-    step(0), step(4), step(1), step(5);
-    A4 x;
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      x.x[2 * n] = pack(low_of(v[2 * n]) - (ks[0][n].x[0] + ks[1][n].x[0]), high_of(v[2 * n]) - (ks[0][n].x[1] + ks[1][n].x[1]));
-      x.x[2 * n + 1] = pack(low_of(v[2 * n + 1]) - (ks[0][n].x[2] + ks[1][n].x[2]), high_of(v[2 * n + 1]) - (ks[0][n].x[3] + ks[1][n].x[3]));
-    }
-    C4 uc[2] = {};
-    mma(uc[0], x, t_words.x, t_words.z);
-    mma(uc[1], x, t_words.y, t_words.w);
-    step(2), step(6), step(3), step(7);
-    if (p.chunk_states != nullptr) {
+    if (p.chunk_states != nullptr && active) {
       bf16* to = p.chunk_states + (kda_chunk_slot(slice.begin, index, c) * p.heads + head) * p.dk * p.dv + 16 * m;
 #pragma unroll
       for (int i = 0; i < 8; ++i) tile_store_transposed(shared.tile[warp][i], lane, high[i].x);
@@ -188,35 +169,40 @@ __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Dev
       for (int i = 0; i < 8; ++i)
         if (16 * i < p.dk) copy_tile(shared.tile[warp][i], lane, to + 16 * i * p.dv, p.dv, [](int) { return true; });
     }
-    const A4 u = {pack(uc[0].x[0], uc[0].x[1]), pack(uc[0].x[2], uc[0].x[3]), pack(uc[1].x[0], uc[1].x[1]), pack(uc[1].x[2], uc[1].x[3])};
-    if (closes) {
+    wgmma_wait<0>();
+    pin(lower), pin(upper);
+    A4 x;
 #pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        const int i = (n >> 1) + 4 * (n & 1);
-        const uint4 w = words(record + Record::kKeysAtEnd + i * 512 + place[i & 1]);
-        mma(s[2 * i], u, w.x, w.y);
-        mma(s[2 * i + 1], u, w.z, w.w);
-      }
+    for (int n = 0; n < 2; ++n) {
+      x.x[2 * n] = pack(low_of(v[2 * n]) - (lower[n].x[0] + upper[n].x[0]), high_of(v[2 * n]) - (lower[n].x[1] + upper[n].x[1]));
+      x.x[2 * n + 1] = pack(low_of(v[2 * n + 1]) - (lower[n].x[2] + upper[n].x[2]), high_of(v[2 * n + 1]) - (lower[n].x[3] + upper[n].x[3]));
     }
-    prefetch(c + kAhead);
-    const int used = stage;
-    if (++stage == kStages) stage = 0, parity ^= 1;
-    if (c + 1 < end) {
-      barrier_wait(&shared.full[stage], parity);
-      bring(c + 1, shared.record[stage]);
-    }
+    C4 uc[2];
+    pin(uc);
+    wgmma_begin();
+    wgmma16(uc, x, operand_at(record + Record::kT, 128, 256, false), 0);
+    wgmma_commit();
     C4 o[2];
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) o[n].x[e] = qs[0][n].x[e] + qs[1][n].x[e];
-    mma(o[0], u, q_words.x, q_words.z);
-    mma(o[1], u, q_words.y, q_words.w);
-    __syncwarp();
+      for (int e = 0; e < 4; ++e) o[n].x[e] = lower[2 + n].x[e] + upper[2 + n].x[e];
+    wgmma_wait<0>();
+    pin(uc);
+    const A4 u = {pack(uc[0].x[0], uc[0].x[1]), pack(uc[0].x[2], uc[0].x[3]), pack(uc[1].x[0], uc[1].x[1]), pack(uc[1].x[2], uc[1].x[3])};
+    pin(s), pin(o);
+    wgmma_begin();
+    wgmma128_add(s, u, operand_at(record + Record::kKeysAtEnd, 2048, 1024, true));
+    wgmma16(o, u, operand_at(record + Record::kQ, 128, 256, false), 1);
+    wgmma_commit();
+    const int used = stage;
+    if (++stage == kStages) stage = 0, parity ^= 1;
+    wgmma_wait<0>();
+    pin(s), pin(o);
     if (lane == 0) barrier_arrive(&shared.empty[used]);
     packed[0] = pack(o[0].x[0], o[0].x[1]), packed[1] = pack(o[0].x[2], o[0].x[3]);
     packed[2] = pack(o[1].x[0], o[1].x[1]), packed[3] = pack(o[1].x[2], o[1].x[3]);
-    if (!closes && state != nullptr) {
+    if (!closes && state != nullptr && active) {
       tile_store_transposed(shared.tile[warp][0], lane, x.x);
       __syncwarp();
       copy_tile(shared.tile[warp][0], lane, reinterpret_cast<bf16*>(state + StateLayout::kX) + 16 * m, kDim,
@@ -226,7 +212,7 @@ __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Dev
   write_out(end - 1);
   // S, when any chunk was closed, goes on: to the state, or to the next segment.
   const bool closed = ChunkRows(slice, begin).last == kChunk;
-  if ((closed || begin > 0) && (end < chunks || state != nullptr)) {
+  if (active && (closed || begin > 0) && (end < chunks || state != nullptr)) {
     uint8_t* to = (end < chunks ? p.carry[1] + static_cast<int64_t>(head) * 65536 : state) + (m * 8 * 32 + lane) * 16;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -241,19 +227,18 @@ __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Dev
 
 __global__ void __launch_bounds__(kThreads, 2) scan_kernel(const Problem p, int parts) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(128) uint8_t memory[];
+  extern __shared__ __align__(1024) uint8_t memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   const int part = blockIdx.x % parts, head = blockIdx.x / parts % p.heads, index = blockIdx.x / parts / p.heads;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const DeviceSlice slice = p.batch.slice[index];
   const int base = slot_base(slice, index), chunks = chunk_count(slice);
   const int begin = max(0, p.slot_begin - base), end = min(chunks, p.slot_end - base);
-  const int tiles = p.dv / 16;
   if (begin < end) {
     if (threadIdx.x == 0) {
       for (int i = 0; i < kStages; ++i) {
         barrier_init(&shared.full[i], 1);
-        barrier_init(&shared.empty[i], min(kWarps, tiles - kWarps * part));
+        barrier_init(&shared.empty[i], kWarps);
       }
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
@@ -270,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 2) scan_kernel(const Problem p, int 
       }
     } else {
       more_registers<216>();
-      if (m < tiles) scan(p, shared, slice, index, head, m, begin, end, state, warp, lane);
+      scan(p, shared, slice, index, head, m, begin, end, state, warp, lane);
     }
   }
   wait_for_previous();
