@@ -17,7 +17,9 @@ inline constexpr uint64_t kFull = uint64_t{1} << 53;  // S/u of the next power o
 struct Step {
   uint64_t grow[2];  // for S/u even, odd
 };
-__device__ __forceinline__ Step none() { return {{0, 0}}; }
+__device__ __forceinline__ Step none() {
+  return {{0, 0}};
+}
 __device__ __forceinline__ Step then(const Step& a, const Step& b) {  // a, then b
   return {{a.grow[0] + b.grow[a.grow[0] & 1], a.grow[1] + b.grow[(a.grow[1] & 1) ^ 1]}};
 }
@@ -57,7 +59,8 @@ __device__ double sum(int64_t n, const Value& value) {
     for (int i = 0; i < kEach; ++i) v[i] = begin + i < n ? value(begin + i) : 0.0;
     const int exponent = static_cast<int>(static_cast<uint64_t>(__double_as_longlong(s)) >> 52);  // s >= 0
     const bool started = exponent != 0;
-    const double scale = __longlong_as_double(static_cast<int64_t>(started ? 1023 + 1023 + 52 - exponent : 1023) << 52);
+    const double scale =
+        __longlong_as_double(static_cast<int64_t>(started ? 1023 + 1023 + 52 - exponent : 1023) << 52);
     const uint64_t units =
         started ? (static_cast<uint64_t>(__double_as_longlong(s)) & (kFull / 2 - 1)) | kFull / 2 : 0;
     Step mine = none();

@@ -12,7 +12,9 @@ using Batch = LossBatch<float>;
 constexpr int kThreads = 256;
 constexpr int kTile = 512;  // values that a warp reads before a chain takes them
 
-__device__ __forceinline__ double exp_of(double x) { return static_cast<double>(math::exp(static_cast<float>(x))); }
+__device__ __forceinline__ double exp_of(double x) {
+  return static_cast<double>(math::exp(static_cast<float>(x)));
+}
 __device__ double exp_minus_1_minus_x(double x) {
   if (fabs(x) < 0.05)
     return x * x *
@@ -21,8 +23,12 @@ __device__ double exp_minus_1_minus_x(double x) {
   return exp_of(x) - 1 - x;
 }
 // std::min and std::max, NaNs included.
-__device__ __forceinline__ double least(double a, double b) { return b < a ? b : a; }
-__device__ __forceinline__ double most(double a, double b) { return a < b ? b : a; }
+__device__ __forceinline__ double least(double a, double b) {
+  return b < a ? b : a;
+}
+__device__ __forceinline__ double most(double a, double b) {
+  return a < b ? b : a;
+}
 
 __device__ double kl_value(KlKind kind, double d, double k3) {
   return kind == KlKind::kK1 ? d : kind == KlKind::kK2 ? d * d / 2 : k3;
@@ -41,8 +47,12 @@ __device__ Clipped clip_objective(const LossConfig& c, double x, double a) {
   return held < free ? Clipped{held, true} : Clipped{free, false};
 }
 
-__device__ __forceinline__ bool masked(const Batch& b, int64_t t) { return b.mask == nullptr || b.mask[t] != 0; }
-__device__ __forceinline__ double old_of(const Batch& b, int64_t t) { return b.old != nullptr ? b.old[t] : b.logprob[t]; }
+__device__ __forceinline__ bool masked(const Batch& b, int64_t t) {
+  return b.mask == nullptr || b.mask[t] != 0;
+}
+__device__ __forceinline__ double old_of(const Batch& b, int64_t t) {
+  return b.old != nullptr ? b.old[t] : b.logprob[t];
+}
 __device__ __forceinline__ double log_ratio_of(const Batch& b, int64_t t) {
   return b.old != nullptr ? static_cast<double>(b.logprob[t]) - b.old[t] : 0.0;
 }
@@ -117,7 +127,8 @@ __device__ double run_chains(int64_t begin, int64_t end, double start, const Val
 }
 
 // A warp to a sequence.
-__global__ void __launch_bounds__(32) survey(const LossConfig c, const Normalizer norm, const Batch b, State* states) {
+__global__ void __launch_bounds__(32)
+    survey(const LossConfig c, const Normalizer norm, const Batch b, State* states) {
   const int64_t i = blockIdx.x, begin = b.offsets[i], end = b.offsets[i + 1];
   const int lane = threadIdx.x;
   int64_t tokens = 0;
@@ -163,16 +174,18 @@ __device__ int64_t sequence_of(const Batch& b, int64_t t) {
   int64_t low = 0, high = b.sequences;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    if (b.offsets[middle] <= t) low = middle;
-    else high = middle;
+    if (b.offsets[middle] <= t)
+      low = middle;
+    else
+      high = middle;
   }
   return low;
 }
 
 // terms: null, or [kTerms, tokens].
-__global__ void __launch_bounds__(kThreads) token_terms(const LossConfig c, const Batch b, int64_t tokens,
-                                                        const State* states, float* dlogprob, float* dentropy,
-                                                        double* terms, Counts* counts) {
+__global__ void __launch_bounds__(kThreads)
+    token_terms(const LossConfig c, const Batch b, int64_t tokens, const State* states, float* dlogprob,
+                float* dentropy, double* terms, Counts* counts) {
   const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   bool mismatch = false, cut = false;
   if (t < tokens) {
@@ -187,7 +200,8 @@ __global__ void __launch_bounds__(kThreads) token_terms(const LossConfig c, cons
       term[kMismatch] = exp_minus_1_minus_x(log_rho);
       mismatch = log_rho != 0;
       const double apart = fabs(log_rho);
-      if (apart > 0) atomicMax(&counts->mismatch_max, static_cast<unsigned long long>(__double_as_longlong(apart)));
+      if (apart > 0)
+        atomicMax(&counts->mismatch_max, static_cast<unsigned long long>(__double_as_longlong(apart)));
       if (s.live != 0) {
         const double a = b.advantage[i], w = s.mean, l = b.logprob[t];
         const double weight = s.weight * token_weight(c, log_rho);
@@ -250,8 +264,8 @@ __global__ void __launch_bounds__(kThreads) token_terms(const LossConfig c, cons
 }
 
 // Blocks 0..kOverAll-1 sum a term over all tokens, continuing the caller's statistics; the others a sequence each.
-__global__ void __launch_bounds__(32) sums(const Batch b, int64_t tokens, const double* terms, State* states,
-                                           LossStats* stats) {
+__global__ void __launch_bounds__(32)
+    sums(const Batch b, int64_t tokens, const double* terms, State* states, LossStats* stats) {
   if (blockIdx.x < kOverAll) {
     const int k = static_cast<int>(blockIdx.x);
     double* const to = k == kMismatch  ? &stats->mismatch_sum
@@ -265,12 +279,14 @@ __global__ void __launch_bounds__(32) sums(const Batch b, int64_t tokens, const 
   }
   State& s = states[blockIdx.x - kOverAll];
   const double start = threadIdx.x == 0 ? s.value : 0.0;
-  const double sum = run_chains<3>(b.offsets[blockIdx.x - kOverAll], b.offsets[blockIdx.x - kOverAll + 1], start,
-                                   [&](int a, int64_t t) { return terms[(kPolicyLoss + a) * tokens + t]; });
+  const double sum =
+      run_chains<3>(b.offsets[blockIdx.x - kOverAll], b.offsets[blockIdx.x - kOverAll + 1], start,
+                    [&](int a, int64_t t) { return terms[(kPolicyLoss + a) * tokens + t]; });
   if (threadIdx.x < 3) (threadIdx.x == 0 ? s.policy : threadIdx.x == 1 ? s.kl : s.bonus) = sum;
 }
 
-__global__ void __launch_bounds__(32) gather(const Batch b, const State* states, const Counts* counts, LossStats* stats) {
+__global__ void __launch_bounds__(32)
+    gather(const Batch b, const State* states, const Counts* counts, LossStats* stats) {
   const int lane = threadIdx.x;
   const double start = lane == 0   ? stats->policy_loss
                        : lane == 1 ? stats->kl_loss
@@ -305,7 +321,8 @@ __global__ void __launch_bounds__(32) gather(const Batch b, const State* states,
     stats->dropped_tokens += dropped_tokens;
     stats->clipped_tokens += static_cast<int64_t>(counts->clipped_tokens);
     stats->mismatch_tokens += static_cast<int64_t>(counts->mismatch_tokens);
-    stats->mismatch_max = most(stats->mismatch_max, __longlong_as_double(static_cast<int64_t>(counts->mismatch_max)));
+    stats->mismatch_max =
+        most(stats->mismatch_max, __longlong_as_double(static_cast<int64_t>(counts->mismatch_max)));
   }
 }
 
@@ -316,8 +333,8 @@ __global__ void __launch_bounds__(32) ptx_sum(double coef, double total, int64_t
   });
   if (threadIdx.x == 0) *loss += tokens == 0 ? 0.0 : coef * sum / total;
 }
-__global__ void __launch_bounds__(kThreads) ptx_gradient(double coef, double total, int64_t tokens, const uint8_t* mask,
-                                                         float* dlogprob) {
+__global__ void __launch_bounds__(kThreads)
+    ptx_gradient(double coef, double total, int64_t tokens, const uint8_t* mask, float* dlogprob) {
   const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (t < tokens) dlogprob[t] = mask == nullptr || mask[t] != 0 ? static_cast<float>(-coef / total) : 0.0f;
 }
@@ -343,8 +360,8 @@ void policy_loss(Device& device, const LossConfig& c, const Normalizer& norm, co
   survey<<<sequences, 32, 0, device.stream()>>>(c, norm, batch, states);
   PERIGEE_LAUNCHED();
   if (tokens > 0) {
-    token_terms<<<blocks_for(tokens, kThreads), kThreads, 0, device.stream()>>>(c, batch, tokens, states, dlogprob,
-                                                                                dentropy, terms, counts);
+    token_terms<<<blocks_for(tokens, kThreads), kThreads, 0, device.stream()>>>(
+        c, batch, tokens, states, dlogprob, dentropy, terms, counts);
     PERIGEE_LAUNCHED();
   }
   sums<<<sequences + kOverAll, 32, 0, device.stream()>>>(batch, tokens, terms, states, stats);
@@ -360,7 +377,8 @@ void ptx_loss(Device& device, double coef, int64_t total_tokens, int64_t tokens,
   ptx_sum<<<1, 32, 0, device.stream()>>>(coef, total, tokens, logprob, mask, loss);
   PERIGEE_LAUNCHED();
   if (tokens == 0) return;
-  ptx_gradient<<<blocks_for(tokens, kThreads), kThreads, 0, device.stream()>>>(coef, total, tokens, mask, dlogprob);
+  ptx_gradient<<<blocks_for(tokens, kThreads), kThreads, 0, device.stream()>>>(coef, total, tokens, mask,
+                                                                               dlogprob);
   PERIGEE_LAUNCHED();
 }
 

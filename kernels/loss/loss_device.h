@@ -10,8 +10,9 @@ namespace perigee::kernels {
 
 // As the CPU's policy_loss. tokens: offsets[batch.sequences], which the host knows; tokens of rows beyond are untouched.
 // dentropy may be null when entropy_coef is 0. Only shapes are checked.
-void policy_loss(Device& device, const LossConfig& config, const Normalizer& norm, const LossBatch<float>& batch,
-                 int64_t tokens, float* dlogprob, float* dentropy, LossStats* stats);
+void policy_loss(Device& device, const LossConfig& config, const Normalizer& norm,
+                 const LossBatch<float>& batch, int64_t tokens, float* dlogprob, float* dentropy,
+                 LossStats* stats);
 
 // As the CPU's ptx_loss; the share of the loss is added to *loss.
 void ptx_loss(Device& device, double coef, int64_t total_tokens, int64_t tokens, const float* logprob,

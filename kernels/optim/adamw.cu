@@ -27,13 +27,21 @@ Constants constants(const AdamWParams& p, int64_t n) {
   PERIGEE_CHECK(p.beta1 >= 0 && p.beta1 < 1 && p.beta2 >= 0 && p.beta2 < 1);
   PERIGEE_CHECK(p.eps > 0);
   const double beta1 = p.beta1, beta2 = p.beta2;
-  return {p.beta1, p.beta2, static_cast<float>(1 - beta1), static_cast<float>(1 - beta2),
-          static_cast<float>(1 / (1 - power(beta1, p.step))), static_cast<float>(1 / (1 - power(beta2, p.step))),
-          p.eps, p.lr, p.weight_decay, p.grad_scale};
+  return {p.beta1,
+          p.beta2,
+          static_cast<float>(1 - beta1),
+          static_cast<float>(1 - beta2),
+          static_cast<float>(1 / (1 - power(beta1, p.step))),
+          static_cast<float>(1 / (1 - power(beta2, p.step))),
+          p.eps,
+          p.lr,
+          p.weight_decay,
+          p.grad_scale};
 }
 
 // The new weight; m and v are updated.
-__device__ __forceinline__ float update(const Constants& c, float scale, float w, float g, float& m, float& v) {
+__device__ __forceinline__ float update(const Constants& c, float scale, float w, float g, float& m,
+                                        float& v) {
   g = g * scale;
   m = __fmaf_rn(c.beta1, m, c.one_minus_beta1 * g);
   v = __fmaf_rn(c.beta2, v, c.one_minus_beta2 * (g * g));
@@ -46,7 +54,8 @@ template <bool kVector, int N>
 __device__ __forceinline__ void read(const float* p, int64_t i, int64_t n, float (&x)[N]) {
   if constexpr (kVector) {
 #pragma unroll
-    for (int j = 0; j < N; j += 4) *reinterpret_cast<float4*>(x + j) = *reinterpret_cast<const float4*>(p + i + j);
+    for (int j = 0; j < N; j += 4)
+      *reinterpret_cast<float4*>(x + j) = *reinterpret_cast<const float4*>(p + i + j);
   } else {
     for (int j = 0; j < N; ++j) x[j] = i + j < n ? p[i + j] : 0.0f;
   }
@@ -55,7 +64,8 @@ template <bool kVector, int N>
 __device__ __forceinline__ void write(float* p, int64_t i, int64_t n, const float (&x)[N]) {
   if constexpr (kVector) {
 #pragma unroll
-    for (int j = 0; j < N; j += 4) *reinterpret_cast<float4*>(p + i + j) = *reinterpret_cast<const float4*>(x + j);
+    for (int j = 0; j < N; j += 4)
+      *reinterpret_cast<float4*>(p + i + j) = *reinterpret_cast<const float4*>(x + j);
   } else {
     for (int j = 0; j < N && i + j < n; ++j) p[i + j] = x[j];
   }
@@ -67,7 +77,8 @@ __device__ __forceinline__ void write_narrow(bf16* p, int64_t i, int64_t n, cons
 #pragma unroll
     for (int j = 0; j < N; ++j) y[j] = from_float<bf16>(x[j]);
 #pragma unroll
-    for (int j = 0; j < N; j += 4) *reinterpret_cast<uint2*>(p + i + j) = *reinterpret_cast<const uint2*>(y + j);
+    for (int j = 0; j < N; j += 4)
+      *reinterpret_cast<uint2*>(p + i + j) = *reinterpret_cast<const uint2*>(y + j);
   } else {
     for (int j = 0; j < N && i + j < n; ++j) p[i + j] = from_float<bf16>(x[j]);
   }
@@ -75,8 +86,8 @@ __device__ __forceinline__ void write_narrow(bf16* p, int64_t i, int64_t n, cons
 
 template <bool kVector>
 __global__ void __launch_bounds__(kThreads)
-    step(const Constants c, int64_t first, int64_t n, const float* w_in, float* w_out, const float* grad, float* m,
-         float* v, bf16* narrow, const float* grad_factor) {
+    step(const Constants c, int64_t first, int64_t n, const float* w_in, float* w_out, const float* grad,
+         float* m, float* v, bf16* narrow, const float* grad_factor) {
   const int64_t i = first + (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kHeld;
   if (i >= n) return;
   const float scale = grad_factor == nullptr ? c.scale : c.scale * *grad_factor;
@@ -95,7 +106,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // 32 bits that look random, of an element and a step.
 __device__ __forceinline__ uint32_t hash(uint64_t element, uint32_t step) {
-  uint32_t h = static_cast<uint32_t>(element) * 0x9E3779B1u ^ static_cast<uint32_t>(element >> 32) * 0x85EBCA6Bu;
+  uint32_t h =
+      static_cast<uint32_t>(element) * 0x9E3779B1u ^ static_cast<uint32_t>(element >> 32) * 0x85EBCA6Bu;
   h ^= step * 0xC2B2AE35u;
   h ^= h >> 16;
   h *= 0x85EBCA6Bu;
@@ -123,8 +135,8 @@ __device__ __forceinline__ float warp_max(float x) {
 // A warp to a block of moments.
 template <bool kVector>
 __global__ void __launch_bounds__(kThreads)
-    byte_step(const Constants c, uint32_t number, int64_t n, const float* w_in, float* w_out, const float* grad,
-              const ByteMoments moments, bf16* narrow, const float* grad_factor) {
+    byte_step(const Constants c, uint32_t number, int64_t n, const float* w_in, float* w_out,
+              const float* grad, const ByteMoments moments, bf16* narrow, const float* grad_factor) {
   constexpr int kEach = kMomentBlock / 32;
   static_assert(kEach == 8);
   const int64_t block = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32;
@@ -163,7 +175,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int j = 0; j < kEach; ++j) {
     const uint32_t h = hash(static_cast<uint64_t>(i + j), number);
-    const int q = quantise<127, false>(fminf(fabsf(m[j]) * to_m, 1.0f), static_cast<float>(h & 0xffffu) * 0x1p-16f);
+    const int q =
+        quantise<127, false>(fminf(fabsf(m[j]) * to_m, 1.0f), static_cast<float>(h & 0xffffu) * 0x1p-16f);
     mq[j] = static_cast<int8_t>(m[j] < 0 ? -q : q);
     // Never to nothing: the step divides by the root of v.
     const int r = quantise<255, true>(fminf(v[j] * to_v, 1.0f), static_cast<float>(h >> 16) * 0x1p-16f);
@@ -186,29 +199,32 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+bool aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
 
 }  // namespace
 
-void adamw_step(Device& device, const AdamWParams& p, int64_t n, const float* w_in, float* w_out, const float* grad,
-                float* m, float* v, bf16* narrow, const float* grad_factor) {
+void adamw_step(Device& device, const AdamWParams& p, int64_t n, const float* w_in, float* w_out,
+                const float* grad, float* m, float* v, bf16* narrow, const float* grad_factor) {
   const Constants c = constants(p, n);
-  const bool vector = aligned(w_in) && aligned(w_out) && aligned(grad) && aligned(m) && aligned(v) && aligned(narrow);
+  const bool vector =
+      aligned(w_in) && aligned(w_out) && aligned(grad) && aligned(m) && aligned(v) && aligned(narrow);
   const int64_t whole = vector ? n / kHeld * kHeld : 0;
   if (whole > 0) {
-    step<true><<<blocks_for(whole, kThreads * kHeld), kThreads, 0, device.stream()>>>(c, 0, whole, w_in, w_out, grad, m, v,
-                                                                                      narrow, grad_factor);
+    step<true><<<blocks_for(whole, kThreads * kHeld), kThreads, 0, device.stream()>>>(
+        c, 0, whole, w_in, w_out, grad, m, v, narrow, grad_factor);
     PERIGEE_LAUNCHED();
   }
   if (whole < n) {
-    step<false><<<blocks_for(n - whole, kThreads * kHeld), kThreads, 0, device.stream()>>>(c, whole, n, w_in, w_out, grad,
-                                                                                           m, v, narrow, grad_factor);
+    step<false><<<blocks_for(n - whole, kThreads * kHeld), kThreads, 0, device.stream()>>>(
+        c, whole, n, w_in, w_out, grad, m, v, narrow, grad_factor);
     PERIGEE_LAUNCHED();
   }
 }
 
-void adamw_step(Device& device, const AdamWParams& p, int64_t n, const float* w_in, float* w_out, const float* grad,
-                const ByteMoments& moments, bf16* narrow, const float* grad_factor) {
+void adamw_step(Device& device, const AdamWParams& p, int64_t n, const float* w_in, float* w_out,
+                const float* grad, const ByteMoments& moments, bf16* narrow, const float* grad_factor) {
   const Constants c = constants(p, n);
   if (n == 0) return;
   const bool vector = n % 8 == 0 && aligned(w_in) && aligned(w_out) && aligned(grad) && aligned(moments.m) &&

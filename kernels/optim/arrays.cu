@@ -13,19 +13,28 @@ constexpr int64_t kSumBlock = 4096;  // as on the CPU
 // multiply-add rounds as the sum alone does.
 __global__ void __launch_bounds__(kThreads) block_squares(int64_t n, const float* x, double* partial) {
   const int64_t block = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 16;
-  const int64_t begin = block * kSumBlock + threadIdx.x % 16, end = min((block + 1) * kSumBlock, n);
+  const int lane = threadIdx.x % 32;
+  const auto add = [](double sum, float v) {
+    return __fma_rn(static_cast<double>(v), static_cast<double>(v), sum);
+  };
   double sum = 0;
-  if (end - begin > kSumBlock - 16) {
-#pragma unroll 16
-    for (int i = 0; i < kSumBlock / 16; ++i) {
-      const double v = static_cast<double>(x[begin + 16 * i]);
-      sum = __fma_rn(v, v, sum);
+  const int64_t pair = block / 2 * 2 * kSumBlock;  // of the warp
+  if (pair + 2 * kSumBlock <= n) {
+    // 32 neighbours of the one block, then of the other; halves of the warp exchange what belongs to each other's block.
+    const float* const a = x + pair + lane;
+#pragma unroll 8
+    for (int i = 0; i < kSumBlock; i += 32) {
+      const float of_first = a[i], of_second = a[kSumBlock + i];
+      const float other = __shfl_xor_sync(0xffffffffu, lane < 16 ? of_second : of_first, 16);
+      sum = add(sum, lane < 16 ? of_first : other);
+      sum = add(sum, lane < 16 ? other : of_second);
     }
   } else {
-    for (int64_t i = begin; i < end; i += 16) sum = __fma_rn(static_cast<double>(x[i]), static_cast<double>(x[i]), sum);
+    for (int64_t i = block * kSumBlock + lane % 16; i < min((block + 1) * kSumBlock, n); i += 16)
+      sum = add(sum, x[i]);
   }
   for (int s = 8; s > 0; s /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, s);
-  if (threadIdx.x % 16 == 0 && block * kSumBlock < n) partial[block] = sum;
+  if (lane % 16 == 0 && block * kSumBlock < n) partial[block] = sum;
 }
 
 constexpr int kSumThreads = 1024;
@@ -55,14 +64,24 @@ void for_each(Device& device, int64_t n, const Body& body) {
   PERIGEE_LAUNCHED();
 }
 
+__global__ void __launch_bounds__(kThreads)
+    find_nonfinite(int64_t n, const float* x, unsigned long long* first) {
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * (kThreads * kEach) + threadIdx.x;
+  unsigned v[kEach], largest = 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j)
+    v[j] = begin + j * kThreads < n ? __float_as_uint(x[begin + j * kThreads]) & 0x7fffffffu : 0;
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) largest = max(largest, v[j]);
+  if (largest < 0x7f800000u) return;
+  for (int j = 0; j < kEach; ++j)
+    if (v[j] >= 0x7f800000u) {
+      atomicMin(first, static_cast<unsigned long long>(begin + j * kThreads));
+      break;
+    }
+}
+
 // The bodies: functions of an element's index.
-struct Nonfinite {
-  const float* x;
-  unsigned long long* first;
-  __device__ void operator()(int64_t i) const {
-    if ((__float_as_uint(x[i]) & 0x7fffffffu) >= 0x7f800000u) atomicMin(first, static_cast<unsigned long long>(i));
-  }
-};
 struct Scale {
   float* x;
   float factor;
@@ -117,13 +136,25 @@ void clip_factor(Device& device, double most, const double* sum, float* factor) 
 
 void first_nonfinite(Device& device, int64_t n, const float* x, int64_t* first) {
   PERIGEE_CUDA(cudaMemsetAsync(first, 0xff, sizeof *first, device.stream()));  // -1, the largest unsigned
-  for_each(device, n, Nonfinite{x, reinterpret_cast<unsigned long long*>(first)});
+  PERIGEE_CHECK(n >= 0);
+  if (n == 0) return;
+  find_nonfinite<<<blocks_for(n, kThreads * kEach), kThreads, 0, device.stream()>>>(
+      n, x, reinterpret_cast<unsigned long long*>(first));
+  PERIGEE_LAUNCHED();
 }
 
-void scale(Device& device, int64_t n, float factor, float* x) { for_each(device, n, Scale{x, factor}); }
-void narrow(Device& device, int64_t n, const float* x, bf16* y) { for_each(device, n, Narrow{x, y}); }
-void widen(Device& device, int64_t n, const bf16* x, float* y) { for_each(device, n, Widen{x, y}); }
-void add(Device& device, int64_t n, const float* x, float* y) { for_each(device, n, Add{x, y}); }
+void scale(Device& device, int64_t n, float factor, float* x) {
+  for_each(device, n, Scale{x, factor});
+}
+void narrow(Device& device, int64_t n, const float* x, bf16* y) {
+  for_each(device, n, Narrow{x, y});
+}
+void widen(Device& device, int64_t n, const bf16* x, float* y) {
+  for_each(device, n, Widen{x, y});
+}
+void add(Device& device, int64_t n, const float* x, float* y) {
+  for_each(device, n, Add{x, y});
+}
 
 void router_bias_update(Device& device, int64_t layers, int64_t experts, float rate, const int64_t* load,
                         float* const* bias) {

@@ -10,8 +10,9 @@ namespace perigee::kernels {
 
 // The bits of the CPU's adamw_step. narrow: null, or bf16 [n] that receives w_out rounded to nearest even.
 // grad_factor: null, or one float that multiplies p.grad_scale, so that clipping needs no word from the host.
-void adamw_step(Device& device, const AdamWParams& p, int64_t n, const float* w_in, float* w_out, const float* grad,
-                float* m, float* v, bf16* narrow = nullptr, const float* grad_factor = nullptr);
+void adamw_step(Device& device, const AdamWParams& p, int64_t n, const float* w_in, float* w_out,
+                const float* grad, float* m, float* v, bf16* narrow = nullptr,
+                const float* grad_factor = nullptr);
 
 // Moments of one byte each, in blocks of kMomentBlock elements that share a scale (the block's largest magnitude):
 // m = scale * sign(q) (q/127)^2 and v = scale * (q/255)^4, so that small values keep their relative precision; rounded up
@@ -23,11 +24,14 @@ struct ByteMoments {
   float* v_scale = nullptr;
 };
 inline constexpr int64_t kMomentBlock = 256;
-inline int64_t moment_blocks(int64_t n) { return (n + kMomentBlock - 1) / kMomentBlock; }
+inline int64_t moment_blocks(int64_t n) {
+  return (n + kMomentBlock - 1) / kMomentBlock;
+}
 // AdamW with moments of 8 bits: 2 bytes an element instead of 8, tracking the float moments closely (docs/kernels/vocab.md
 // gives the distance). Bitwise repeatable.
-void adamw_step(Device& device, const AdamWParams& p, int64_t n, const float* w_in, float* w_out, const float* grad,
-                const ByteMoments& moments, bf16* narrow = nullptr, const float* grad_factor = nullptr);
+void adamw_step(Device& device, const AdamWParams& p, int64_t n, const float* w_in, float* w_out,
+                const float* grad, const ByteMoments& moments, bf16* narrow = nullptr,
+                const float* grad_factor = nullptr);
 
 // *sum (double) = sum of squares in the CPU's blocks and order: the bits of the CPU's.
 void sum_of_squares(Device& device, int64_t n, const float* x, double* sum);

@@ -16,8 +16,9 @@ constexpr int64_t kMostVocab = kMostChunks * kMost;
 static_assert(kBlock == kVocabBlock);
 
 struct Draw {
-  vocab::RowPass plain;   // of the logits as they are
-  vocab::RowPass drawn;   // of the rows after bias, penalties and filters; where its scale is 0, and if there are no
+  vocab::RowPass plain;  // of the logits as they are
+  vocab::RowPass
+      drawn;  // of the rows after bias, penalties and filters; where its scale is 0, and if there are no
   const DeviceSampling* params;  // such rows (logits null), the plain one
   int32_t* tokens;
   float *logprob, *entropy;
@@ -131,8 +132,8 @@ __device__ __forceinline__ int chunk_blocks_of(int blocks) {
 }
 
 // draw() of the CPU, see there for what it means, after the sums over chunks and before each of them.
-__device__ int draw_token(const vocab::RowPass& p, const float* z, float inv_temperature, int64_t row, uint64_t seed,
-                          int64_t position, int chunks, Shared& sh) {
+__device__ int draw_token(const vocab::RowPass& p, const float* z, float inv_temperature, int64_t row,
+                          uint64_t seed, int64_t position, int chunks, Shared& sh) {
   const int blocks = p.blocks(), chunk_blocks = chunk_blocks_of(blocks);
   const float top = p.next[(row + 1) * blocks - 1];
   const double total = sh.before[(chunks + 7) / 8 * 8];
@@ -174,17 +175,19 @@ __global__ void __launch_bounds__(kThreads) draw(const Draw d) {
   vocab::pass::Running running;
   for (int first = 0; first < blocks; first += vocab::pass::kChainTile) {
     vocab::pass::load_chain(d.plain, row, first, sh.chain);
-    if (threadIdx.x < 32) vocab::pass::run_chain(sh.chain, min(vocab::pass::kChainTile, blocks - first), running);
-    else if (threadIdx.x == 32 && first == 0 && !greedily) run_chain(sh, chunks, 0.0);
+    if (threadIdx.x < 32)
+      vocab::pass::run_chain(sh.chain, min(vocab::pass::kChainTile, blocks - first), running);
+    else if (threadIdx.x == 32 && first == 0 && !greedily)
+      run_chain(sh, chunks, 0.0);
     __syncthreads();
   }
-  const int token =
-      greedily ? greedy(p, z, row, sh)
-               : draw_token(p, z, p.inv_temperature(row), row, s.seed, s.position, chunks, sh);
+  const int token = greedily ? greedy(p, z, row, sh)
+                             : draw_token(p, z, p.inv_temperature(row), row, s.seed, s.position, chunks, sh);
   if (threadIdx.x != 0) return;
   const LogitStats stats = vocab::pass::finish(d.plain.next[(row + 1) * blocks - 1], running);
   d.tokens[row] = token;
-  if (d.logprob != nullptr) d.logprob[row] = s.inv_temperature * d.plain.logits[row * d.plain.ld + token] - stats.lse;
+  if (d.logprob != nullptr)
+    d.logprob[row] = s.inv_temperature * d.plain.logits[row * d.plain.ld + token] - stats.lse;
   if (d.entropy != nullptr) d.entropy[row] = stats.entropy;
 }
 
@@ -220,7 +223,8 @@ void sample_tokens(Device& device, int64_t rows, int64_t vocab, const float* log
     d.drawn.take(device.scratch, true);
     vocab::row_pass<true>(device, d.drawn);
   }
-  launch_dependent(sampling::draw, dim3(static_cast<unsigned>(rows)), dim3(sampling::kThreads), 0, device.stream(), d);
+  launch_dependent(sampling::draw, dim3(static_cast<unsigned>(rows)), dim3(sampling::kThreads), 0,
+                   device.stream(), d);
 }
 
 }  // namespace perigee::kernels

@@ -15,6 +15,7 @@ __device__ __forceinline__ bool filtered(const DeviceSampling& s, int64_t vocab)
 // For rows that are not plain: z [rows, vocab], the logits after bias, penalties and filters; scale [rows], by which the
 // draw still multiplies them. scale 0: a plain row, its z not written.
 void modify_rows(Device& device, int64_t rows, int64_t vocab, const float* logits, int64_t ld,
-                 const DeviceSampling* params, const SeenToken* seen, const TokenBias* bias, float* z, float* scale);
+                 const DeviceSampling* params, const SeenToken* seen, const TokenBias* bias, float* z,
+                 float* scale);
 
 }  // namespace perigee::kernels::sampling

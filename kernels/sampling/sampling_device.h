@@ -50,8 +50,8 @@ inline DeviceSampling device_sampling(const SamplingParams& p, uint64_t seed, in
 }
 // True when a row takes the short way: no bias, penalty or filter.
 inline bool is_plain(const SamplingParams& p) {
-  return p.logit_bias.empty() && p.repetition_penalty == 1 && p.presence_penalty == 0 && p.frequency_penalty == 0 &&
-         (p.temperature == 0 || (p.top_k == 0 && p.top_p >= 1 && p.min_p <= 0));
+  return p.logit_bias.empty() && p.repetition_penalty == 1 && p.presence_penalty == 0 &&
+         p.frequency_penalty == 0 && (p.temperature == 0 || (p.top_k == 0 && p.top_p >= 1 && p.min_p <= 0));
 }
 
 // For each row t of logits [rows, ld]: tokens[t], and of the plain policy at the row's temperature, as the CPU's engine

@@ -9,7 +9,9 @@ namespace perigee::kernels {
 namespace {
 
 // Rows of logits start at multiples of 32 bytes.
-int64_t logits_ld(int64_t vocab) { return (vocab + 7) / 8 * 8; }
+int64_t logits_ld(int64_t vocab) {
+  return (vocab + 7) / 8 * 8;
+}
 // Rows whose logits fit kLogitBytes: a multiple of 128, the height of the products' tiles, when there are so many.
 int64_t rows_at_once(int64_t rows, int64_t vocab) {
   int64_t most = std::max<int64_t>(1, kLogitBytes / (logits_ld(vocab) * 4));
@@ -18,8 +20,8 @@ int64_t rows_at_once(int64_t rows, int64_t vocab) {
 }
 
 template <class T>
-void make_logits(Device& device, int64_t rows, int64_t d, const T* x, int64_t ldx, const void* head, int64_t vocab,
-                 float* logits) {
+void make_logits(Device& device, int64_t rows, int64_t d, const T* x, int64_t ldx, const void* head,
+                 int64_t vocab, float* logits) {
   const DeviceMatmulTask<T> task = {head, vocab, d, x, ldx, rows, logits, logits_ld(vocab), Store::kF32};
   matmul<T>(device, std::span<const DeviceMatmulTask<T>>(&task, 1));
 }
@@ -30,10 +32,9 @@ constexpr int kThreads = 512;
 // the row's own memory. A thread block walks a row in order and reads a stretch before it writes it, and bf16 lies at
 // half the offset, so nothing is overwritten that is still to be read.
 template <class T>
-__global__ void __launch_bounds__(kThreads) differentiate(float* logits, int64_t ld, int64_t vocab, float scale,
-                                                           const int32_t* targets, const float* lse,
-                                                           const float* entropy, const float* dlogprob,
-                                                           const float* dentropy) {
+__global__ void __launch_bounds__(kThreads)
+    differentiate(float* logits, int64_t ld, int64_t vocab, float scale, const int32_t* targets,
+                  const float* lse, const float* entropy, const float* dlogprob, const float* dentropy) {
   constexpr int kEach = 4;
   const int64_t t = blockIdx.x;
   float* const z = logits + t * ld;
@@ -56,8 +57,10 @@ __global__ void __launch_bounds__(kThreads) differentiate(float* logits, int64_t
       if (i + j == target) g = g + scale * dl;
       y[j] = from_float<T>(i + j < vocab ? g : 0.0f);
     }
-    if constexpr (sizeof(T) == sizeof(float)) *reinterpret_cast<float4*>(out + i) = *reinterpret_cast<const float4*>(y);
-    else *reinterpret_cast<uint2*>(out + i) = *reinterpret_cast<const uint2*>(y);
+    if constexpr (sizeof(T) == sizeof(float))
+      *reinterpret_cast<float4*>(out + i) = *reinterpret_cast<const float4*>(y);
+    else
+      *reinterpret_cast<uint2*>(out + i) = *reinterpret_cast<const uint2*>(y);
   }
 }
 
@@ -79,7 +82,8 @@ __global__ void __launch_bounds__(kChainThreads) row_chain(const vocab::RowPass 
   vocab::pass::Running running;
   for (int first = 0; first < blocks; first += vocab::pass::kChainTile) {
     vocab::pass::load_chain(p, row, first, chain);
-    if (threadIdx.x < 32) vocab::pass::run_chain(chain, min(vocab::pass::kChainTile, blocks - first), running);
+    if (threadIdx.x < 32)
+      vocab::pass::run_chain(chain, min(vocab::pass::kChainTile, blocks - first), running);
     __syncthreads();
   }
   if (threadIdx.x != 0) return;
@@ -96,7 +100,8 @@ void reduce(Device& device, vocab::RowPass p, const Wanted& wanted) {
   DeviceScratch::Mark mark(device.scratch);
   p.take(device.scratch, false);
   vocab::row_pass<false>(device, p);
-  launch_dependent(row_chain, dim3(static_cast<unsigned>(p.rows)), dim3(kChainThreads), 0, device.stream(), p, wanted);
+  launch_dependent(row_chain, dim3(static_cast<unsigned>(p.rows)), dim3(kChainThreads), 0, device.stream(), p,
+                   wanted);
 }
 
 }  // namespace
@@ -114,8 +119,8 @@ void logits_stats(Device& device, int64_t rows, int64_t vocab, const float* logi
 
 template <class T>
 void vocab_logprob_forward(Device& device, int64_t rows, int64_t d, const T* x, int64_t ldx, const void* head,
-                           int64_t vocab, float inv_temperature, const int32_t* targets, float* logprob, float* lse,
-                           float* entropy) {
+                           int64_t vocab, float inv_temperature, const int32_t* targets, float* logprob,
+                           float* lse, float* entropy) {
   PERIGEE_CHECK(rows >= 0 && d > 0 && vocab > 0 && ldx >= d && inv_temperature > 0);
   DeviceScratch::Mark mark(device.scratch);
   const int64_t most = rows_at_once(rows, vocab), ld = logits_ld(vocab);
@@ -129,15 +134,16 @@ void vocab_logprob_forward(Device& device, int64_t rows, int64_t d, const T* x, 
     p.rows = count;
     p.vocab = vocab;
     p.scale.constant = inv_temperature;
-    reduce(device, p, {nullptr, lse + row, entropy == nullptr ? nullptr : entropy + row, logprob + row, targets + row});
+    reduce(device, p,
+           {nullptr, lse + row, entropy == nullptr ? nullptr : entropy + row, logprob + row, targets + row});
   }
 }
 
 template <class T>
-void vocab_logprob_backward(Device& device, int64_t rows, int64_t d, const T* x, int64_t ldx, const void* head,
-                            int64_t vocab, float inv_temperature, const int32_t* targets, const float* lse,
-                            const float* entropy, const float* dlogprob, const float* dentropy, T* dx, int64_t lddx,
-                            float* dw) {
+void vocab_logprob_backward(Device& device, int64_t rows, int64_t d, const T* x, int64_t ldx,
+                            const void* head, int64_t vocab, float inv_temperature, const int32_t* targets,
+                            const float* lse, const float* entropy, const float* dlogprob,
+                            const float* dentropy, T* dx, int64_t lddx, float* dw) {
   PERIGEE_CHECK(rows >= 0 && d > 0 && vocab > 0 && ldx >= d && lddx >= d);
   PERIGEE_CHECK(dentropy == nullptr || entropy != nullptr);
   DeviceScratch::Mark mark(device.scratch);
@@ -149,8 +155,9 @@ void vocab_logprob_backward(Device& device, int64_t rows, int64_t d, const T* x,
     const int64_t count = std::min(most, rows - row);
     make_logits(device, count, d, x + row * ldx, ldx, head, vocab, logits);
     differentiate<T><<<static_cast<unsigned>(count), kThreads, 0, device.stream()>>>(
-        logits, ld, vocab, inv_temperature, targets + row, lse + row, entropy == nullptr ? nullptr : entropy + row,
-        dlogprob + row, dentropy == nullptr ? nullptr : dentropy + row);
+        logits, ld, vocab, inv_temperature, targets + row, lse + row,
+        entropy == nullptr ? nullptr : entropy + row, dlogprob + row,
+        dentropy == nullptr ? nullptr : dentropy + row);
     PERIGEE_LAUNCHED();
     // In float the CPU adds dx block by block, each block one chain: the same here, for the same bits.
     const int64_t part = sizeof(T) == sizeof(float) ? kVocabBlock : vocab;
@@ -172,12 +179,12 @@ void vocab_logprob_backward(Device& device, int64_t rows, int64_t d, const T* x,
   }
 }
 
-#define PERIGEE_INSTANTIATE(T)                                                                                        \
-  template void vocab_logprob_forward(Device&, int64_t, int64_t, const T*, int64_t, const void*, int64_t, float,      \
-                                      const int32_t*, float*, float*, float*);                                        \
-  template void vocab_logprob_backward(Device&, int64_t, int64_t, const T*, int64_t, const void*, int64_t, float,     \
-                                       const int32_t*, const float*, const float*, const float*, const float*, T*,    \
-                                       int64_t, float*);
+#define PERIGEE_INSTANTIATE(T)                                                                             \
+  template void vocab_logprob_forward(Device&, int64_t, int64_t, const T*, int64_t, const void*, int64_t,  \
+                                      float, const int32_t*, float*, float*, float*);                      \
+  template void vocab_logprob_backward(Device&, int64_t, int64_t, const T*, int64_t, const void*, int64_t, \
+                                       float, const int32_t*, const float*, const float*, const float*,    \
+                                       const float*, T*, int64_t, float*);
 PERIGEE_INSTANTIATE(float)
 PERIGEE_INSTANTIATE(bf16)
 #undef PERIGEE_INSTANTIATE

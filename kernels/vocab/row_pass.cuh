@@ -67,8 +67,12 @@ __device__ __forceinline__ unsigned cluster_size() {
   asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
   return n;
 }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 // Into the same variable of another thread block of the cluster.
 __device__ __forceinline__ void store_remote(float* mine, unsigned rank, float x) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(mine));
@@ -83,17 +87,29 @@ __device__ __forceinline__ float max_nan(float a, float b) {  // a NaN passes th
 }
 #else
 // Without clusters a thread block takes a row alone.
-__device__ __forceinline__ unsigned cluster_rank() { return 0; }
-__device__ __forceinline__ unsigned cluster_size() { return 1; }
+__device__ __forceinline__ unsigned cluster_rank() {
+  return 0;
+}
+__device__ __forceinline__ unsigned cluster_size() {
+  return 1;
+}
 __device__ __forceinline__ void cluster_arrive() {}
-__device__ __forceinline__ void cluster_wait() { __syncthreads(); }
-__device__ __forceinline__ void store_remote(float* mine, unsigned, float x) { *mine = x; }
-__device__ __forceinline__ float max_nan(float a, float b) { return math::max(a, b); }
+__device__ __forceinline__ void cluster_wait() {
+  __syncthreads();
+}
+__device__ __forceinline__ void store_remote(float* mine, unsigned, float x) {
+  *mine = x;
+}
+__device__ __forceinline__ float max_nan(float a, float b) {
+  return math::max(a, b);
+}
 #endif
 
 // bounded() of stats.h and the exponential after it, for x <= 0 or NaN. Below -104.5 e^x is 0 whatever the bound; the
 // power of two is applied by a product that is exact and one that rounds, as in simd::exp.
-__device__ __forceinline__ float bound(float x) { return max_nan(-104.5f, x); }
+__device__ __forceinline__ float bound(float x) {
+  return max_nan(-104.5f, x);
+}
 __device__ __forceinline__ float exp_bounded(float x) {
   const float shifter = 12582912.0f;
   const float t = __fmaf_rn(x, 1.44269504088896341f, shifter);
@@ -140,7 +156,8 @@ __global__ void __launch_bounds__(kPassThreads, 2) row_pass_kernel(const RowPass
     for (int s = 0; s < kSlots; ++s) {
       const int local = half + s * halves, b = from + local;
       const float* const at = logits + static_cast<int64_t>(b) * kVocabBlock + lane;
-      const int64_t left = local < per_cta && b < blocks ? p.vocab - static_cast<int64_t>(b) * kVocabBlock - lane : 0;
+      const int64_t left =
+          local < per_cta && b < blocks ? p.vocab - static_cast<int64_t>(b) * kVocabBlock - lane : 0;
       if (left > kVocabBlock - 16) {
 #pragma unroll
         for (int v = 0; v < 16; ++v) z[s][v] = __ldg(at + 16 * v);
@@ -234,7 +251,8 @@ __global__ void __launch_bounds__(kPassThreads, 2) row_pass_kernel(const RowPass
     }
   }
   if constexpr (kDraw) {
-    if (ranks * per_cta < blocks) {  // more than the cluster holds: read the row again, now that its maximum is known
+    if (ranks * per_cta <
+        blocks) {  // more than the cluster holds: read the row again, now that its maximum is known
       for (int first = 0; first < blocks; first += ranks * per_cta) {
         const int from = first + rank * per_cta;
         load(from);
@@ -242,7 +260,8 @@ __global__ void __launch_bounds__(kPassThreads, 2) row_pass_kernel(const RowPass
         for (int s = 0; s < kSlots; ++s) {
           const float sum = sum_below(s, maximum);
           const int local = half + s * halves;
-          if (lane == 0 && local < per_cta && from + local < blocks) p.draw_sum[row * blocks + from + local] = sum;
+          if (lane == 0 && local < per_cta && from + local < blocks)
+            p.draw_sum[row * blocks + from + local] = sum;
         }
       }
     }
@@ -263,7 +282,8 @@ struct Chain {
 __device__ __forceinline__ void load_chain(const RowPass& p, int64_t row, int first, Chain& c) {
   if (threadIdx.x < kChainTile / kChainGroup / 32) c.changes[threadIdx.x] = 0;
   __syncthreads();
-  const int blocks = p.blocks(), padded = (min(blocks - first, kChainTile) + kChainGroup - 1) / kChainGroup * kChainGroup;
+  const int blocks = p.blocks(),
+            padded = (min(blocks - first, kChainTile) + kChainGroup - 1) / kChainGroup * kChainGroup;
   const int64_t base = row * blocks + first;
   for (int i = threadIdx.x; i < padded; i += blockDim.x) {
     float sum = -0.0f, weighted = -0.0f, shift = 0.0f, scale = 1.0f;
@@ -360,7 +380,8 @@ void row_pass(Device& device, const RowPass& p) {
   attributes[1].val.clusterDim = {static_cast<unsigned>(ranks), 1, 1};
   config.attrs = attributes;
   config.numAttrs = ranks > 1 ? 2 : 1;
-  if (ranks > 8) PERIGEE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  if (ranks > 8)
+    PERIGEE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   PERIGEE_CUDA(cudaLaunchKernelEx(&config, kernel, p, per_cta));
 }
 

@@ -22,18 +22,18 @@ void logits_stats(Device& device, int64_t rows, int64_t vocab, const float* logi
 // T float: the bits of the CPU's vocab_logprob_forward. SCRATCH: the logits of some rows, at most kLogitBytes.
 template <class T>
 void vocab_logprob_forward(Device& device, int64_t rows, int64_t d, const T* x, int64_t ldx, const void* head,
-                           int64_t vocab, float inv_temperature, const int32_t* targets, float* logprob, float* lse,
-                           float* entropy);
+                           int64_t vocab, float inv_temperature, const int32_t* targets, float* logprob,
+                           float* lse, float* entropy);
 
 // Given dlogprob [rows] and dentropy (null or [rows]): dx [rows, lddx] overwritten; dw, f32 in the element order of the
 // head (panels for float, tiles for bf16), accumulated, or null. lse and entropy are the forward's; entropy may be null
 // when dentropy is. The logits are computed again; their gradient is rounded to T before the two products.
 // T float: the bits of the CPU's vocab_logprob_backward. SCRATCH as above.
 template <class T>
-void vocab_logprob_backward(Device& device, int64_t rows, int64_t d, const T* x, int64_t ldx, const void* head,
-                            int64_t vocab, float inv_temperature, const int32_t* targets, const float* lse,
-                            const float* entropy, const float* dlogprob, const float* dentropy, T* dx, int64_t lddx,
-                            float* dw);
+void vocab_logprob_backward(Device& device, int64_t rows, int64_t d, const T* x, int64_t ldx,
+                            const void* head, int64_t vocab, float inv_temperature, const int32_t* targets,
+                            const float* lse, const float* entropy, const float* dlogprob,
+                            const float* dentropy, T* dx, int64_t lddx, float* dw);
 
 inline constexpr int64_t kLogitBytes = int64_t{3} << 29;
 

@@ -58,17 +58,18 @@ void run_both(Device& d, const LossConfig& c, const Packed<float>& p, const Pres
 
 void expect_equal(const LossStats& got, const LossStats& want) {
   EXPECT_EQ(std::memcmp(&got, &want, sizeof got), 0)
-      << "loss " << got.loss << " against " << want.loss << ", policy " << got.policy_loss << " " << want.policy_loss
-      << ", kl " << got.kl_sum << " " << want.kl_sum << ", ratio " << got.ratio_sum << " " << want.ratio_sum << ", mismatch "
-      << got.mismatch_sum << " " << want.mismatch_sum << " " << got.mismatch_max << " " << want.mismatch_max << ", tokens "
-      << got.tokens << " " << want.tokens << ", clipped " << got.clipped_tokens << " " << want.clipped_tokens << ", dropped "
+      << "loss " << got.loss << " against " << want.loss << ", policy " << got.policy_loss << " "
+      << want.policy_loss << ", kl " << got.kl_sum << " " << want.kl_sum << ", ratio " << got.ratio_sum << " "
+      << want.ratio_sum << ", mismatch " << got.mismatch_sum << " " << want.mismatch_sum << " "
+      << got.mismatch_max << " " << want.mismatch_max << ", tokens " << got.tokens << " " << want.tokens
+      << ", clipped " << got.clipped_tokens << " " << want.clipped_tokens << ", dropped "
       << got.dropped_tokens << " " << want.dropped_tokens;
 }
 
 TEST_F(LossDevice, every_loss_has_the_bits_of_the_cpu) {
   const Packed<float> one(random_batch(1, 0.3)), two(random_batch(2, 0.02));
-  for (const auto kind : {LossKind::kGrpo, LossKind::kDrGrpo, LossKind::kDapo, LossKind::kGspo, LossKind::kCispo,
-                          LossKind::kRloo, LossKind::kK15})
+  for (const auto kind : {LossKind::kGrpo, LossKind::kDrGrpo, LossKind::kDapo, LossKind::kGspo,
+                          LossKind::kCispo, LossKind::kRloo, LossKind::kK15})
     for (const auto correction :
          {Correction::kNone, Correction::kTis, Correction::kIcepop, Correction::kSeqTis, Correction::kSeqMis})
       for (const auto kl : {KlKind::kK1, KlKind::kK2, KlKind::kK3}) {
@@ -83,7 +84,8 @@ TEST_F(LossDevice, every_loss_has_the_bits_of_the_cpu) {
         c.kl_coef = 0.04;
         c.entropy_coef = kl == KlKind::kK1 ? 0.0 : 0.01;
         c.veto = kl == KlKind::kK2 ? 0.5 : 0;
-        SCOPED_TRACE(std::string(name(kind)) + " " + std::string(name(correction)) + " " + std::string(name(kl)));
+        SCOPED_TRACE(std::string(name(kind)) + " " + std::string(name(correction)) + " " +
+                     std::string(name(kl)));
         Both stats;
         run_both(device(), c, one, {}, stats);
         run_both(device(), c, two, {}, stats);  // a second micro-batch of the step
@@ -94,7 +96,8 @@ TEST_F(LossDevice, every_loss_has_the_bits_of_the_cpu) {
 TEST_F(LossDevice, absent_arrays_mean_what_they_mean_on_the_cpu) {
   const Packed<float> p(random_batch(3, 0.2));
   for (int bits = 0; bits < 32; ++bits) {
-    const Present has = {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0, (bits & 16) != 0};
+    const Present has = {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0, (bits & 8) != 0,
+                         (bits & 16) != 0};
     LossConfig c = loss_defaults(LossKind::kDapo);
     c.correction = Correction::kTis;
     if (has.ref) c.kl_coef = 0.1;
@@ -113,8 +116,9 @@ TEST_F(LossDevice, long_sequences_sum_in_order) {
   for (const int repeats : {1, 30, 101}) {
     reference::LossSequence s = all[3];
     for (int i = 0; i < repeats; ++i)
-      for (auto member : {&reference::LossSequence::logprob, &reference::LossSequence::old, &reference::LossSequence::mu,
-                          &reference::LossSequence::ref, &reference::LossSequence::entropy, &reference::LossSequence::mask})
+      for (auto member :
+           {&reference::LossSequence::logprob, &reference::LossSequence::old, &reference::LossSequence::mu,
+            &reference::LossSequence::ref, &reference::LossSequence::entropy, &reference::LossSequence::mask})
         (s.*member).insert((s.*member).end(), (all[3].*member).begin(), (all[3].*member).end());
     all.push_back(s);
   }
@@ -135,7 +139,8 @@ TEST_F(LossDevice, curated_tokens_have_the_bits_of_the_cpu) {
   for (const bool with_mask : {true, false}) {
     std::vector<float> want(p.logprob.size());
     double loss = 0.25;
-    loss += ptx_loss<float>(0.3, 2 * tokens, tokens, p.logprob.data(), with_mask ? p.mask.data() : nullptr, want.data());
+    loss += ptx_loss<float>(0.3, 2 * tokens, tokens, p.logprob.data(), with_mask ? p.mask.data() : nullptr,
+                            want.data());
     DeviceArray<float> logprob(device(), p.logprob), gradient(device(), tokens);
     DeviceArray<uint8_t> mask(device(), p.mask);
     DeviceArray<double> sum(device(), std::vector<double>{0.25});

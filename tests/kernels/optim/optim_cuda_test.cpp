@@ -1,7 +1,7 @@
 // The optimiser on the device: the bits of the CPU, and moments of a byte that track those of a float.
 #include "base/random.h"
-#include "kernels/optim/optim_device.h"
 #include "kernels/optim/optim.h"
+#include "kernels/optim/optim_device.h"
 #include "tests/kernels/device_fixture.h"
 
 namespace perigee::kernels {
@@ -34,10 +34,13 @@ TEST_F(OptimDevice, adamw_has_the_bits_of_the_cpu) {
         AdamWParams scaled = p;
         if (p.step == 2) scaled.grad_scale = p.grad_scale * 0.5f;
         std::vector<float> out = w;
-        adamw_step(ctx, scaled, n, w.data() + offset, out.data() + offset, g.data() + offset, m.data() + offset, v.data() + offset);
-        adamw_step(device(), p, n, dw + offset, dout + offset, dg + offset, dm + offset, dv + offset, narrow + offset,
-                   p.step == 2 ? factor.data() : nullptr);
-        const auto part = [&](const std::vector<float>& x) { return std::vector<float>(x.begin() + offset, x.end()); };
+        adamw_step(ctx, scaled, n, w.data() + offset, out.data() + offset, g.data() + offset,
+                   m.data() + offset, v.data() + offset);
+        adamw_step(device(), p, n, dw + offset, dout + offset, dg + offset, dm + offset, dv + offset,
+                   narrow + offset, p.step == 2 ? factor.data() : nullptr);
+        const auto part = [&](const std::vector<float>& x) {
+          return std::vector<float>(x.begin() + offset, x.end());
+        };
         EXPECT_EQ(first_difference(part(dout.get()), part(out)), -1) << n;
         EXPECT_EQ(first_difference(part(dm.get()), part(m)), -1) << n;
         EXPECT_EQ(first_difference(part(dv.get()), part(v)), -1) << n;
@@ -56,8 +59,10 @@ TEST_F(OptimDevice, byte_moments_track_float_moments) {
   const int64_t n = 1001;
   const std::vector<float> start = randoms(n, 1), target = randoms(n, 2);
   std::vector<float> w32 = start, m(start.size()), v(start.size()), curvature;
-  for (int64_t i = 0; i < n; ++i) curvature.push_back(std::pow(10.0f, 4 * static_cast<float>(i % 64) / 63 - 2));
-  DeviceArray<float> w8(device(), start), grad(device(), n), m_scale(device(), std::vector<float>(static_cast<size_t>(moment_blocks(n)))),
+  for (int64_t i = 0; i < n; ++i)
+    curvature.push_back(std::pow(10.0f, 4 * static_cast<float>(i % 64) / 63 - 2));
+  DeviceArray<float> w8(device(), start), grad(device(), n),
+      m_scale(device(), std::vector<float>(static_cast<size_t>(moment_blocks(n)))),
       v_scale(device(), std::vector<float>(static_cast<size_t>(moment_blocks(n))));
   DeviceArray<int8_t> qm(device(), std::vector<int8_t>(start.size()));
   DeviceArray<uint8_t> qv(device(), std::vector<uint8_t>(start.size()));
@@ -89,7 +94,8 @@ TEST_F(OptimDevice, byte_moments_track_float_moments) {
     loss32 += curvature[i] * square(w32[i] - target[i]);
     loss8 += curvature[i] * square(got[i] - target[i]);
   }
-  std::printf("apart %g of travelled; loss %g -> %g with floats, %g with bytes\n", std::sqrt(apart / travelled), loss0, loss32, loss8);
+  std::printf("apart %g of travelled; loss %g -> %g with floats, %g with bytes\n",
+              std::sqrt(apart / travelled), loss0, loss32, loss8);
   EXPECT_LE(std::sqrt(apart / travelled), 0.02);
   EXPECT_LE(loss8, 1.2 * loss32 + 1e-4 * loss0);
   EXPECT_LE(loss32, 0.01 * loss0);
@@ -101,13 +107,14 @@ TEST_F(OptimDevice, byte_moments_keep_zeros_and_repeat_bit_for_bit) {
   for (size_t i = 0; i < g.size(); i += 2) g[i] = 0;
   std::vector<std::vector<float>> results;
   for (int run = 0; run < 2; ++run) {
-    DeviceArray<float> w(device(), std::vector<float>(g.size(), 0.0f)), grad(device(), g), m_scale(device(), std::vector<float>(2)),
-        v_scale(device(), std::vector<float>(2));
+    DeviceArray<float> w(device(), std::vector<float>(g.size(), 0.0f)), grad(device(), g),
+        m_scale(device(), std::vector<float>(2)), v_scale(device(), std::vector<float>(2));
     DeviceArray<int8_t> m(device(), std::vector<int8_t>(g.size()));
     DeviceArray<uint8_t> v(device(), std::vector<uint8_t>(g.size()));
     DeviceArray<bf16> narrow(device(), n);
     AdamWParams p;
-    for (p.step = 1; p.step <= 5; ++p.step) adamw_step(device(), p, n, w, w, grad, {m, v, m_scale, v_scale}, narrow);
+    for (p.step = 1; p.step <= 5; ++p.step)
+      adamw_step(device(), p, n, w, w, grad, {m, v, m_scale, v_scale}, narrow);
     results.push_back(w.get());
     for (size_t i = 0; i < g.size(); i += 2) EXPECT_EQ(results.back()[i], 0.0f);
     EXPECT_NE(results.back()[1], 0.0f);
@@ -126,10 +133,13 @@ double device_squares(Device& d, const std::vector<float>& x) {
 TEST_F(OptimDevice, sum_of_squares_has_the_bits_of_the_cpu) {
   Context ctx(2);
   const auto expect = [&](const std::vector<float>& x, const char* what) {
-    const double got = device_squares(device(), x), want = sum_of_squares(ctx, static_cast<int64_t>(x.size()), x.data());
-    EXPECT_EQ(std::memcmp(&got, &want, 8), 0) << what << " of " << x.size() << ": " << got << " against " << want;
+    const double got = device_squares(device(), x),
+                 want = sum_of_squares(ctx, static_cast<int64_t>(x.size()), x.data());
+    EXPECT_EQ(std::memcmp(&got, &want, 8), 0)
+        << what << " of " << x.size() << ": " << got << " against " << want;
   };
-  for (const int64_t n : {0, 1, 15, 16, 17, 4095, 4096, 4097, 1'000'003, 40'000'001}) expect(randoms(n, 5), "normals");
+  for (const int64_t n : {0, 1, 15, 16, 17, 4095, 4096, 4097, 1'000'003, 40'000'001})
+    expect(randoms(n, 5), "normals");
   std::vector<float> x = randoms(300'000, 6);
   Random random(7);
   for (float& v : x) v *= std::exp2(static_cast<float>(random.next_int(-60, 60)));

@@ -32,7 +32,8 @@ struct Drawn {
   Floats logprob, entropy;
 };
 
-Drawn draw_on_device(Device& d, const Floats& logits, int64_t vocab, int64_t ld, const std::vector<Row>& rows, bool plain) {
+Drawn draw_on_device(Device& d, const Floats& logits, int64_t vocab, int64_t ld, const std::vector<Row>& rows,
+                     bool plain) {
   std::vector<DeviceSampling> params;
   std::vector<kernels::SeenToken> seen(1);
   std::vector<kernels::TokenBias> bias(1);
@@ -59,25 +60,27 @@ Drawn draw_on_device(Device& d, const Floats& logits, int64_t vocab, int64_t ld,
   return {tokens.get(), logprob.get(), entropy.get()};
 }
 
-void expect_the_tokens_of_the_cpu(Device& d, const Floats& logits, int64_t vocab, int64_t ld, const std::vector<Row>& rows,
-                                  bool plain) {
+void expect_the_tokens_of_the_cpu(Device& d, const Floats& logits, int64_t vocab, int64_t ld,
+                                  const std::vector<Row>& rows, bool plain) {
   const Drawn got = draw_on_device(d, logits, vocab, ld, rows, plain);
   for (size_t t = 0; t < rows.size(); ++t) {
     const Row& r = rows[t];
     const float* const z = logits.data() + static_cast<int64_t>(t) * ld;
     const int32_t want = kernels::sample_token(z, vocab, r.params, r.seed, r.position, r.prompt, r.generated);
     const auto& p = r.params;
-    EXPECT_EQ(got.tokens[t], want) << "row " << t << " of " << rows.size() << ", vocab " << vocab << ": temperature "
-                                   << p.temperature << " top_k " << p.top_k << " top_p " << p.top_p << " min_p " << p.min_p
-                                   << " repetition " << p.repetition_penalty << " biases " << p.logit_bias.size()
-                                   << " seed " << r.seed << " position " << r.position;
+    EXPECT_EQ(got.tokens[t], want) << "row " << t << " of " << rows.size() << ", vocab " << vocab
+                                   << ": temperature " << p.temperature << " top_k " << p.top_k << " top_p "
+                                   << p.top_p << " min_p " << p.min_p << " repetition "
+                                   << p.repetition_penalty << " biases " << p.logit_bias.size() << " seed "
+                                   << r.seed << " position " << r.position;
     kernels::vocab::RunningStats stats;
     for (int64_t i = 0; i < vocab; i += kernels::kVocabBlock)
       kernels::vocab::add_block(z + i, std::min(kernels::kVocabBlock, vocab - i), p.inv_temperature(), stats);
     const auto done = kernels::vocab::finish(stats);
     const float logprob = kernels::logit_logprob(z[want], p.inv_temperature(), done.lse);
     EXPECT_EQ(std::memcmp(&got.logprob[t], &logprob, 4), 0) << got.logprob[t] << " against " << logprob;
-    EXPECT_EQ(std::memcmp(&got.entropy[t], &done.entropy, 4), 0) << got.entropy[t] << " against " << done.entropy;
+    EXPECT_EQ(std::memcmp(&got.entropy[t], &done.entropy, 4), 0)
+        << got.entropy[t] << " against " << done.entropy;
   }
 }
 
@@ -100,7 +103,8 @@ TEST_F(SamplingDevice, plain_rows_draw_the_tokens_of_the_cpu) {
   }
   for (const int64_t vocab : {163840, 163841, 300001, 410000}) {
     const int64_t rows = vocab == 163840 ? 24 : 10;
-    expect_the_tokens_of_the_cpu(device(), normals(rows * vocab, 3, 2.0f), vocab, vocab, plain_rows(rows, 8), true);
+    expect_the_tokens_of_the_cpu(device(), normals(rows * vocab, 3, 2.0f), vocab, vocab, plain_rows(rows, 8),
+                                 true);
     expect_the_tokens_of_the_cpu(device(), normals(vocab, 4, 1.0f), vocab, vocab, plain_rows(1, 9), true);
   }
 }
@@ -116,7 +120,8 @@ TEST_F(SamplingDevice, greedy_takes_the_lowest_of_equals) {
   for (Row& r : rows) r.params.temperature = 0;
   const Drawn got = draw_on_device(device(), z, vocab, vocab, rows, true);
   for (size_t t = 0; t < rows.size(); ++t)
-    EXPECT_EQ(got.tokens[t], kernels::sample_token(z.data() + static_cast<int64_t>(t) * vocab, vocab, rows[t].params, 0, 0, {}, {}));
+    EXPECT_EQ(got.tokens[t], kernels::sample_token(z.data() + static_cast<int64_t>(t) * vocab, vocab,
+                                                   rows[t].params, 0, 0, {}, {}));
   EXPECT_EQ(got.tokens[0], 700);
 }
 
@@ -128,7 +133,8 @@ TEST_F(SamplingDevice, rows_without_a_distribution_fall_back_to_greedy) {
   const std::vector<Row> rows(2);
   const Drawn got = draw_on_device(device(), z, vocab, vocab, rows, true);
   for (size_t t = 0; t < 2; ++t)
-    EXPECT_EQ(got.tokens[t], kernels::sample_token(z.data() + static_cast<int64_t>(t) * vocab, vocab, {}, 0, 0, {}, {}));
+    EXPECT_EQ(got.tokens[t],
+              kernels::sample_token(z.data() + static_cast<int64_t>(t) * vocab, vocab, {}, 0, 0, {}, {}));
 }
 
 std::vector<Row> mixed_rows(int64_t n, int64_t vocab, uint64_t seed) {
@@ -150,7 +156,8 @@ std::vector<Row> mixed_rows(int64_t n, int64_t vocab, uint64_t seed) {
       for (int i = 0; i < 60; ++i) r.generated.push_back(i % 3 == 0 && i > 0 ? r.generated[0] : token());
     }
     if (chance(0.3f))
-      for (int i = 0; i < 30; ++i) p.logit_bias.emplace_back(token(), i % 7 == 0 ? -INFINITY : 6 * random.next_float());
+      for (int i = 0; i < 30; ++i)
+        p.logit_bias.emplace_back(token(), i % 7 == 0 ? -INFINITY : 6 * random.next_float());
     if (chance(0.2f) && !p.logit_bias.empty()) p.logit_bias.push_back(p.logit_bias[1]);
   }
   return rows;
@@ -159,10 +166,11 @@ std::vector<Row> mixed_rows(int64_t n, int64_t vocab, uint64_t seed) {
 TEST_F(SamplingDevice, filters_penalties_and_biases_draw_the_tokens_of_the_cpu) {
   for (const int64_t vocab : {1, 7, 300, 2500, 33333}) {
     const int64_t rows = vocab > 10000 ? 60 : 300;
-    expect_the_tokens_of_the_cpu(device(), normals(rows * vocab, static_cast<uint64_t>(vocab), 2.0f), vocab, vocab,
-                                 mixed_rows(rows, vocab, 20), false);
+    expect_the_tokens_of_the_cpu(device(), normals(rows * vocab, static_cast<uint64_t>(vocab), 2.0f), vocab,
+                                 vocab, mixed_rows(rows, vocab, 20), false);
   }
-  expect_the_tokens_of_the_cpu(device(), normals(10 * 163840, 5, 1.5f), 163840, 163840, mixed_rows(10, 163840, 30), false);
+  expect_the_tokens_of_the_cpu(device(), normals(10 * 163840, 5, 1.5f), 163840, 163840,
+                               mixed_rows(10, 163840, 30), false);
 }
 
 // Many equal logits: what a filter keeps among them is decided by the token. A flat row makes top_p keep thousands.
