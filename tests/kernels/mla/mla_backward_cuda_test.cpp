@@ -157,6 +157,27 @@ TEST_F(MlaBackwardDevice, PackedEqualsAlone) {
   EXPECT_EQ(std::memcmp(got.dc.data(), clean.dc.data(), 77 * 576 * sizeof(float)), 0);
 }
 
+// Recorded once, replayed over other values.
+TEST_F(MlaBackwardDevice, ReplayedEqualsLaunched) {
+  Device& d = device();
+  const PackedCase z(kModel, {{577, 0, 577}, {20, 0, 20}}, 13);
+  const Inputs in = inputs(z);
+  const Gradients want = backward(z, in);
+  const DeviceArray<DeviceSlice> slices(d, z.device_slices());
+  const DeviceArray<bf16> q(d, static_cast<int64_t>(in.q.size())), c(d, in.c), out(d, in.out),
+      dout(d, in.dout), dq(d, q.size());
+  const DeviceArray<float> lse(d, in.lse), dc(d, c.size());
+  const DeviceGraph graph(d, [&] {
+    mla_backward<bf16>(d, z.shape(), q.data(), c.data(), z.batch(slices), out.data(), lse.data(), dout.data(),
+                       dq.data(), dc.data());
+  });
+  d.copy_in(q.data(), in.q.data(), q.size() * static_cast<int64_t>(sizeof(bf16)));
+  graph.launch(d);
+  const std::vector<bf16> got = dq.get();
+  EXPECT_EQ(std::memcmp(got.data(), want.dq.data(), got.size() * sizeof(bf16)), 0);
+  EXPECT_EQ(first_difference(dc.get(), want.dc), -1);
+}
+
 TEST_F(MlaBackwardDevice, LatentGrad) {
   Device& d = device();
   const int64_t rows = 301, width = kModel.width(), latent = kModel.latent;
