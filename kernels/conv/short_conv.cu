@@ -16,11 +16,10 @@ struct Arguments {
   float q_scale;
 };
 
-// A lane's share of one head of q, k or v: sixteen lanes a head, so that what is done once a row and not once a channel
-// is done for eight channels.
-template <class T, bool kVector>
-struct Head : Lane<T, kVector, 8> {
-  static constexpr int kHeld = 8;
+// A lane's share of one head of q, k or v. Walking along rows sixteen lanes have a head, so that what is done once a row
+// and not once a channel is done for eight channels; a single row of bf16 is better spread over 32.
+template <class T, bool kVector, int kHeld>
+struct Head : Lane<T, kVector, kHeld> {
   using Base = Lane<T, kVector, kHeld>;
   int64_t channel0;  // of the 3 * wide
   bool normed;
@@ -36,13 +35,17 @@ struct Head : Lane<T, kVector, 8> {
     out = (part == 0 ? q : part == 1 ? k : v) + (channel0 - part * a.heads * a.d);
     this->load_taps(a.w + 4 * channel0, taps);
   }
+  static __device__ __forceinline__ float square(const float (&y)[kHeld]) {
+    if constexpr (Base::kLanes == 32) return Base::inner_product_as_sixteen(y, y);
+    else return Base::inner_product(y, y);
+  }
   // The output of the row with input x after `history`.
   __device__ __forceinline__ void write(T* to, const History<kHeld>& history, const float (&x)[kHeld]) const {
     float y[kHeld];
 #pragma unroll
     for (int j = 0; j < kHeld; ++j) y[j] = silu_for<T>(history.convolve(taps, x, j));
     if (normed) {
-      const float factor = scale_over_root<T>(scale, Base::inner_product(y, y) + 1e-6f);
+      const float factor = scale_over_root<T>(scale, square(y) + 1e-6f);
 #pragma unroll
       for (int j = 0; j < kHeld; ++j) y[j] = y[j] * factor;
     }
@@ -53,13 +56,13 @@ struct Head : Lane<T, kVector, 8> {
 // Block x: the heads of q, k and v, some at a time; block y: pieces of kRows rows of slices, every gridDim.y-th.
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads, kVector ? 4 : 1) forward(const Arguments a, const T* qkv, T* q, T* k, T* v) {
-  constexpr int kHeld = Head<T, kVector>::kHeld, kAhead = kVector ? 3 : 1;  // rows under way; by three the history is where it was
+  constexpr int kHeld = 8, kAhead = kVector ? 3 : 1;  // rows under way; by three the history is where it was
   using Held = Lane<T, kVector, kHeld>;
   wait_for_previous();
   let_next_start();
   const int64_t index_of_head = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / Held::kLanes;
   if (index_of_head >= 3 * a.heads) return;
-  const Head<T, kVector> head(a, index_of_head, q, k, v);
+  const Head<T, kVector, kHeld> head(a, index_of_head, q, k, v);
   const int64_t wide = a.heads * a.d, all = 3 * wide;
 
   const int pieces = (a.batch.max_count + kRows - 1) / kRows;
@@ -120,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 1) forward(const Argum
 // into the block once.
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads) decode(const Arguments a, const T* qkv, T* q, T* k, T* v) {
-  constexpr int kHeld = Head<T, kVector>::kHeld, kHeads = 32 / Lane<T, kVector, kHeld>::kLanes;  // of a warp
+  constexpr int kHeld = kVector ? 4 : 8, kHeads = 32 / Lane<T, kVector, kHeld>::kLanes;  // of a warp
   const int64_t index_of_head = blockIdx.x * kHeads + threadIdx.x % 32 / Lane<T, kVector, kHeld>::kLanes;
   const int index = static_cast<int>(blockIdx.y * (kThreads / 32) + threadIdx.x / 32);
   if (index_of_head < 3 * a.heads && threadIdx.x < 32 && threadIdx.x % 16 * 8 < a.d)
@@ -131,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) decode(const Arguments a, const T* q
   const int64_t wide = a.heads * a.d, all = 3 * wide;
   const DeviceSlice s = a.batch.slice[index];
   std::byte* const memory = a.batch.recurrent == nullptr ? nullptr : a.batch.recurrent[index];
-  const Head<T, kVector> head(a, index_of_head, q, k, v);
+  const Head<T, kVector, kHeld> head(a, index_of_head, q, k, v);
   if (s.count == 0) return;
   T* const window = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + a.window_offset) + head.channel0;
   float x[kHeld];
@@ -150,13 +153,12 @@ __global__ void __launch_bounds__(kThreads) decode(const Arguments a, const T* q
 
 template <class T, bool kVector>
 void launch(Device& device, const Arguments& a, const T* qkv, T* q, T* k, T* v) {
-  const int64_t lanes = 3 * a.heads * Lane<T, kVector, Head<T, kVector>::kHeld>::kLanes;
   if (a.batch.max_count == 1) {
-    const dim3 grid(blocks_for(lanes, 32), blocks_for(a.batch.slices, kThreads / 32));
+    const dim3 grid(blocks_for(3 * a.heads * (kVector ? 32 : 16), 32), blocks_for(a.batch.slices, kThreads / 32));
     launch_dependent(decode<T, kVector>, grid, dim3(kThreads), 0, device.stream(), a, qkv, q, k, v);
   } else {
     const int64_t items = static_cast<int64_t>(a.batch.slices) * ((a.batch.max_count + kRows - 1) / kRows);
-    const dim3 grid(blocks_for(lanes, kThreads), static_cast<unsigned>(items < 65535 ? items : 65535));
+    const dim3 grid(blocks_for(3 * a.heads * 16, kThreads), static_cast<unsigned>(items < 65535 ? items : 65535));
     launch_dependent(forward<T, kVector>, grid, dim3(kThreads), 0, device.stream(), a, qkv, q, k, v);
   }
 }

@@ -57,6 +57,21 @@ struct Lane {
     if (kLanes == 32) sum += __shfl_xor_sync(0xffffffffu, sum, 16);
     return math::reduce_add16(sum, kLanes == 32 ? 0xffffffffu : half_warp_mask());
   }
+  // The same bits as inner_product of sixteen lanes with eight channels, by 32 lanes with four: the odd lane goes on with
+  // the chain of the even one.
+  static __device__ __forceinline__ float inner_product_as_sixteen(const float (&a)[kHeld], const float (&b)[kHeld]) {
+    static_assert(kLanes == 32);
+    float even = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) even = math::fma(a[j], b[j], even);
+    float sum = __shfl_xor_sync(0xffffffffu, even, 1);
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) sum = math::fma(a[j], b[j], sum);
+    sum = __shfl_sync(0xffffffffu, sum, threadIdx.x | 1);
+#pragma unroll
+    for (int offset = 16; offset > 1; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    return sum;
+  }
   // The taps of the head's channels, w at the head's first.
   __device__ __forceinline__ void load_taps(const float* w, float (&taps)[4][kHeld]) const {
 #pragma unroll

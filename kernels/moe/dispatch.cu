@@ -1,7 +1,7 @@
 #include "kernels/moe/dispatch.cuh"
 
 #include "kernels/moe/moe_device.h"
-#include "kernels/moe/route.cuh"
+#include "kernels/moe/route_block.cuh"
 
 namespace perigee::kernels {
 namespace {
@@ -33,23 +33,22 @@ __global__ void __launch_bounds__(1024) place(const Pairs p, const int32_t* bloc
   place_pairs(p, block_counts, offsets, source, slot, sets, places);
 }
 
-// A few rows in one block: its warps route one each and then sort them.
-constexpr int kFewRows = 8, kFewThreads = 256;
-__global__ void __launch_bounds__(kFewThreads) route_few(const RouterShape shape, const float* logits, const float* bias,
-                                                         const int32_t* active, const Pairs p, int32_t* chosen,
-                                                         float* weights, int32_t* offsets, int32_t* source,
-                                                         int32_t* slot) {
-  extern __shared__ unsigned sets[];
+// A few rows in one block, which routes and then sorts them.
+constexpr int kFewRows = 4;
+__global__ void __launch_bounds__(kFewRows * kRowThreads) route_few(const RouterShape shape, const float* logits,
+                                                                    const float* bias, const int32_t* active,
+                                                                    const Pairs p, int32_t* chosen, float* weights,
+                                                                    int32_t* offsets, int32_t* source, int32_t* slot) {
+  __shared__ RowShared shared[kFewRows];
+  __shared__ unsigned sets[kRowThreads];
   __shared__ Places places;
-  float* const scores = reinterpret_cast<float*>(sets + p.experts);
   clear(sets, p.experts);
   if (threadIdx.x * 32 < static_cast<unsigned>(p.experts)) prefetch_l2(bias + threadIdx.x * 32);
   wait_for_previous();
   let_next_start();
-  const int row = threadIdx.x / 32;
-  if (row < p.rows)
-    route_row<8>(shape, logits + row * shape.experts, bias, scores + row * shared_floats(shape),
-                 chosen + row * shape.top_k, weights + row * shape.top_k, active == nullptr || row < *active);
+  const int row = threadIdx.x / kRowThreads;
+  route_by_block(shape, logits + row * shape.experts, bias, shared[row], chosen + row * shape.top_k,
+                 weights + row * shape.top_k, active == nullptr || row < *active);
   __syncthreads();  // what a thread of the block wrote to `chosen` is seen by the others
   collect(p, sets);
   __syncthreads();
@@ -80,14 +79,13 @@ void route_and_dispatch(Device& device, const RouterShape& shape, int64_t rows, 
                         const int32_t* active) {
   check(shape);
   const Pairs p = pairs_of(rows, shape.top_k, shape.experts, chosen);
-  if (rows == 0 || rows > kFewRows || shape.experts > 256) {
+  if (rows == 0 || rows > kFewRows || !fits_a_block(shape)) {
     route_forward(device, shape, rows, logits, bias, chosen, weights, active);
     moe_dispatch(device, rows, shape.top_k, shape.experts, chosen, offsets, source, slot);
     return;
   }
-  const size_t bytes = set_bytes(p) + static_cast<size_t>(rows * shared_floats(shape)) * sizeof(float);
-  launch_dependent(route_few, dim3(1), dim3(kFewThreads), bytes, device.stream(), shape, logits, bias, active, p, chosen,
-                   weights, offsets, source, slot);
+  launch_dependent(route_few, dim3(1), dim3(static_cast<unsigned>(rows * kRowThreads)), 0, device.stream(), shape, logits,
+                   bias, active, p, chosen, weights, offsets, source, slot);
 }
 
 }  // namespace perigee::kernels

@@ -1,5 +1,5 @@
 #include "kernels/moe/moe_device.h"
-#include "kernels/moe/route.cuh"
+#include "kernels/moe/route_block.cuh"
 
 namespace perigee::kernels {
 namespace {
@@ -21,12 +21,31 @@ __global__ void __launch_bounds__(kThreads) forward(const RouterShape shape, int
                   chosen + row * shape.top_k, weights + row * shape.top_k, active == nullptr || row < *active);
 }
 
+// A block a row.
+constexpr int64_t kFewRows = 512;
+__global__ void __launch_bounds__(kRowThreads) forward_by_blocks(const RouterShape shape, const float* logits,
+                                                                 const float* bias, const int32_t* active,
+                                                                 int32_t* chosen, float* weights) {
+  __shared__ RowShared shared;
+  if (threadIdx.x * 32 < shape.experts) prefetch_l2(bias + threadIdx.x * 32);
+  wait_for_previous();
+  let_next_start();
+  const int64_t row = blockIdx.x;
+  route_by_block(shape, logits + row * shape.experts, bias, shared, chosen + row * shape.top_k,
+                 weights + row * shape.top_k, active == nullptr || row < *active);
+}
+
 }  // namespace
 
 void route_forward(Device& device, const RouterShape& shape, int64_t rows, const float* logits, const float* bias,
                    int32_t* chosen, float* weights, const int32_t* active) {
   check(shape);
   if (rows == 0) return;
+  if (rows <= kFewRows && fits_a_block(shape)) {
+    launch_dependent(forward_by_blocks, dim3(static_cast<unsigned>(rows)), dim3(kRowThreads), 0, device.stream(), shape,
+                     logits, bias, active, chosen, weights);
+    return;
+  }
   const auto kernel = shape.experts <= 256 ? forward<8> : forward<32>;
   const size_t bytes = static_cast<size_t>(kWarps * shared_floats(shape)) * sizeof(float);  // at most 48 KiB
   launch_dependent(kernel, dim3(blocks_for(rows, kWarps)), dim3(kThreads), bytes, device.stream(), shape, rows, logits,

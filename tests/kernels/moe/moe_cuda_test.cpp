@@ -24,37 +24,38 @@ Floats some_logits(int64_t n) {
 TEST_F(MoeDevice, routing_has_the_bits_of_the_cpu) {
   Context ctx(2);
   for (const RouterShape& s : kShapes) {
-    const int64_t rows = 131;
-    Floats logits = some_logits(rows * s.experts), bias = normals(s.experts, 4, 0.1f);
-    for (size_t i = 0; i < bias.size(); i += 3) bias[i] = 0.0f;
-    Ints chosen(static_cast<size_t>(rows * s.top_k));
-    Floats weights(chosen.size());
-    const DeviceArray<float> dev_logits(device(), logits), dev_bias(device(), bias), dev_weights(device(), rows * s.top_k),
-        alone_weights(device(), s.top_k);
-    const DeviceArray<int32_t> dev_chosen(device(), rows * s.top_k), alone(device(), s.top_k);
-    route_forward(ctx, s, rows, logits.data(), bias.data(), chosen.data(), weights.data());
-    route_forward(device(), s, rows, dev_logits, dev_bias, dev_chosen, dev_weights);
-    EXPECT_TRUE(same_bits(dev_chosen.get(), chosen)) << s.experts;
-    EXPECT_EQ(first_difference(dev_weights.get(), weights), -1) << s.experts;
-    route_forward(device(), s, 1, dev_logits + 130 * s.experts, dev_bias, alone, alone_weights);
-    EXPECT_TRUE(same_bits(alone.get(), part(chosen, 130 * s.top_k, s.top_k)));
+    for (const int64_t rows : {131, 600}) {
+      Floats logits = some_logits(rows * s.experts), bias = normals(s.experts, 4, 0.1f);
+      for (size_t i = 0; i < bias.size(); i += 3) bias[i] = 0.0f;
+      Ints chosen(static_cast<size_t>(rows * s.top_k));
+      Floats weights(chosen.size());
+      const DeviceArray<float> dev_logits(device(), logits), dev_bias(device(), bias), dev_weights(device(), rows * s.top_k),
+          alone_weights(device(), s.top_k);
+      const DeviceArray<int32_t> dev_chosen(device(), rows * s.top_k), alone(device(), s.top_k);
+      route_forward(ctx, s, rows, logits.data(), bias.data(), chosen.data(), weights.data());
+      route_forward(device(), s, rows, dev_logits, dev_bias, dev_chosen, dev_weights);
+      EXPECT_TRUE(same_bits(dev_chosen.get(), chosen)) << s.experts;
+      EXPECT_EQ(first_difference(dev_weights.get(), weights), -1) << s.experts;
+      route_forward(device(), s, 1, dev_logits + 130 * s.experts, dev_bias, alone, alone_weights);
+      EXPECT_TRUE(same_bits(alone.get(), part(chosen, 130 * s.top_k, s.top_k)));
 
-    const Floats dweights = normals(rows * s.top_k, 5);
-    Floats dlogits(logits.size());
-    const DeviceArray<float> dev_dweights(device(), dweights), dev_dlogits(device(), rows * s.experts);
-    const DeviceArray<bf16> half(device(), rows * s.experts);
-    route_backward(ctx, s, rows, logits.data(), chosen.data(), dweights.data(), dlogits.data());
-    route_backward(device(), s, rows, dev_logits, dev_chosen, dev_dweights, dev_dlogits.data());
-    route_backward(device(), s, rows, dev_logits, dev_chosen, dev_dweights, half.data());
-    EXPECT_EQ(first_difference(dev_dlogits.get(), dlogits), -1) << s.experts;
-    EXPECT_TRUE(same_bits(half.get(), narrow(dlogits))) << s.experts;
+      const Floats dweights = normals(rows * s.top_k, 5);
+      Floats dlogits(logits.size());
+      const DeviceArray<float> dev_dweights(device(), dweights), dev_dlogits(device(), rows * s.experts);
+      const DeviceArray<bf16> half(device(), rows * s.experts);
+      route_backward(ctx, s, rows, logits.data(), chosen.data(), dweights.data(), dlogits.data());
+      route_backward(device(), s, rows, dev_logits, dev_chosen, dev_dweights, dev_dlogits.data());
+      route_backward(device(), s, rows, dev_logits, dev_chosen, dev_dweights, half.data());
+      EXPECT_EQ(first_difference(dev_dlogits.get(), dlogits), -1) << s.experts;
+      EXPECT_TRUE(same_bits(half.get(), narrow(dlogits))) << s.experts;
 
-    const DeviceArray<int32_t> active(device(), Ints{50});
-    route_forward(device(), s, rows, dev_logits, dev_bias, dev_chosen, dev_weights, active);
-    std::fill(chosen.begin() + 50 * s.top_k, chosen.end(), -1);
-    std::fill(weights.begin() + 50 * s.top_k, weights.end(), 0.0f);
-    EXPECT_TRUE(same_bits(dev_chosen.get(), chosen)) << s.experts;
-    EXPECT_EQ(first_difference(dev_weights.get(), weights), -1) << s.experts;
+      const DeviceArray<int32_t> active(device(), Ints{50});
+      route_forward(device(), s, rows, dev_logits, dev_bias, dev_chosen, dev_weights, active);
+      std::fill(chosen.begin() + 50 * s.top_k, chosen.end(), -1);
+      std::fill(weights.begin() + 50 * s.top_k, weights.end(), 0.0f);
+      EXPECT_TRUE(same_bits(dev_chosen.get(), chosen)) << s.experts;
+      EXPECT_EQ(first_difference(dev_weights.get(), weights), -1) << s.experts;
+    }
   }
 }
 
@@ -127,7 +128,7 @@ TEST_F(MoeDevice, dispatch_is_a_stable_sort) {
 
 TEST_F(MoeDevice, routing_and_dispatch_together_give_what_each_gives) {
   for (const RouterShape& s : kShapes)
-    for (const int64_t rows : {1, 5, 8, 9, 64, 200})
+    for (const int64_t rows : {1, 3, 4, 5, 64, 200})
       for (const bool padded : {false, true}) {
         const int64_t n = rows * s.top_k;
         const DeviceArray<float> logits(device(), some_logits(rows * s.experts)), bias(device(), normals(s.experts, 4, 0.1f)),
