@@ -12,13 +12,19 @@ namespace perigee::kernels::kda_grad {
 inline constexpr int kThreads = 128, kChunk = static_cast<int>(kKdaChunk), kDim = 128;  // dk and dv are padded to kDim
 inline constexpr int kTileBytes = kChunk * kDim * 2, kStateBytes = kDim * kDim * 2;
 
-// Of one chunk and head, written by the first step.
+// Of one chunk and head, written by the first step. "Fragments": what the lanes of a warp hold of a 16x16 block, sixteen
+// bytes of each lane together, block after block.
 struct Record {
-  // Tiles, but for the decay, float [kDim]: Gamma at the chunk's end; and R, which lies as the fragments of its eight
-  // panels, sixteen bytes of each lane together.
-  static constexpr int kGammaK = 0, kGammaQ = kTileBytes, kW = 2 * kTileBytes, kDecay = 3 * kTileBytes;
-  static constexpr int kX0 = kDecay + kDim * 4, kR = kX0 + kTileBytes, kBytes = kR + kTileBytes;
+  static constexpr int kGammaK = 0, kGammaQ = kTileBytes, kW = 2 * kTileBytes;  // tiles
+  static constexpr int kDecay = 3 * kTileBytes;                                 // float [kDim]: Gamma at the chunk's end
+  static constexpr int kBeta = kDecay + kDim * 4;                               // float [16]
+  static constexpr int kKeyBytes = kBeta + kChunk * 4;
+  // For each half of the values: fragments of X0ᵀ, of dOᵀ.
+  static constexpr int kHalf = kKeyBytes, kHalfBytes = kTileBytes;
+  static constexpr int kR = kHalf + 2 * kHalfBytes;  // fragments
+  static constexpr int kBytes = kR + kTileBytes;
 };
+constexpr int kFragmentBytes = 512;
 
 struct Operands {
   int heads, dk, dv;
@@ -30,8 +36,8 @@ struct Operands {
   const int* slice_of;  // [slots] the slice that a slot belongs to and one, or 0
   int slot0, slot1;     // the segment
   std::byte* records;   // [slot1 - slot0, heads][Record::kBytes]
-  std::byte* dx;        // [slot1 - slot0, heads] tiles
-  std::byte* ds;        // [slot1 - slot0, heads][dv][dk] tiles
+  std::byte* dx;        // [slot1 - slot0, heads] fragments of dX
+  std::byte* ds;        // [slot1 - slot0, heads][dv / 16][dk / 16] fragments of dS'ᵀ
   float *carry_in, *carry_out;
 };
 
@@ -95,12 +101,24 @@ __device__ __forceinline__ void multiply(float (&c)[4], unsigned a0, unsigned a1
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+// An 8x8 matrix, which a lane holds two elements of, transposed.
+__device__ __forceinline__ unsigned transpose(unsigned x) {
+  unsigned r;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(x));
+  return r;
+}
+__device__ __forceinline__ Fragment load_fragment(const std::byte* fragments, int index, int lane) {
+  const uint4 x = *reinterpret_cast<const uint4*>(fragments + index * kFragmentBytes + lane * 16);
+  return {{x.x, x.y, x.z, x.w}};
+}
+__device__ __forceinline__ void store_fragment(std::byte* fragments, int index, int lane, unsigned a, unsigned b, unsigned c,
+                                               unsigned d) {
+  *reinterpret_cast<uint4*>(fragments + index * kFragmentBytes + lane * 16) = {a, b, c, d};
+}
+
 // Sixteen bytes to shared memory, zeros unless present.
 __device__ __forceinline__ void copy16(unsigned to, const void* from, bool present = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" : : "r"(to), "l"(from), "r"(present ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void copy4(unsigned to, const void* from, bool present) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" : : "r"(to), "l"(from), "r"(present ? 4 : 0) : "memory");
 }
 __device__ __forceinline__ void copies_committed() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 template <int kPending>

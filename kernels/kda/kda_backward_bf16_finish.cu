@@ -21,8 +21,9 @@ struct Shared {
     std::byte s[kStateBytes];  // rows: keys
     Results results;           // once S has been read
   };
-  std::byte ds[kStateBytes];  // rows: values
-  std::byte dout[kTileBytes], dx[kTileBytes];
+  std::byte ds[kStateBytes];  // fragments; dV, a tile, once they have been read
+  std::byte dout[kTileBytes];
+  std::byte dx[kTileBytes];  // fragments
   float beta[kChunk];
 };
 static_assert(sizeof(Results) <= kStateBytes && 3 * (sizeof(Shared) + 1024) <= 228 * 1024);
@@ -49,14 +50,10 @@ __global__ void __launch_bounds__(kThreads, 3) finish_kernel(Operands o) {
   float alpha[kChunk];  // first g
   unsigned kq[kChunk];  // k in the low half, q in the high
   // R comes as fragments: every warp needs all of it.
-  const std::byte* r_memory = o.records + at * Record::kBytes + Record::kR;
   const int row = lane / 4, pair = 2 * (lane % 4);
-  unsigned r[kDim / 16][4];
+  Fragment r[kDim / 16];
 #pragma unroll
-  for (int i = 0; i < kDim / 16; ++i) {
-    const uint4 x = *reinterpret_cast<const uint4*>(r_memory + (i * 32 + lane) * 16);
-    r[i][0] = x.x, r[i][1] = x.y, r[i][2] = x.z, r[i][3] = x.w;
-  }
+  for (int i = 0; i < kDim / 16; ++i) r[i] = load_fragment(o.records + at * Record::kBytes + Record::kR, i, lane);
   {
     // All loads at once, of something present; then zeros for what is not.
     const int64_t from = at_k - tid + min(tid, o.dk - 1);
@@ -78,33 +75,21 @@ __global__ void __launch_bounds__(kThreads, 3) finish_kernel(Operands o) {
   copies_done<0>();
   __syncthreads();
 
-  {
-    // dv = beta dX. Eight threads to a row.
-    const int i = tid / 8;
-    const float beta = m.beta[i];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int piece = tid % 8 + 8 * e;
-      const uint4 x = *reinterpret_cast<const uint4*>(m.dx + tile_offset(i, piece));
-      if (i < n && piece * 8 < o.dv)
-        *reinterpret_cast<uint4*>(o.dv_ + at_v + i * ld_v + piece * 8) = {scale(x.x, beta), scale(x.y, beta),
-                                                                          scale(x.z, beta), scale(x.w, beta)};
-    }
-  }
-
   // Rows of the chunk by 32 keys of this warp; and eight columns of dB (warps 0, 1) or dA (warps 2, 3).
   float s_do[4][4] = {}, s_w[4][4] = {}, ds_u[4][4] = {}, small[4] = {}, dgamma[4] = {}, dbeta[2] = {};
+  Fragment dv[2];  // beta dX, two panels of this warp
   const float beta0 = m.beta[lane / 4], beta1 = m.beta[8 + lane / 4];
 #pragma unroll
   for (int i = 0; i < kDim / 16; ++i) {
     const Fragment d = load_block(block_address(dout, 0, i, lane));
-    Fragment u, w = load_block(block_address(dx, 0, i, lane));
+    Fragment u, w = load_fragment(m.dx, i, lane);
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (i / 2 == warp)
-        dbeta[e % 2] = __fmaf_rn(low_of(w.r[e]), low_of(r[i][e]), __fmaf_rn(high_of(w.r[e]), high_of(r[i][e]), dbeta[e % 2]));
-      u.r[e] = scale(r[i][e], e % 2 == 0 ? beta0 : beta1);
+        dbeta[e % 2] = __fmaf_rn(low_of(w.r[e]), low_of(r[i].r[e]), __fmaf_rn(high_of(w.r[e]), high_of(r[i].r[e]), dbeta[e % 2]));
+      u.r[e] = scale(r[i].r[e], e % 2 == 0 ? beta0 : beta1);
       w.r[e] = scale(w.r[e], e % 2 == 0 ? -beta0 : -beta1);
+      if (i / 2 == warp) dv[i % 2].r[e] = w.r[e] ^ 0x80008000u;
     }
     const unsigned b0 = warp % 2 == 0 ? u.r[0] : u.r[1], b1 = warp % 2 == 0 ? u.r[2] : u.r[3];
     if (warp < 2)
@@ -114,10 +99,10 @@ __global__ void __launch_bounds__(kThreads, 3) finish_kernel(Operands o) {
 #pragma unroll
     for (int p = 0; p < 2; ++p) {
       const Fragment a = load_block(block_address(s, 32 * warp + 16 * p, i, lane));
-      const Fragment b = load_block_transposed(block_address(ds, 16 * i, 2 * warp + p, lane));
+      const Fragment b = load_fragment(m.ds, i * (kDim / 16) + 2 * warp + p, lane);
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const unsigned a0 = a.r[t], a1 = a.r[2 + t], b0 = b.r[2 * t], b1 = b.r[2 * t + 1];
+        const unsigned a0 = a.r[t], a1 = a.r[2 + t], b0 = transpose(b.r[2 * t]), b1 = transpose(b.r[2 * t + 1]);
         multiply(s_do[2 * p + t], d.r[0], d.r[1], d.r[2], d.r[3], a0, a1);
         multiply(s_w[2 * p + t], w.r[0], w.r[1], w.r[2], w.r[3], a0, a1);
         multiply(ds_u[2 * p + t], u.r[0], u.r[1], u.r[2], u.r[3], b0, b1);
@@ -129,7 +114,10 @@ __global__ void __launch_bounds__(kThreads, 3) finish_kernel(Operands o) {
       }
     }
   }
-  __syncthreads();  // S has been read: the results take its place
+  __syncthreads();  // S and dS' have been read: the results and dV take their places
+#pragma unroll
+  for (int p = 0; p < 2; ++p)
+    store_block(block_address(ds, 0, 2 * warp + p, lane), dv[p].r[0], dv[p].r[1], dv[p].r[2], dv[p].r[3]);
   Results& results = m.results;
 #pragma unroll
   for (int t = 0; t < 4; ++t) {
@@ -157,6 +145,13 @@ __global__ void __launch_bounds__(kThreads, 3) finish_kernel(Operands o) {
   }
   __syncthreads();
 
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int i = tid / 8, piece = tid % 8 + 8 * e;
+    if (i < n && piece * 8 < o.dv)
+      *reinterpret_cast<uint4*>(o.dv_ + at_v + i * ld_v + piece * 8) =
+          *reinterpret_cast<const uint4*>(m.ds + tile_offset(i, piece));
+  }
   if (tid < n)
     o.dbeta[(chunk.row + tid) * o.heads + head] =
         (results.dbeta[0][tid] + results.dbeta[1][tid]) + (results.dbeta[2][tid] + results.dbeta[3][tid]);

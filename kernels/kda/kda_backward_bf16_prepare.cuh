@@ -13,17 +13,17 @@ constexpr int kSmallRow = 24;  // bf16 between the rows of a 16x16 matrix
 
 struct Shared {
   std::byte s[kStateBytes];
-  // In the order of a record: dO becomes X0, K~ becomes W; V becomes R, which a record has in another order.
+  // As a record begins; K~ becomes W.
   std::byte gk[kTileBytes], gq[kTileBytes], kt[kTileBytes];
-  float decay[kDim];
+  float decay[kDim], beta[kChunk];
   std::byte dout[kTileBytes], v[kTileBytes];
   float alpha[kChunk][kDim];
   bf16 k[kChunk][kDim], q[kChunk][kDim];
-  float a[kChunk][kChunk], b[kChunk][kChunk], beta[kChunk];
+  float a[kChunk][kChunk], b[kChunk][kChunk];
   bf16 m_inverse[kChunk][kSmallRow], l_inverse[kChunk][kSmallRow], b_small[kChunk][kSmallRow];
 };
 static_assert(offsetof(Shared, decay) - offsetof(Shared, gk) == Record::kDecay);
-static_assert(offsetof(Shared, dout) - offsetof(Shared, gk) == Record::kX0);
+static_assert(offsetof(Shared, beta) - offsetof(Shared, gk) == Record::kBeta);
 
 __device__ __forceinline__ unsigned small_address(const bf16 (&m)[kChunk][kSmallRow], int lane) {
   return shared_address(&m[lane & 15][(lane >> 4) * 8]);
@@ -159,10 +159,6 @@ __device__ __forceinline__ void run(const Operands& o, std::byte* memory, int he
   const Fragment m_inverse = load_block(small_address(m.m_inverse, lane));
   const Fragment l_inverse = load_block_transposed(small_address(m.l_inverse, lane));
   const Fragment b_small = load_block_transposed(small_address(m.b_small, lane));
-  const auto store = [&](unsigned tile, int panel, const float (&x)[2][4]) {
-    store_block_transposed(block_address(tile, 0, panel, lane), pack(x[0][0], x[0][1]), pack(x[1][0], x[1][1]),
-                           pack(x[0][2], x[0][3]), pack(x[1][2], x[1][3]));
-  };
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int panel = 2 * warp + half;
@@ -186,7 +182,8 @@ __device__ __forceinline__ void run(const Operands& o, std::byte* memory, int he
                    y3 = pack(y[1][2], y[1][3]);
     multiply(r[0], y0, y1, y2, y3, m_inverse.r[0], m_inverse.r[2]);
     multiply(r[1], y0, y1, y2, y3, m_inverse.r[1], m_inverse.r[3]);
-    store(v, panel, r);
+    store_fragment(record + Record::kR, panel, lane, transpose(pack(r[0][0], r[0][1])), transpose(pack(r[1][0], r[1][1])),
+                   transpose(pack(r[0][2], r[0][3])), transpose(pack(r[1][2], r[1][3])));
 
     const Fragment d = load_block_transposed(block_address(dout, 0, panel, lane));
     multiply(du[0], d.r[0], d.r[2], d.r[1], d.r[3], b_small.r[0], b_small.r[1]);
@@ -198,14 +195,16 @@ __device__ __forceinline__ void run(const Operands& o, std::byte* memory, int he
     const Fragment k = load_block_transposed(block_address(kt, 0, panel, lane));
     multiply(w[0], k.r[0], k.r[2], k.r[1], k.r[3], l_inverse.r[0], l_inverse.r[1]);
     multiply(w[1], k.r[0], k.r[2], k.r[1], k.r[3], l_inverse.r[2], l_inverse.r[3]);
-    __syncwarp();  // all lanes have read the blocks that are overwritten
-    store(dout, panel, x0);
-    store(kt, panel, w);
-    const Fragment f = load_block(block_address(v, 0, panel, lane));
-    *reinterpret_cast<uint4*>(record + Record::kR + (panel * 32 + lane) * 16) = {f.r[0], f.r[1], f.r[2], f.r[3]};
+    std::byte* const values = record + Record::kHalf + panel / 4 * Record::kHalfBytes;
+    store_fragment(values, panel % 4, lane, pack(x0[0][0], x0[0][1]), pack(x0[1][0], x0[1][1]), pack(x0[0][2], x0[0][3]),
+                   pack(x0[1][2], x0[1][3]));
+    store_fragment(values, 4 + panel % 4, lane, d.r[0], d.r[1], d.r[2], d.r[3]);
+    __syncwarp();  // all lanes have read the block of K~
+    store_block_transposed(block_address(kt, 0, panel, lane), pack(w[0][0], w[0][1]), pack(w[1][0], w[1][1]),
+                           pack(w[0][2], w[0][3]), pack(w[1][2], w[1][3]));
   }
   __syncthreads();
-  for (int i = tid * 16; i < Record::kR; i += kThreads * 16)
+  for (int i = tid * 16; i < Record::kKeyBytes; i += kThreads * 16)
     *reinterpret_cast<int4*>(record + i) = *reinterpret_cast<const int4*>(m.gk + i);
 }
 

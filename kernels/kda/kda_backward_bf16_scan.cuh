@@ -9,21 +9,17 @@
 
 namespace perigee::kernels::kda_grad::scan {
 
-constexpr int kStages = 3, kHalf = 64, kPanels = kDim / 16;
+constexpr int kStages = 4, kHalf = 64, kPanels = kDim / 16;
 
-struct Stage {
-  std::byte keys[3 * kTileBytes];                      // Gamma K, Gamma Q, W
-  float decay[kDim];                                   // as in a record, so that one bulk copy brings them all
-  std::byte x0[kTileBytes / 2], dout[kTileBytes / 2];  // rows of 64: piece c of row r at r*128 + (c ^ r%8)*16
-  float beta[kChunk];
+struct Stage {  // pieces of a record, brought by two bulk copies
+  std::byte keys[3 * kTileBytes];  // Gamma K, Gamma Q, W
+  float decay[kDim], beta[kChunk];
+  std::byte values[Record::kHalfBytes];
 };
-constexpr int kBulkBytes = 3 * kTileBytes + kDim * 4;
-static_assert(Record::kDecay == 3 * kTileBytes);
+static_assert(offsetof(Stage, decay) == Record::kDecay && offsetof(Stage, values) == Record::kKeyBytes);
 struct Shared {
   Stage stages[kStages];
-  std::byte ds[4][16 * 256];  // on the way out, by warp
-  std::byte dx[4][16 * 32];
-  uint64_t full[kStages];  // barriers: the bulk copy of a stage is complete
+  uint64_t full[kStages];  // barriers: a stage is filled
 };
 
 __device__ __forceinline__ void wait_full(unsigned barrier, unsigned parity) {
@@ -34,9 +30,9 @@ __device__ __forceinline__ void wait_full(unsigned barrier, unsigned parity) {
       : : "r"(barrier), "r"(parity) : "memory");
 }
 
-__device__ __forceinline__ unsigned half_address(unsigned tile, int panel, int lane) {
-  const int row = lane & 15;
-  return tile + row * 128 + (((2 * panel + (lane >> 4)) ^ (row & 7)) << 4);
+__device__ __forceinline__ void bulk_copy(unsigned to, const std::byte* from, int bytes, unsigned barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               : : "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
 }
 
 // steps: how many stages this block has used; goes on from slice to slice.
@@ -47,7 +43,6 @@ __device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half
   const int low = max(first, o.slot0), high = min(end, o.slot1);
   if (low >= high) return;
   const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
-  const int64_t ld_v = static_cast<int64_t>(o.heads) * o.dv;
 
   float ds[2 * kPanels][4];  // of sixteen values (rows) by 128 keys
   float* const carry_in = o.carry_in + (static_cast<int64_t>(head) * 2 + half) * kHalf * kDim + tid;
@@ -58,43 +53,36 @@ __device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half
     for (int e = 0; e < 4; ++e) ds[i][e] = high < end ? carry_in[(4 * i + e) * kThreads] : 0.0f;
 
   const unsigned step0 = steps;
-  const auto fetch = [&](int slot) {
-    if (slot >= low) {
-      const unsigned index = (step0 + static_cast<unsigned>(high - 1 - slot)) % kStages;
-      Stage& stage = m.stages[index];
-      const std::byte* record = o.records + (static_cast<int64_t>(slot - o.slot0) * o.heads + head) * Record::kBytes;
-      if (tid == 0) {
-        const unsigned barrier = shared_address(&m.full[index]);
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(barrier), "n"(kBulkBytes) : "memory");
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                     : : "r"(shared_address(stage.keys)), "l"(record), "n"(kBulkBytes), "r"(barrier) : "memory");
-      }
-      const int row = tid / 8, piece = tid % 8, at = row * 128 + ((piece ^ (row & 7)) << 4);
-      copy16(shared_address(stage.x0) + at, record + Record::kX0 + tile_offset(row, 8 * half + piece));
-      const Chunk chunk(slice, slice_index, slot);
-      const int column = kHalf * half + 8 * piece;
-      const bool present = row < chunk.n && column < o.dv;
-      copy16(shared_address(stage.dout) + at,
-             present ? o.dout + (chunk.row + row) * ld_v + static_cast<int64_t>(head) * o.dv + column : o.dout, present);
-      if (tid < kChunk)
-        copy4(shared_address(stage.beta) + 4 * tid, tid < chunk.n ? o.beta + (chunk.row + tid) * o.heads + head : o.beta,
-              tid < chunk.n);
+  const std::byte* next = o.records + (static_cast<int64_t>(high - 1 - o.slot0) * o.heads + head) * Record::kBytes;
+  const int64_t stride = static_cast<int64_t>(o.heads) * Record::kBytes;
+  unsigned filled = steps;
+  int left = high - low;
+  const auto fetch = [&] {
+    if (left > 0 && tid == 0) {
+      Stage& stage = m.stages[filled % kStages];
+      const unsigned barrier = shared_address(&m.full[filled % kStages]);
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                   : : "r"(barrier), "n"(Record::kKeyBytes + Record::kHalfBytes) : "memory");
+      bulk_copy(shared_address(stage.keys), next, Record::kKeyBytes, barrier);
+      bulk_copy(shared_address(stage.values), next + Record::kHalf + half * Record::kHalfBytes, Record::kHalfBytes, barrier);
     }
-    copies_committed();
+    next -= stride;
+    ++filled;
+    --left;
   };
   __syncthreads();  // the slice before has left the stages
-  for (int i = 1; i < kStages; ++i) fetch(high - i);
+  for (int i = 1; i < kStages; ++i) fetch();
 
+  std::byte* ds_out = o.ds + (static_cast<int64_t>(high - 1 - o.slot0) * o.heads + head) * kStateBytes +
+                      (4 * half + warp) * kPanels * kFragmentBytes;
+  std::byte* dx_out = o.dx + (static_cast<int64_t>(high - 1 - o.slot0) * o.heads + head) * kTileBytes;
   for (int slot = high - 1; slot >= low; --slot, ++steps) {
-    copies_done<kStages - 2>();
-    __syncthreads();  // the stage is here but for the bulk copy, and all have left the one that is filled next
-    fetch(slot - (kStages - 1));
-    wait_full(shared_address(&m.full[steps % kStages]), steps / kStages % 2);
+    __syncthreads();  // all have left the stage that is filled next
+    fetch();
     const Stage& stage = m.stages[steps % kStages];
     const unsigned gk = shared_address(stage.keys), gq = gk + kTileBytes, w = gq + kTileBytes;
-    const int64_t at = static_cast<int64_t>(slot - o.slot0) * o.heads + head;
 
-    // dS' as an operand.
+    // dS' as an operand, and to memory for the third step.
     unsigned a[kPanels][4];
 #pragma unroll
     for (int p = 0; p < kPanels; ++p) {
@@ -103,9 +91,13 @@ __device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half
       a[p][2] = pack(ds[2 * p + 1][0], ds[2 * p + 1][1]);
       a[p][3] = pack(ds[2 * p + 1][2], ds[2 * p + 1][3]);
     }
+#pragma unroll
+    for (int p = 0; p < kPanels; ++p) store_fragment(ds_out, p, lane, a[p][0], a[p][1], a[p][2], a[p][3]);
+    ds_out -= o.heads * static_cast<int64_t>(kStateBytes);
+    wait_full(shared_address(&m.full[steps % kStages]), steps / kStages % 2);
     // dX in four chains.
     float x[2][4], y[2][4] = {};
-    const Fragment x0 = load_block_transposed(half_address(shared_address(stage.x0), warp, lane));
+    const Fragment x0 = load_fragment(stage.values, warp, lane);
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
       x[t][0] = low_of(x0.r[t]);
@@ -121,7 +113,7 @@ __device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half
       multiply(y[0], a[p + 1][0], a[p + 1][1], a[p + 1][2], a[p + 1][3], c.r[0], c.r[2]);
       multiply(y[1], a[p + 1][0], a[p + 1][1], a[p + 1][2], a[p + 1][3], c.r[1], c.r[3]);
     }
-    const Fragment d = load_block_transposed(half_address(shared_address(stage.dout), warp, lane));
+    const Fragment d = load_fragment(stage.values, 4 + warp, lane);
 #pragma unroll
     for (int p = 0; p < kPanels; ++p) {
 #pragma unroll
@@ -136,12 +128,6 @@ __device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half
       multiply(ds[2 * p], d.r[0], d.r[2], d.r[1], d.r[3], b.r[0], b.r[1]);
       multiply(ds[2 * p + 1], d.r[0], d.r[2], d.r[1], d.r[3], b.r[2], b.r[3]);
     }
-    // dS' on its way to memory, for the third step; the copy of the chunk before has left the buffer by now.
-    if (lane == 0) asm volatile("cp.async.bulk.wait_group.read 0;" : : : "memory");
-    __syncwarp();
-    const unsigned out = shared_address(m.ds[warp]);
-#pragma unroll
-    for (int p = 0; p < kPanels; ++p) store_block(block_address(out, 0, p, lane), a[p][0], a[p][1], a[p][2], a[p][3]);
     unsigned v[2][2];
 #pragma unroll
     for (int t = 0; t < 2; ++t) {
@@ -157,20 +143,9 @@ __device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half
       multiply(ds[2 * p], v[0][0], v[0][1], v[1][0], v[1][1], b.r[0], b.r[1]);
       multiply(ds[2 * p + 1], v[0][0], v[0][1], v[1][0], v[1][1], b.r[2], b.r[3]);
     }
-    // dX, rows of sixteen values of this warp.
-    const unsigned dx = shared_address(m.dx[warp]);
-    store_block_transposed(dx + (lane & 15) * 32 + (lane >> 4) * 16, pack(x[0][0], x[0][1]), pack(x[1][0], x[1][1]),
-                           pack(x[0][2], x[0][3]), pack(x[1][2], x[1][3]));
-    asm volatile("fence.proxy.async.shared::cta;" : : : "memory");
-    __syncwarp();
-    *reinterpret_cast<int4*>(o.dx + at * kTileBytes + tile_offset(lane / 2, 8 * half + 2 * warp + lane % 2)) =
-        *reinterpret_cast<const int4*>(m.dx[warp] + lane * 16);
-    if (lane == 0) {
-      std::byte* to = o.ds + at * kStateBytes + (half * kHalf + warp * 16) * 256;
-      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" : : "l"(to), "r"(out), "n"(16 * 256) : "memory");
-      asm volatile("cp.async.bulk.commit_group;" : : : "memory");
-    }
-    __syncwarp();
+    store_fragment(dx_out, 4 * half + warp, lane, transpose(pack(x[0][0], x[0][1])), transpose(pack(x[1][0], x[1][1])),
+                   transpose(pack(x[0][2], x[0][3])), transpose(pack(x[1][2], x[1][3])));
+    dx_out -= o.heads * static_cast<int64_t>(kTileBytes);
   }
   if (low > first) {
 #pragma unroll
@@ -190,7 +165,6 @@ __device__ __forceinline__ void run(const Operands& o, std::byte* memory, int he
   }
   unsigned steps = 0;
   for (int slice = block; slice < o.batch.slices; slice += of) run_slice(o, m, half, head, slice, steps);
-  asm volatile("cp.async.bulk.wait_group 0;" : : : "memory");
 }
 
 }  // namespace perigee::kernels::kda_grad::scan
