@@ -87,17 +87,18 @@ void add_bench(Program& program) {
   command
       .positional(
           "what", o->what,
-          "figures or their families, commas between them: decode, prefill, train, tiny, kda, store, bus; "
+          "figures or their families, commas between them: decode, prefill, train, tiny, kda, store, bus, gpu; "
           "all without it",
           false)
       .option("--seconds", o->bench.seconds, "S", "measure each figure at least this long")
       .option("--threads", o->threads, "N", "threads to use; 0: one per processor")
       .option("--model", o->bench.model, "FILE",
-              "config.json of the model that decode, prefill and train run")
+              "config.json of the model that decode, prefill, train and gpu run")
       .option("--dir", o->bench.directory, "DIR", "where the store is written while it is measured")
       .flag("--json", o->json, "print one JSON object")
       .example("bench")
       .example("bench decode,prefill --seconds 5")
+      .example("bench gpu --model configs/model/kimi-linear-48b.json")
       .example("bench --json > bench.json");
   command.action([o] {
     bench::Options& b = o->bench;

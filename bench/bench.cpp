@@ -34,6 +34,7 @@ std::vector<std::string> figure_names() {
   for (const char* name : {"tiny-decode", "tiny-train", "kda-chunked", "kda-recurrent", "store-episodes",
                            "store-groups", "bus-messages", "bus-bytes"})
     names.emplace_back(name);
+  for (std::string& name : gpu_figure_names()) names.push_back(std::move(name));
   return names;
 }
 
@@ -60,6 +61,7 @@ Report run(const Options& options, void (*done)(const Figure&)) {
   bench_kda(rig);
   bench_store(rig);
   bench_bus(rig);
+  bench_gpu(rig);
   return report;
 }
 

@@ -45,6 +45,9 @@ class Rig {
   // figure: name, unit, bound, work, aim and note filled in.
   void measure(Figure figure, const std::function<double()>& turn);
 
+  // A figure measured beside a ceiling of its own.
+  void report(const Figure& figure);
+
   // One measurement each, some tens of milliseconds: FLOP/s and bytes/s.
   double fma_rate();
   double read_rate();
@@ -66,5 +69,7 @@ void bench_tiny(Rig& rig);
 void bench_kda(Rig& rig);
 void bench_store(Rig& rig);
 void bench_bus(Rig& rig);
+void bench_gpu(Rig& rig);  // nothing where there is no GPU, unless its figures were asked for by name
+std::vector<std::string> gpu_figure_names();
 
 }  // namespace perigee::bench

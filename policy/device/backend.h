@@ -1,0 +1,30 @@
+// An engine's arithmetic on a GPU (policy/engine/backend.h).
+//
+// A step is at most two passes: the sequences that decode, one token each, as one graph replay; and the slices of
+// prompts, launched directly. By the numeric contract it makes no difference which pass computes a token. The graph is
+// recorded once for each number of rows (rounded up) and size of the page tables; everything that changes between
+// steps lies in one input block, filled by one copy.
+#pragma once
+#include <memory>
+
+#include "kernels/device/device.h"
+#include "policy/engine/backend.h"
+#include "policy/engine/engine.h"
+
+namespace perigee::policy {
+
+// Temporary memory of forward passes of at most this many rows, in bytes: what a Device for this model is made with.
+int64_t device_scratch_bytes(const ParamLayout& layout, int64_t rows);
+
+// Sequence states on the device, of a model in this layout: float32 in panels, or bfloat16 in tiles.
+StateLayout device_state_layout(const ParamLayout& layout);
+
+// layout: MatrixForm::kTiles for bfloat16, panels for float32. device and layout outlive the backend. Everything but
+// the states is allocated here.
+std::unique_ptr<Backend> device_backend(kernels::Device& device, const ParamLayout& layout, const EngineConfig& config);
+
+// The same over weights that lie on the device already and change in place: set_weights takes this address only.
+std::unique_ptr<Backend> device_backend(kernels::Device& device, const ParamLayout& layout, const EngineConfig& config,
+                                        const std::byte* device_weights);
+
+}  // namespace perigee::policy

@@ -1,0 +1,391 @@
+#include "policy/device/backend.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <map>
+#include <unordered_map>
+#include <utility>
+
+#include "kernels/gemm/gemm_device.h"
+#include "kernels/moe/moe_device.h"
+#include "kernels/sampling/sampling_device.h"
+#include "policy/device/layers.h"
+#include "policy/device/memory.h"
+
+namespace perigee::policy {
+namespace {
+
+using namespace kernels;
+
+// Rows of a decoding batch are padded up to one of these, so that a few graphs serve all.
+constexpr std::array<int64_t, 14> kBuckets = {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 256};
+int64_t bucket(int64_t rows) {
+  for (int64_t b : kBuckets)
+    if (rows <= b) return b;
+  return (rows + 63) / 64 * 64;
+}
+int64_t power_of_two(int64_t n, int64_t least) {
+  while (least < n) least *= 2;
+  return least;
+}
+
+// A block of device memory that the host fills in one copy.
+class InputBlock {
+ public:
+  explicit InputBlock(Device& device) : device_(device) {}
+  ~InputBlock() {
+    if (memory_ != nullptr) device_.release(memory_);
+  }
+  InputBlock(const InputBlock&) = delete;
+  InputBlock& operator=(const InputBlock&) = delete;
+  // Makes room for `bytes`, losing what is there; true when the address changed.
+  bool reserve(int64_t bytes) {
+    used_ = 0;
+    // What was sent last may still wait behind a pass: the host runs ahead of the device.
+    if (std::exchange(sent_, false)) device_.synchronize();
+    if (bytes <= host_.bytes()) return false;
+    if (memory_ != nullptr) device_.release(memory_);
+    host_ = PinnedMemory(power_of_two(bytes, 1 << 16));
+    memory_ = device_.allocate(host_.bytes());
+    return true;
+  }
+  // Room for count things: where the host writes them, and in *on_device where the device reads them.
+  template <class T>
+  T* place(int64_t count, const T** on_device) {
+    used_ = (used_ + 63) / 64 * 64;
+    const int64_t at = used_;
+    used_ += count * static_cast<int64_t>(sizeof(T));
+    PERIGEE_CHECK(used_ <= host_.bytes(), "{} of {}", used_, host_.bytes());
+    *on_device = reinterpret_cast<const T*>(static_cast<std::byte*>(memory_) + at);
+    return reinterpret_cast<T*>(host_.data() + at);
+  }
+  void send() {
+    device_.copy_in(memory_, host_.data(), used_);
+    sent_ = true;
+  }
+
+ private:
+  Device& device_;
+  PinnedMemory host_;
+  void* memory_ = nullptr;
+  int64_t used_ = 0;
+  bool sent_ = false;
+};
+
+// What a pass reads, as it lies in an input block.
+struct Inputs {
+  DeviceBatch batch;
+  const int32_t* tokens = nullptr;  // [rows]
+  const int32_t* active = nullptr;  // [1]
+  const int32_t* last = nullptr;    // [slices] the row whose logits are wanted, for the first `wanted`
+};
+
+int64_t input_bytes(int64_t rows, int64_t slices, int64_t pages) {
+  return rows * 4 + slices * (static_cast<int64_t>(sizeof(DeviceSlice)) + 8 + 4) + slices * pages * 8 + 8 * 64;
+}
+
+template <class T>
+class DeviceBackend : public Backend {
+ public:
+  DeviceBackend(Device& device, const ParamLayout& layout, const EngineConfig& config, const std::byte* weights)
+      : device_(device),
+        layout_(layout),
+        pool_(device::state_layout<T>(layout.config()), device_memory(device), config.memory_bytes),
+        decode_inputs_(device),
+        other_inputs_(device),
+        draw_inputs_(device),
+        max_rows_(bucket(config.max_running)),
+        weights_{&layout, weights} {
+    const int64_t most_logits = 2 * max_rows_;  // every member, and prompts that end in the same step
+    logits_ = static_cast<float*>(device.allocate(most_logits * vocab() * 4));
+    logits_rows_ = most_logits;
+    results_ = static_cast<std::byte*>(device.allocate(most_logits * 12));
+    results_host_ = PinnedMemory(most_logits * 12);
+    if (weights == nullptr) owned_weights_ = static_cast<std::byte*>(device.allocate(layout.weight_bytes()));
+    if (owned_weights_ != nullptr) weights_.data = owned_weights_;
+  }
+  ~DeviceBackend() override {
+    device_.release(logits_);
+    device_.release(results_);
+    if (owned_weights_ != nullptr) device_.release(owned_weights_);
+    for (float* kept : free_kept_) device_.release(kept);
+  }
+
+  StatePool& pool() override { return pool_; }
+
+  void set_weights(const std::byte* weights) override {
+    if (owned_weights_ == nullptr) {
+      PERIGEE_CHECK(weights == weights_.data);  // they lie here already
+      return;
+    }
+    device_.copy_in(owned_weights_, weights, layout_.weight_bytes());
+    device_.synchronize();
+  }
+
+  const float* forward(std::span<const int32_t> tokens, std::span<const SequenceSlice> slices,
+                       std::span<const uint8_t> wanted) override {
+    size_t decoding = 0;
+    while (decoding < slices.size() && slices[decoding].slice.count == 1 && wanted[decoding] != 0) ++decoding;
+    const auto decoded = static_cast<int64_t>(decoding);
+    const int64_t rest = std::count_if(wanted.begin() + decoded, wanted.end(), [](uint8_t w) { return w != 0; });
+    PERIGEE_CHECK(decoded + rest <= logits_rows_, "{} + {} rows of logits", decoded, rest);
+    if (decoded > 0) decode(tokens.first(decoding), slices.first(decoding));
+    if (decoding < slices.size())
+      prefill(tokens.subspan(decoding), slices.subspan(decoding), wanted.subspan(decoding), decoded);
+    return logits_;
+  }
+
+  const float* keep(const float* logits) override {
+    float* kept;
+    if (free_kept_.empty()) {
+      kept = device_.allocate_array<float>(vocab());
+    } else {
+      kept = free_kept_.back();
+      free_kept_.pop_back();
+    }
+    device_.copy(kept, logits, vocab() * 4);
+    return kept;
+  }
+  void release(const float* kept) override { free_kept_.push_back(const_cast<float*>(kept)); }
+
+  void draw(std::span<Draw> draws) override;
+  void end_step() override {}
+
+ private:
+  int64_t vocab() const { return layout_.config().vocab_size; }
+
+  Inputs fill(InputBlock& block, std::span<const int32_t> tokens, std::span<const SequenceSlice> slices, int64_t rows,
+              int64_t slots, int64_t pages, std::span<const int32_t> last);
+  void run(const Inputs& in, int64_t wanted, float* logits);
+  void decode(std::span<const int32_t> tokens, std::span<const SequenceSlice> slices);
+  void prefill(std::span<const int32_t> tokens, std::span<const SequenceSlice> slices, std::span<const uint8_t> wanted,
+               int64_t first_logits);
+
+  Device& device_;
+  const ParamLayout& layout_;
+  StatePool pool_;
+  InputBlock decode_inputs_, other_inputs_, draw_inputs_;
+  int64_t max_rows_;
+  Weights weights_;
+  std::byte* owned_weights_ = nullptr;
+  float* logits_ = nullptr;
+  int64_t logits_rows_ = 0;
+  std::byte* results_ = nullptr;
+  PinnedMemory results_host_;
+  std::vector<float*> free_kept_;
+  std::map<std::pair<int64_t, int64_t>, DeviceGraph> graphs_;  // by rows and pages
+};
+
+int64_t most_pages(std::span<const SequenceSlice> slices) {
+  int64_t pages = 0;
+  for (const SequenceSlice& s : slices) pages = std::max(pages, static_cast<int64_t>(s.blocks.size()));
+  return pages;
+}
+
+template <class T>
+Inputs DeviceBackend<T>::fill(InputBlock& block, std::span<const int32_t> tokens,
+                              std::span<const SequenceSlice> slices, int64_t rows, int64_t slots, int64_t pages,
+                              std::span<const int32_t> last) {
+  Inputs in;
+  const DeviceSlice* slice_at;
+  std::byte* const *recurrent_at, *const *pages_at;
+  const int32_t *token_at, *active_at, *last_at;
+  DeviceSlice* slice = block.place<DeviceSlice>(slots, &slice_at);
+  std::byte** recurrent = block.place<std::byte*>(slots, &recurrent_at);
+  int32_t* active = block.place<int32_t>(1, &active_at);
+  int32_t* row_of_last = block.place<int32_t>(slots, &last_at);
+  int32_t* token = block.place<int32_t>(rows, &token_at);
+  std::byte** page = block.place<std::byte*>(slots * pages, &pages_at);
+
+  const auto n = static_cast<int64_t>(slices.size());
+  const int64_t begin = n > 0 ? slices[0].slice.begin : 0;
+  int64_t longest = 0;
+  for (int64_t i = 0; i < slots; ++i) {
+    if (i >= n) {
+      // Padding: no rows, and memory that nothing reads.
+      slice[i] = {static_cast<int32_t>(i < rows ? i : 0), 0, 0, 0};
+      recurrent[i] = recurrent[0];
+      for (int64_t b = 0; b < pages; ++b) page[i * pages + b] = page[b];
+      continue;
+    }
+    const SequenceSlice& s = slices[static_cast<size_t>(i)];
+    slice[i] = {static_cast<int32_t>(s.slice.begin - begin), static_cast<int32_t>(s.slice.count),
+                static_cast<int32_t>(s.slice.position), 0};
+    longest = std::max(longest, s.slice.count);
+    recurrent[i] = s.recurrent;
+    for (int64_t b = 0; b < pages; ++b)
+      page[i * pages + b] = b < static_cast<int64_t>(s.blocks.size()) ? s.blocks[static_cast<size_t>(b)] : nullptr;
+  }
+  *active = static_cast<int32_t>(tokens.size());
+  for (int64_t i = 0; i < slots; ++i) row_of_last[i] = i < static_cast<int64_t>(last.size()) ? last[static_cast<size_t>(i)] : 0;
+  for (int64_t i = 0; i < rows; ++i) token[i] = i < *active ? tokens[static_cast<size_t>(i)] : -1;
+
+  in.batch.rows = static_cast<int32_t>(rows);
+  in.batch.slices = static_cast<int32_t>(slots);
+  in.batch.max_count = static_cast<int32_t>(longest);
+  in.batch.max_pages = static_cast<int32_t>(pages);
+  in.batch.slice = slice_at;
+  in.batch.recurrent = recurrent_at;
+  in.batch.pages = pages_at;
+  in.tokens = token_at;
+  in.active = active_at;
+  in.last = last_at;
+  return in;
+}
+
+// Forward pass and head: logits [wanted, vocab] of the rows in.last names, or of all rows when it is null.
+template <class T>
+void DeviceBackend<T>::run(const Inputs& in, int64_t wanted, float* logits) {
+  const ModelConfig& c = layout_.config();
+  DeviceScratch::Mark mark(device_.scratch);
+  const device::Pass pass{device_, weights_, c, in.batch, &pool_.layout(), in.active};
+  T* hidden = pass.take<T>(c.hidden_size);
+  device::forward<T>(pass, in.tokens, hidden);
+  if (wanted == 0) return;
+  T* rows = hidden;
+  if (in.last != nullptr) {
+    rows = device_.scratch.take<T>(wanted * c.hidden_size);
+    moe_gather<T>(device_, wanted, c.hidden_size, hidden, in.last, rows);
+  }
+  const ParamSpec& t = layout_.tensor(layout_.head());
+  const DeviceMatmulTask<T> head{weights_.table(layout_.head()), t.n, t.k, rows, t.k, wanted, logits, vocab(), Store::kF32};
+  matmul<T>(device_, {&head, 1});
+}
+
+template <class T>
+void DeviceBackend<T>::decode(std::span<const int32_t> tokens, std::span<const SequenceSlice> slices) {
+  const int64_t rows = bucket(static_cast<int64_t>(slices.size()));
+  const int64_t pages = power_of_two(std::max<int64_t>(most_pages(slices), 1), 8);
+  if (decode_inputs_.reserve(input_bytes(rows, rows, pages))) graphs_.clear();
+  Inputs in = fill(decode_inputs_, tokens, slices, rows, rows, pages, {});
+  in.last = nullptr;
+  decode_inputs_.send();
+  const auto key = std::make_pair(rows, pages);
+  auto it = graphs_.find(key);
+  if (it == graphs_.end()) {
+    it = graphs_.emplace(key, DeviceGraph(device_, [&] { run(in, rows, logits_); })).first;
+  }
+  it->second.launch(device_);
+}
+
+template <class T>
+void DeviceBackend<T>::prefill(std::span<const int32_t> tokens, std::span<const SequenceSlice> slices,
+                               std::span<const uint8_t> wanted, int64_t first_logits) {
+  const auto rows = static_cast<int64_t>(tokens.size()), n = static_cast<int64_t>(slices.size());
+  const int64_t pages = std::max<int64_t>(most_pages(slices), 1);
+  std::vector<int32_t> last;
+  for (size_t i = 0; i < slices.size(); ++i) {
+    const Slice& s = slices[i].slice;
+    if (wanted[i] != 0) last.push_back(static_cast<int32_t>(s.begin + s.count - 1 - slices[0].slice.begin));
+  }
+  other_inputs_.reserve(input_bytes(rows, n, pages));
+  const Inputs in = fill(other_inputs_, tokens, slices, rows, n, pages, last);
+  other_inputs_.send();
+  run(in, static_cast<int64_t>(last.size()), logits_ + first_logits * vocab());
+}
+
+template <class T>
+void DeviceBackend<T>::draw(std::span<Draw> draws) {
+  const auto n = static_cast<int64_t>(draws.size());
+  if (n == 0) return;
+  // What the rows bring along.
+  int64_t seen = 0, biases = 0;
+  bool plain = true;
+  for (const Draw& d : draws) {
+    const SamplingParams& p = *d.sampling;
+    plain = plain && is_plain(p);
+    const bool penalties = p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0;
+    if (penalties) seen += static_cast<int64_t>(d.prompt.size() + d.generated.size());
+    biases += static_cast<int64_t>(p.logit_bias.size());
+  }
+  draw_inputs_.reserve(n * static_cast<int64_t>(sizeof(DeviceSampling)) + seen * static_cast<int64_t>(sizeof(SeenToken)) +
+                       biases * static_cast<int64_t>(sizeof(TokenBias)) + 4 * 64);
+  const DeviceSampling* params_at;
+  const SeenToken* seen_at;
+  const TokenBias* bias_at;
+  DeviceSampling* params = draw_inputs_.place<DeviceSampling>(n, &params_at);
+  SeenToken* seen_list = draw_inputs_.place<SeenToken>(seen, &seen_at);
+  TokenBias* bias_list = draw_inputs_.place<TokenBias>(biases, &bias_at);
+  int32_t seen_used = 0, bias_used = 0;
+  // Rows that draw from consecutive logits go together; a group's members draw from one kept row.
+  DeviceScratch::Mark mark(device_.scratch);
+  bool in_place = true;
+  for (int64_t i = 0; i < n; ++i) {
+    const Draw& d = draws[static_cast<size_t>(i)];
+    in_place = in_place && d.logits == draws[0].logits + i * vocab();
+    params[i] = device_sampling(*d.sampling, d.seed, d.index);
+    const SamplingParams& p = *d.sampling;
+    if (p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0) {
+      params[i].seen_begin = seen_used;
+      std::unordered_map<int32_t, int32_t> place;
+      const auto add = [&](int32_t token, int32_t generated) {
+        const auto [it, fresh] = place.emplace(token, seen_used);
+        if (fresh) seen_list[seen_used++] = {token, 0};
+        seen_list[it->second].generated += generated;
+      };
+      for (int32_t token : d.prompt) add(token, 0);
+      for (int32_t token : d.generated) add(token, 1);
+      params[i].seen_count = seen_used - params[i].seen_begin;
+    }
+    params[i].bias_begin = bias_used;
+    for (const auto& [token, bias] : p.logit_bias) bias_list[bias_used++] = {token, bias};
+    params[i].bias_count = bias_used - params[i].bias_begin;
+  }
+  draw_inputs_.send();
+  const float* logits = draws[0].logits;
+  if (!in_place) {
+    float* gathered = device_.scratch.take<float>(n * vocab());
+    for (int64_t i = 0; i < n; ++i)
+      device_.copy(gathered + i * vocab(), draws[static_cast<size_t>(i)].logits, vocab() * 4);
+    logits = gathered;
+  }
+  PERIGEE_CHECK(n <= logits_rows_, "{} draws", n);
+  auto* tokens = reinterpret_cast<int32_t*>(results_);
+  auto* logprob = reinterpret_cast<float*>(results_) + n;
+  auto* entropy = logprob + n;
+  sample_tokens(device_, n, vocab(), logits, vocab(), params_at, seen_at, bias_at, plain, tokens, logprob, entropy);
+  device_.copy_out(results_host_.data(), results_, n * 12);
+  const auto* got = reinterpret_cast<const int32_t*>(results_host_.data());
+  const auto* numbers = reinterpret_cast<const float*>(results_host_.data()) + n;
+  for (int64_t i = 0; i < n; ++i) {
+    Draw& d = draws[static_cast<size_t>(i)];
+    d.token = got[i];
+    d.logprob = numbers[i];
+    d.entropy = numbers[n + i];
+  }
+}
+
+}  // namespace
+
+StateLayout device_state_layout(const ParamLayout& layout) {
+  return layout.matrices() == MatrixForm::kTiles ? device::state_layout<bf16>(layout.config())
+                                                 : device::state_layout<float>(layout.config());
+}
+
+int64_t device_scratch_bytes(const ParamLayout& layout, int64_t rows) {
+  const ModelConfig& c = layout.config();
+  const int64_t act = dtype_bytes(layout.dtype()), D = c.hidden_size, wide = c.kda_width();
+  const int64_t kda = act * (D + 9 * wide + 2 * c.kda_head_dim) + 4 * (2 * wide + 2 * c.kda_heads);
+  const int64_t mla = act * (D + c.num_heads * (c.qk_head_dim() + c.latent_width() + c.kv_lora_rank + c.v_head_dim)) +
+                      4 * c.latent_width();
+  const int64_t dense = act * (2 * D + 3 * std::max(c.intermediate_size, c.shared_intermediate_size()));
+  const int64_t routed = c.experts_per_token * (act * (3 * c.moe_intermediate_size + D) + 16) + 4 * c.num_experts;
+  // The residual stream, the final hidden states, and what kernels take for themselves.
+  return rows * (2 * (4 + act) * D + std::max({2 * kda, 2 * mla, dense + routed})) + (int64_t{640} << 20) +
+         2 * std::max<int64_t>(rows, 256) * c.vocab_size / 8;
+}
+
+std::unique_ptr<Backend> device_backend(Device& device, const ParamLayout& layout, const EngineConfig& config,
+                                        const std::byte* device_weights) {
+  if (layout.matrices() == MatrixForm::kTiles)
+    return std::make_unique<DeviceBackend<bf16>>(device, layout, config, device_weights);
+  PERIGEE_CHECK(layout.dtype() == Dtype::kF32);
+  return std::make_unique<DeviceBackend<float>>(device, layout, config, device_weights);
+}
+
+std::unique_ptr<Backend> device_backend(Device& device, const ParamLayout& layout, const EngineConfig& config) {
+  return device_backend(device, layout, config, nullptr);
+}
+
+}  // namespace perigee::policy

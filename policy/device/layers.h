@@ -1,0 +1,98 @@
+// The halves of a layer on a GPU, forward and backward. Private to policy/device; the equations and names are those of
+// policy/model/layers.h, and T, the type of activations, is float or bf16.
+//
+// A half computes f(norm(in)) and adds it to the residual stream x, which is float32 for both types: the last product of
+// a half is finished and then added once, as on the CPU. x may be in.
+#pragma once
+#include "kernels/device/batch.h"
+#include "kernels/device/device.h"
+#include "policy/model/forward.h"
+
+namespace perigee::policy::device {
+
+using kernels::Device;
+using kernels::DeviceBatch;
+
+// What every layer of one pass shares. Weights hold device memory.
+struct Pass {
+  Device& device;
+  const Weights& weights;
+  const ModelConfig& config;
+  DeviceBatch batch;
+  const StateLayout* state;      // inference: where a layer's part of a sequence's memory lies; training: null
+  const int32_t* active = nullptr;  // device: rows from *active on are padding of a decoding batch; null: none are
+
+  int64_t rows() const { return batch.rows; }
+  bool training() const { return batch.training(); }
+  const LayerParams& params(int64_t layer) const { return weights.layout->layer(layer); }
+  float* gradient_of(int tensor, float* flat) const {
+    return flat + weights.layout->tensor(tensor).element_offset;
+  }
+  template <class T>
+  T* take(int64_t width) const {
+    return device.scratch.take<T>(rows() * width);
+  }
+};
+
+template <class T>
+struct KdaActivations {
+  T* h = nullptr;                                    // [rows, D] normalised input
+  T* qkv = nullptr;                                  // [rows, 3Hd] before the convolution
+  T *q = nullptr, *k = nullptr, *v = nullptr;        // [rows, Hd] after it, q and k normalised
+  T *f_low = nullptr, *gate_low = nullptr;           // [rows, d]
+  float *f = nullptr, *b = nullptr;                  // [rows, Hd], [rows, H]
+  float *g = nullptr, *beta = nullptr;               // [rows, Hd], [rows, H]
+  T *gate = nullptr, *o = nullptr, *normed = nullptr;  // [rows, Hd]
+  T* chunk_states = nullptr;                         // training
+};
+// x: the residual stream, added to; null: only the activations are wanted again.
+template <class T>
+void kda_half_forward(const Pass& pass, int64_t layer, KdaActivations<T>& a, const float* in, float* x);
+// in: the residual stream as it entered the half. dy [rows, D]: its gradient as it left; dx [rows, D]: the same in
+// float32, to which the half adds its own part. gradient: flat, accumulated.
+template <class T>
+void kda_half_backward(const Pass& pass, int64_t layer, const float* in, const KdaActivations<T>& a, const T* dy, float* dx,
+                       float* gradient);
+
+template <class T>
+struct MlaActivations {
+  T* h = nullptr;         // [rows, D]
+  T* q = nullptr;         // [rows, H * (nope + rope)]
+  float* kv = nullptr;    // [rows, latent + rope] before the norm
+  T* c = nullptr;         // [rows, latent + rope] what the heads attend to; training
+  T* qa = nullptr;        // [rows, H * (latent + rope)] absorbed query
+  T* ol = nullptr;        // [rows, H * latent]
+  float* lse = nullptr;   // [rows, H]; training
+  T* o = nullptr;         // [rows, H * v]
+};
+template <class T>
+void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, const float* in, float* x);
+template <class T>
+void mla_half_backward(const Pass& pass, int64_t layer, const float* in, const MlaActivations<T>& a, const T* dy, float* dx,
+                       float* gradient);
+
+template <class T>
+struct FeedForwardActivations {
+  T* h = nullptr;                           // [rows, D]
+  T *gate_up = nullptr, *inner = nullptr;   // dense or shared: [rows, 2I], [rows, I]
+  // mixture of experts; slots = rows * top_k
+  float *logits = nullptr, *route_weights = nullptr;  // [rows, E], [rows, top_k]
+  int32_t *chosen = nullptr, *source = nullptr, *slot = nullptr, *offsets = nullptr;
+  T *expert_gate_up = nullptr, *expert_inner = nullptr, *expert_out = nullptr;  // [slots, 2Ie], [slots, Ie], [slots, D]
+};
+template <class T>
+void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivations<T>& a, const float* in, float* x);
+// dy32 [rows, D] is dy before it was rounded to T.
+template <class T>
+void feed_forward_backward(const Pass& pass, int64_t layer, const float* in, const FeedForwardActivations<T>& a, const T* dy,
+                           const float* dy32, float* dx, float* gradient);
+
+// What a sequence holds, for activations of type T.
+template <class T>
+StateLayout state_layout(const ModelConfig& config);
+
+// tokens device [rows] -> hidden device T [rows, hidden_size] after the final norm.
+template <class T>
+void forward(const Pass& pass, const int32_t* tokens, T* hidden);
+
+}  // namespace perigee::policy::device

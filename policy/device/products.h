@@ -1,0 +1,69 @@
+// Products of a pass's rows with weight tensors, forwards and backwards. Private to policy/device.
+#pragma once
+#include "kernels/gemm/gemm_device.h"
+#include "kernels/gemm/gemm_device_grad.h"
+#include "policy/device/layers.h"
+
+namespace perigee::policy::device {
+
+using kernels::Store;
+
+// y = x Wᵀ
+template <class T>
+kernels::DeviceMatmulTask<T> product(const Pass& pass, int tensor, const T* x, int64_t ldx, void* y, int64_t ldy,
+                                     Store store) {
+  const ParamSpec& t = pass.weights.layout->tensor(tensor);
+  return {pass.weights.table(tensor), t.n, t.k, x, ldx, pass.rows(), y, ldy, store};
+}
+
+// dx = dy W
+template <class T>
+kernels::DeviceGradInputTask<T> grad_input(const Pass& pass, int tensor, const T* dy, int64_t lddy, void* dx, int64_t lddx,
+                                           Store store) {
+  const ParamSpec& t = pass.weights.layout->tensor(tensor);
+  return {pass.weights.table(tensor), t.n, t.k, dy, lddy, pass.rows(), dx, lddx, store};
+}
+
+// dW += dyT x, into a flat gradient
+template <class T>
+kernels::DeviceGradWeightTask<T> grad_weight(const Pass& pass, int tensor, const T* dy, int64_t lddy, const T* x,
+                                             int64_t ldx, float* gradient) {
+  const ParamSpec& t = pass.weights.layout->tensor(tensor);
+  return {dy, lddy, x, ldx, pass.rows(), pass.gradient_of(tensor, gradient), t.n, t.k};
+}
+
+// The experts' matrices are tensors `first` .. `first + experts - 1`, equally far apart.
+struct ExpertStride {
+  int64_t bytes = 0, elements = 0;
+};
+inline ExpertStride expert_stride(const Pass& pass, int first) {
+  if (pass.config.num_experts == 1) return {};
+  const ParamSpec &a = pass.weights.layout->tensor(first), &b = pass.weights.layout->tensor(first + 1);
+  return {b.byte_offset - a.byte_offset, b.element_offset - a.element_offset};
+}
+
+template <class T>
+kernels::DeviceExpertTask<T> expert_product(const Pass& pass, int first, const T* x, const int32_t* source,
+                                            const int32_t* offsets, T* y) {
+  const ParamSpec& t = pass.weights.layout->tensor(first);
+  return {pass.weights.table(first), expert_stride(pass, first).bytes, pass.config.num_experts, t.n, t.k, x, t.k, source,
+          offsets, pass.rows() * pass.config.experts_per_token, y, t.n};
+}
+
+template <class T>
+kernels::DeviceExpertGradInputTask<T> expert_grad_input(const Pass& pass, int first, const T* dy, const int32_t* offsets,
+                                                        T* dx) {
+  const ParamSpec& t = pass.weights.layout->tensor(first);
+  return {pass.weights.table(first), expert_stride(pass, first).bytes, pass.config.num_experts, t.n, t.k, dy, t.n, offsets,
+          pass.rows() * pass.config.experts_per_token, dx, t.k, Store::kAct};
+}
+
+template <class T>
+kernels::DeviceExpertGradWeightTask<T> expert_grad_weight(const Pass& pass, int first, const T* dy, const T* x,
+                                                          const int32_t* source, const int32_t* offsets, float* gradient) {
+  const ParamSpec& t = pass.weights.layout->tensor(first);
+  return {dy, t.n, x, t.k, source, offsets, pass.rows() * pass.config.experts_per_token, pass.gradient_of(first, gradient),
+          expert_stride(pass, first).elements, pass.config.num_experts, t.n, t.k};
+}
+
+}  // namespace perigee::policy::device
