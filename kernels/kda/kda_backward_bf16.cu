@@ -18,7 +18,8 @@ constexpr int kSharedBytes = static_cast<int>(std::max(sizeof(prepare::Shared), 
 static_assert(3 * (kSharedBytes + 1024) <= 228 * 1024);
 
 // Blocks [0, scan_blocks * heads * 2) scan one segment, the others prepare another.
-__global__ void __launch_bounds__(kThreads, 3) front_kernel(Operands scanned, int scan_blocks, Operands prepared) {
+__global__ void __launch_bounds__(kThreads, 3)
+    front_kernel(Operands scanned, int scan_blocks, Operands prepared) {
   extern __shared__ __align__(1024) std::byte memory[];
   const int heads = scanned.heads, block = blockIdx.x, of_scan = scan_blocks * heads * 2;
   if (block < of_scan) {
@@ -34,7 +35,8 @@ void launch_front(Device& dev, const Operands& scanned, const Operands& prepared
   const int blocks = scan_blocks * scanned.heads * 2 + (prepared.slot1 - prepared.slot0) * prepared.heads;
   if (blocks == 0) return;
   allow_shared_memory(front_kernel, kSharedBytes);
-  front_kernel<<<static_cast<unsigned>(blocks), kThreads, kSharedBytes, dev.stream()>>>(scanned, scan_blocks, prepared);
+  front_kernel<<<static_cast<unsigned>(blocks), kThreads, kSharedBytes, dev.stream()>>>(scanned, scan_blocks,
+                                                                                        prepared);
   PERIGEE_LAUNCHED();
 }
 
@@ -42,18 +44,21 @@ __global__ void slice_of_kernel(DeviceBatch batch, int* slice_of) {
   const int slice = blockIdx.x;
   const DeviceSlice s = batch.slice[slice];
   const int chunks = (s.count + kChunk - 1) / kChunk;
-  for (int c = threadIdx.x; c < chunks; c += blockDim.x) slice_of[kda_chunk_slot(s.begin, slice, c)] = slice + 1;
+  for (int c = threadIdx.x; c < chunks; c += blockDim.x)
+    slice_of[kda_chunk_slot(s.begin, slice, c)] = slice + 1;
 }
 
 }  // namespace
 
 template <>
-void kda_backward<bf16>(Device& dev, const KdaShape& shape, const bf16* q, const bf16* k, const bf16* v, const float* g,
-                        const float* beta, const bf16* chunk_states, const DeviceBatch& batch, const bf16* dout, bf16* dq,
-                        bf16* dk_, bf16* dv_, float* dg, float* dbeta) {
+void kda_backward<bf16>(Device& dev, const KdaShape& shape, const bf16* q, const bf16* k, const bf16* v,
+                        const float* g, const float* beta, const bf16* chunk_states, const DeviceBatch& batch,
+                        const bf16* dout, bf16* dq, bf16* dk_, bf16* dv_, float* dg, float* dbeta) {
   PERIGEE_CHECK(shape.heads > 0, "heads {}", shape.heads);
-  PERIGEE_CHECK(shape.dk > 0 && shape.dk <= kDim && shape.dk % 16 == 0, "dk {}: a multiple of 16 up to 128", shape.dk);
-  PERIGEE_CHECK(shape.dv > 0 && shape.dv <= kDim && shape.dv % 16 == 0, "dv {}: a multiple of 16 up to 128", shape.dv);
+  PERIGEE_CHECK(shape.dk > 0 && shape.dk <= kDim && shape.dk % 16 == 0, "dk {}: a multiple of 16 up to 128",
+                shape.dk);
+  PERIGEE_CHECK(shape.dv > 0 && shape.dv <= kDim && shape.dv % 16 == 0, "dv {}: a multiple of 16 up to 128",
+                shape.dv);
   PERIGEE_CHECK(batch.training(), "the backward takes whole sequences");
   if (batch.rows == 0 || batch.slices == 0 || batch.max_count == 0) return;
   const DeviceScratch::Mark mark(dev.scratch);
@@ -65,7 +70,8 @@ void kda_backward<bf16>(Device& dev, const KdaShape& shape, const bf16* q, const
                            dev.scratch.take<std::byte>(segments > 1 ? segment * heads * Record::kBytes : 0)};
   std::byte* dx = dev.scratch.take<std::byte>(segment * heads * kTileBytes);
   std::byte* ds = dev.scratch.take<std::byte>(segment * heads * kStateBytes);
-  float* carry[2] = {dev.scratch.take<float>(carry_floats(heads)), dev.scratch.take<float>(carry_floats(heads))};
+  float* carry[2] = {dev.scratch.take<float>(carry_floats(heads)),
+                     dev.scratch.take<float>(carry_floats(heads))};
   dev.zero(slice_of, slots * static_cast<int64_t>(sizeof(int)));
   slice_of_kernel<<<static_cast<unsigned>(batch.slices), 128, 0, dev.stream()>>>(batch, slice_of);
   PERIGEE_LAUNCHED();

@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kThreads, 3) finish_kernel(Operands o) {
   const int64_t at = static_cast<int64_t>(blockIdx.y) * o.heads + head;
   const unsigned s = shared_address(m.s), ds = shared_address(m.ds), dout = shared_address(m.dout),
                  dx = shared_address(m.dx);
-  copy_tile(s, kDim, o.states + (static_cast<int64_t>(slot) * o.heads + head) * o.dk * o.dv, o.dv, o.dk, o.dv);
+  copy_tile(s, kDim, o.states + (static_cast<int64_t>(slot) * o.heads + head) * o.dk * o.dv, o.dv, o.dk,
+            o.dv);
   copy_flat(ds, o.ds + at * kStateBytes, kStateBytes);
   copy_tile(dout, kChunk, o.dout + at_v, ld_v, n, o.dv);
   copy_flat(dx, o.dx + at * kTileBytes, kTileBytes);
@@ -53,7 +54,8 @@ __global__ void __launch_bounds__(kThreads, 3) finish_kernel(Operands o) {
   const int row = lane / 4, pair = 2 * (lane % 4);
   Fragment r[kDim / 16];
 #pragma unroll
-  for (int i = 0; i < kDim / 16; ++i) r[i] = load_fragment(o.records + at * Record::kBytes + Record::kR, i, lane);
+  for (int i = 0; i < kDim / 16; ++i)
+    r[i] = load_fragment(o.records + at * Record::kBytes + Record::kR, i, lane);
   {
     // All loads at once, of something present; then zeros for what is not.
     const int64_t from = at_k - tid + min(tid, o.dk - 1);
@@ -86,7 +88,8 @@ __global__ void __launch_bounds__(kThreads, 3) finish_kernel(Operands o) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
       if (i / 2 == warp)
-        dbeta[e % 2] = __fmaf_rn(low_of(w.r[e]), low_of(r[i].r[e]), __fmaf_rn(high_of(w.r[e]), high_of(r[i].r[e]), dbeta[e % 2]));
+        dbeta[e % 2] = __fmaf_rn(low_of(w.r[e]), low_of(r[i].r[e]),
+                                 __fmaf_rn(high_of(w.r[e]), high_of(r[i].r[e]), dbeta[e % 2]));
       u.r[e] = scale(r[i].r[e], e % 2 == 0 ? beta0 : beta1);
       w.r[e] = scale(w.r[e], e % 2 == 0 ? -beta0 : -beta1);
       if (i / 2 == warp) dv[i % 2].r[e] = w.r[e] ^ 0x80008000u;
@@ -102,7 +105,8 @@ __global__ void __launch_bounds__(kThreads, 3) finish_kernel(Operands o) {
       const Fragment b = load_fragment(m.ds, i * (kDim / 16) + 2 * warp + p, lane);
 #pragma unroll
       for (int t = 0; t < 2; ++t) {
-        const unsigned a0 = a.r[t], a1 = a.r[2 + t], b0 = transpose(b.r[2 * t]), b1 = transpose(b.r[2 * t + 1]);
+        const unsigned a0 = a.r[t], a1 = a.r[2 + t], b0 = transpose(b.r[2 * t]),
+                       b1 = transpose(b.r[2 * t + 1]);
         multiply(s_do[2 * p + t], d.r[0], d.r[1], d.r[2], d.r[3], a0, a1);
         multiply(s_w[2 * p + t], w.r[0], w.r[1], w.r[2], w.r[3], a0, a1);
         multiply(ds_u[2 * p + t], u.r[0], u.r[1], u.r[2], u.r[3], b0, b1);
@@ -207,8 +211,8 @@ __global__ void __launch_bounds__(kThreads, 3) finish_kernel(Operands o) {
 
 void launch_finish(Device& dev, const Operands& o) {
   allow_shared_memory(finish_kernel, sizeof(Shared));
-  finish_kernel<<<dim3(static_cast<unsigned>(o.heads), static_cast<unsigned>(o.slot1 - o.slot0)), kThreads, sizeof(Shared),
-                  dev.stream()>>>(o);
+  finish_kernel<<<dim3(static_cast<unsigned>(o.heads), static_cast<unsigned>(o.slot1 - o.slot0)), kThreads,
+                  sizeof(Shared), dev.stream()>>>(o);
   PERIGEE_LAUNCHED();
 }
 

@@ -34,7 +34,8 @@ __device__ __forceinline__ float reduce8(const float (&v)[8], int lane) {
   float w[4], x[2];
   const bool h16 = lane & 16, h8 = lane & 8, h4 = lane & 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) w[i] = (h16 ? v[i + 4] : v[i]) + __shfl_xor_sync(~0u, h16 ? v[i] : v[i + 4], 16);
+  for (int i = 0; i < 4; ++i)
+    w[i] = (h16 ? v[i + 4] : v[i]) + __shfl_xor_sync(~0u, h16 ? v[i] : v[i + 4], 16);
 #pragma unroll
   for (int i = 0; i < 2; ++i) x[i] = (h8 ? w[i + 2] : w[i]) + __shfl_xor_sync(~0u, h8 ? w[i] : w[i + 2], 8);
   float y = (h4 ? x[1] : x[0]) + __shfl_xor_sync(~0u, h4 ? x[0] : x[1], 4);
@@ -105,7 +106,8 @@ __device__ __forceinline__ void run(const Operands& o, std::byte* memory, int he
                  dout = shared_address(m.dout), v = shared_address(m.v);
   copy_tile(dout, kChunk, o.dout + at_v, ld_v, n, o.dv);
   copy_tile(v, kChunk, o.v + at_v, ld_v, n, o.dv);
-  copy_tile(s, kDim, o.states + (static_cast<int64_t>(slot) * o.heads + head) * o.dk * o.dv, o.dv, o.dk, o.dv);
+  copy_tile(s, kDim, o.states + (static_cast<int64_t>(slot) * o.heads + head) * o.dk * o.dv, o.dv, o.dk,
+            o.dv);
   copies_committed();
   if (tid < kChunk) m.beta[tid] = tid < n ? o.beta[(chunk.row + tid) * o.heads + head] : 0.0f;
   {
@@ -182,22 +184,23 @@ __device__ __forceinline__ void run(const Operands& o, std::byte* memory, int he
                    y3 = pack(y[1][2], y[1][3]);
     multiply(r[0], y0, y1, y2, y3, m_inverse.r[0], m_inverse.r[2]);
     multiply(r[1], y0, y1, y2, y3, m_inverse.r[1], m_inverse.r[3]);
-    store_fragment(record + Record::kR, panel, lane, transpose(pack(r[0][0], r[0][1])), transpose(pack(r[1][0], r[1][1])),
-                   transpose(pack(r[0][2], r[0][3])), transpose(pack(r[1][2], r[1][3])));
+    store_fragment(record + Record::kR, panel, lane, transpose(pack(r[0][0], r[0][1])),
+                   transpose(pack(r[1][0], r[1][1])), transpose(pack(r[0][2], r[0][3])),
+                   transpose(pack(r[1][2], r[1][3])));
 
     const Fragment d = load_block_transposed(block_address(dout, 0, panel, lane));
     multiply(du[0], d.r[0], d.r[2], d.r[1], d.r[3], b_small.r[0], b_small.r[1]);
     multiply(du[1], d.r[0], d.r[2], d.r[1], d.r[3], b_small.r[2], b_small.r[3]);
-    const unsigned u0 = pack(du[0][0], du[0][1]), u1 = pack(du[0][2], du[0][3]), u2 = pack(du[1][0], du[1][1]),
-                   u3 = pack(du[1][2], du[1][3]);
+    const unsigned u0 = pack(du[0][0], du[0][1]), u1 = pack(du[0][2], du[0][3]),
+                   u2 = pack(du[1][0], du[1][1]), u3 = pack(du[1][2], du[1][3]);
     multiply(x0[0], u0, u1, u2, u3, l_inverse.r[0], l_inverse.r[1]);
     multiply(x0[1], u0, u1, u2, u3, l_inverse.r[2], l_inverse.r[3]);
     const Fragment k = load_block_transposed(block_address(kt, 0, panel, lane));
     multiply(w[0], k.r[0], k.r[2], k.r[1], k.r[3], l_inverse.r[0], l_inverse.r[1]);
     multiply(w[1], k.r[0], k.r[2], k.r[1], k.r[3], l_inverse.r[2], l_inverse.r[3]);
     std::byte* const values = record + Record::kHalf + panel / 4 * Record::kHalfBytes;
-    store_fragment(values, panel % 4, lane, pack(x0[0][0], x0[0][1]), pack(x0[1][0], x0[1][1]), pack(x0[0][2], x0[0][3]),
-                   pack(x0[1][2], x0[1][3]));
+    store_fragment(values, panel % 4, lane, pack(x0[0][0], x0[0][1]), pack(x0[1][0], x0[1][1]),
+                   pack(x0[0][2], x0[0][3]), pack(x0[1][2], x0[1][3]));
     store_fragment(values, 4 + panel % 4, lane, d.r[0], d.r[1], d.r[2], d.r[3]);
     __syncwarp();  // all lanes have read the block of K~
     store_block_transposed(block_address(kt, 0, panel, lane), pack(w[0][0], w[0][1]), pack(w[1][0], w[1][1]),

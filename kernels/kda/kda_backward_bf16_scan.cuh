@@ -11,7 +11,7 @@ namespace perigee::kernels::kda_grad::scan {
 
 constexpr int kStages = 4, kHalf = 64, kPanels = kDim / 16;
 
-struct Stage {  // pieces of a record, brought by two bulk copies
+struct Stage {                     // pieces of a record, brought by two bulk copies
   std::byte keys[3 * kTileBytes];  // Gamma K, Gamma Q, W
   float decay[kDim], beta[kChunk];
   std::byte values[Record::kHalfBytes];
@@ -27,16 +27,21 @@ __device__ __forceinline__ void wait_full(unsigned barrier, unsigned parity) {
       "{\n .reg .pred p;\n"
       "again_%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
       " @!p bra again_%=;\n}"
-      : : "r"(barrier), "r"(parity) : "memory");
+      :
+      : "r"(barrier), "r"(parity)
+      : "memory");
 }
 
 __device__ __forceinline__ void bulk_copy(unsigned to, const std::byte* from, int bytes, unsigned barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-               : : "r"(to), "l"(from), "r"(bytes), "r"(barrier) : "memory");
+               :
+               : "r"(to), "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
 }
 
 // steps: how many stages this block has used; goes on from slice to slice.
-__device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half, int head, int slice_index, unsigned& steps) {
+__device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half, int head, int slice_index,
+                                          unsigned& steps) {
   const DeviceSlice slice = o.batch.slice[slice_index];
   const int first = static_cast<int>(kda_chunk_slot(slice.begin, slice_index, 0));
   const int end = first + (slice.count + kChunk - 1) / kChunk;
@@ -53,7 +58,8 @@ __device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half
     for (int e = 0; e < 4; ++e) ds[i][e] = high < end ? carry_in[(4 * i + e) * kThreads] : 0.0f;
 
   const unsigned step0 = steps;
-  const std::byte* next = o.records + (static_cast<int64_t>(high - 1 - o.slot0) * o.heads + head) * Record::kBytes;
+  const std::byte* next =
+      o.records + (static_cast<int64_t>(high - 1 - o.slot0) * o.heads + head) * Record::kBytes;
   const int64_t stride = static_cast<int64_t>(o.heads) * Record::kBytes;
   unsigned filled = steps;
   int left = high - low;
@@ -62,9 +68,12 @@ __device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half
       Stage& stage = m.stages[filled % kStages];
       const unsigned barrier = shared_address(&m.full[filled % kStages]);
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                   : : "r"(barrier), "n"(Record::kKeyBytes + Record::kHalfBytes) : "memory");
+                   :
+                   : "r"(barrier), "n"(Record::kKeyBytes + Record::kHalfBytes)
+                   : "memory");
       bulk_copy(shared_address(stage.keys), next, Record::kKeyBytes, barrier);
-      bulk_copy(shared_address(stage.values), next + Record::kHalf + half * Record::kHalfBytes, Record::kHalfBytes, barrier);
+      bulk_copy(shared_address(stage.values), next + Record::kHalf + half * Record::kHalfBytes,
+                Record::kHalfBytes, barrier);
     }
     next -= stride;
     ++filled;
@@ -107,7 +116,8 @@ __device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half
     }
 #pragma unroll
     for (int p = 0; p < kPanels; p += 2) {
-      const Fragment b = load_block(block_address(w, 0, p, lane)), c = load_block(block_address(w, 0, p + 1, lane));
+      const Fragment b = load_block(block_address(w, 0, p, lane)),
+                     c = load_block(block_address(w, 0, p + 1, lane));
       multiply(x[0], a[p][0], a[p][1], a[p][2], a[p][3], b.r[0], b.r[2]);
       multiply(x[1], a[p][0], a[p][1], a[p][2], a[p][3], b.r[1], b.r[3]);
       multiply(y[0], a[p + 1][0], a[p + 1][1], a[p + 1][2], a[p + 1][3], c.r[0], c.r[2]);
@@ -143,8 +153,9 @@ __device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half
       multiply(ds[2 * p], v[0][0], v[0][1], v[1][0], v[1][1], b.r[0], b.r[1]);
       multiply(ds[2 * p + 1], v[0][0], v[0][1], v[1][0], v[1][1], b.r[2], b.r[3]);
     }
-    store_fragment(dx_out, 4 * half + warp, lane, transpose(pack(x[0][0], x[0][1])), transpose(pack(x[1][0], x[1][1])),
-                   transpose(pack(x[0][2], x[0][3])), transpose(pack(x[1][2], x[1][3])));
+    store_fragment(dx_out, 4 * half + warp, lane, transpose(pack(x[0][0], x[0][1])),
+                   transpose(pack(x[1][0], x[1][1])), transpose(pack(x[0][2], x[0][3])),
+                   transpose(pack(x[1][2], x[1][3])));
     dx_out -= o.heads * static_cast<int64_t>(kTileBytes);
   }
   if (low > first) {
@@ -156,7 +167,8 @@ __device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half
 }
 
 // One of `of` blocks that share the slices of a head and half of the values.
-__device__ __forceinline__ void run(const Operands& o, std::byte* memory, int head, int half, int block, int of) {
+__device__ __forceinline__ void run(const Operands& o, std::byte* memory, int head, int half, int block,
+                                    int of) {
   Shared& m = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i)

@@ -14,7 +14,9 @@ struct Operands {
   float *dq, *dk, *dv, *dg, *dbeta;
 };
 
-__host__ __device__ inline int round_up16(int n) { return (n + 15) / 16 * 16; }
+__host__ __device__ inline int round_up16(int n) {
+  return (n + 15) / 16 * 16;
+}
 
 // In shared memory. Rows of values are ldv floats apart: dv rounded up to 16, what lies past dv computed from zeros as
 // the CPU does, and one more, so that a column of a product meets different banks.
@@ -46,7 +48,8 @@ struct Buffers {
 
 // c[r][column] = the chain over i < depth of a[r*lda + i*step] b(i, column), for 16 rows.
 template <class B>
-__device__ void multiply16(int depth, int columns, const float* a, int lda, int step, B b, float* c, int ldc) {
+__device__ void multiply16(int depth, int columns, const float* a, int lda, int step, B b, float* c,
+                           int ldc) {
   for (int item = threadIdx.x; item < 2 * columns; item += kThreads) {
     const int column = item % columns, r0 = item / columns * 8;
     float sum[8];
@@ -62,8 +65,8 @@ __device__ void multiply16(int depth, int columns, const float* a, int lda, int 
 }
 
 // dq, dk, dg of all rows in channel x: the chain of decayed keys forwards, then its gradient backwards.
-__device__ void key_gradients(const Operands& o, int64_t at, int64_t ld, int n, int dk, int x, const Rows& rows,
-                              const Buffers& m) {
+__device__ void key_gradients(const Operands& o, int64_t at, int64_t ld, int n, int dk, int x,
+                              const Rows& rows, const Buffers& m) {
   float decayed[16][16], gamma[16], dkey[16];  // all indices are constants once the loops are unrolled
   float product = 1.0f;
 #pragma unroll
@@ -109,7 +112,8 @@ __device__ void key_gradients(const Operands& o, int64_t at, int64_t ld, int n, 
 }
 
 // far_ds: null, or [blocks][dk, dvp] for dS where shared memory is too small.
-__global__ void __launch_bounds__(kThreads) backward_kernel(Shape shape, Operands o, DeviceBatch batch, float* far_ds) {
+__global__ void __launch_bounds__(kThreads)
+    backward_kernel(Shape shape, Operands o, DeviceBatch batch, float* far_ds) {
   extern __shared__ float memory[];
   const int head = blockIdx.x, slice_index = blockIdx.y, dk = shape.dk, dv = shape.dv;
   const int dvp = round_up16(dv), ldv = dvp + 1, tid = threadIdx.x;
@@ -125,18 +129,22 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Shape shape, Operand
     const int64_t row = slice.begin + static_cast<int64_t>(c) * kChunk;
     const int n = min(kChunk, slice.count - c * kChunk);
     const bool last = c == chunks - 1;
-    const int64_t at_k = row * ld_k + static_cast<int64_t>(head) * dk, at_v = row * ld_v + static_cast<int64_t>(head) * dv;
-    const float* s = o.chunk_states + (kda_chunk_slot(slice.begin, slice_index, c) * shape.heads + head) * dk * dv;
+    const int64_t at_k = row * ld_k + static_cast<int64_t>(head) * dk,
+                  at_v = row * ld_v + static_cast<int64_t>(head) * dv;
+    const float* s =
+        o.chunk_states + (kda_chunk_slot(slice.begin, slice_index, c) * shape.heads + head) * dk * dv;
 
     // The forward of the chunk, without the outputs.
     __syncthreads();
     open_chunk(dk, rows);
     prepare_rows(n, dk, o.q + at_k, o.k + at_k, o.g + at_k, ld_k, rows);
     inner_products(0, n, dk, rows);
-    multiply16(dk, dvp, rows.gkq, 2 * dk, 1, [&](int i, int x) { return x < dv ? s[static_cast<int64_t>(i) * dv + x] : 0.0f; },
-               m.residual, ldv);
+    multiply16(
+        dk, dvp, rows.gkq, 2 * dk, 1,
+        [&](int i, int x) { return x < dv ? s[static_cast<int64_t>(i) * dv + x] : 0.0f; }, m.residual, ldv);
     if (!last)
-      multiply16(dk, dvp, rows.k_decayed, 1, 16, [&](int i, int x) { return ds[i * dvp + x]; }, m.du, ldv);
+      multiply16(
+          dk, dvp, rows.k_decayed, 1, 16, [&](int i, int x) { return ds[i * dvp + x]; }, m.du, ldv);
 
     // u, dv; a column to a thread.
     for (int x = tid; x < dvp; x += kThreads) {
@@ -166,7 +174,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Shape shape, Operand
       const int i = tid / 16, lane = tid % 16;
       float dbeta = 0.0f;
       if (i < n)
-        for (int x = lane; x < dvp; x += 16) dbeta = math::fma(m.du[i * ldv + x], m.residual[i * ldv + x], dbeta);
+        for (int x = lane; x < dvp; x += 16)
+          dbeta = math::fma(m.du[i * ldv + x], m.residual[i * ldv + x], dbeta);
       dbeta = math::reduce_add16(dbeta);
       if (i < n && lane == 0) o.dbeta[(row + i) * shape.heads + head] = dbeta;
     }
@@ -205,7 +214,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Shape shape, Operand
       float sum = 0.0f;
       if (!last)
         for (int y = tid % 16; y < dvp; y += 16)
-          sum = y < dv ? math::fma(s[static_cast<int64_t>(x) * dv + y], ds[x * dvp + y], sum) : math::fma(0.0f, 0.0f, sum);
+          sum = y < dv ? math::fma(s[static_cast<int64_t>(x) * dv + y], ds[x * dvp + y], sum)
+                       : math::fma(0.0f, 0.0f, sum);
       sum = math::reduce_add16(sum);
       if (tid % 16 == 0) m.dgamma[x] = sum;
     }
@@ -236,10 +246,11 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(Shape shape, Operand
 
 template <>
 void kda_backward<float>(Device& dev, const KdaShape& shape, const float* q, const float* k, const float* v,
-                         const float* g, const float* beta, const float* chunk_states, const DeviceBatch& batch,
-                         const float* dout, float* dq, float* dk_, float* dv_, float* dg, float* dbeta) {
-  PERIGEE_CHECK(shape.heads > 0 && shape.dk > 0 && shape.dv > 0, "heads {} dk {} dv {}", shape.heads, shape.dk,
-                shape.dv);
+                         const float* g, const float* beta, const float* chunk_states,
+                         const DeviceBatch& batch, const float* dout, float* dq, float* dk_, float* dv_,
+                         float* dg, float* dbeta) {
+  PERIGEE_CHECK(shape.heads > 0 && shape.dk > 0 && shape.dv > 0, "heads {} dk {} dv {}", shape.heads,
+                shape.dk, shape.dv);
   PERIGEE_CHECK(batch.training(), "the backward takes whole sequences");
   if (batch.rows == 0 || batch.slices == 0 || batch.max_count == 0) return;
   const Shape s{static_cast<int>(shape.heads), static_cast<int>(shape.dk), static_cast<int>(shape.dv)};
@@ -254,8 +265,9 @@ void kda_backward<float>(Device& dev, const KdaShape& shape, const float* q, con
     far_ds = dev.scratch.take<float>(static_cast<int64_t>(ds_floats) * s.heads * batch.slices);
   const int bytes = floats * static_cast<int>(sizeof(float));
   allow_shared_memory(backward_kernel, bytes);
-  backward_kernel<<<dim3(static_cast<unsigned>(s.heads), static_cast<unsigned>(batch.slices)), kThreads, bytes,
-                    dev.stream()>>>(s, {q, k, v, g, beta, chunk_states, dout, dq, dk_, dv_, dg, dbeta}, batch, far_ds);
+  backward_kernel<<<dim3(static_cast<unsigned>(s.heads), static_cast<unsigned>(batch.slices)), kThreads,
+                    bytes, dev.stream()>>>(s, {q, k, v, g, beta, chunk_states, dout, dq, dk_, dv_, dg, dbeta},
+                                           batch, far_ds);
   PERIGEE_LAUNCHED();
 }
 

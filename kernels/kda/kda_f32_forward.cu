@@ -29,10 +29,12 @@ struct HeadState {
   }
 };
 
-int shared_floats(int dk) { return Rows::floats(dk) + kColumns * (dk + 32 + 16); }
+int shared_floats(int dk) {
+  return Rows::floats(dk) + kColumns * (dk + 32 + 16);
+}
 
-__global__ void __launch_bounds__(kThreads) forward_kernel(Shape shape, Operands x, DeviceBatch batch,
-                                                           int64_t state_offset) {
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(Shape shape, Operands x, DeviceBatch batch, int64_t state_offset) {
   extern __shared__ float memory[];
   const int slice_index = blockIdx.y, dk = shape.dk, dv = shape.dv;
   const int blocks = (dv + kColumns - 1) / kColumns, head = blockIdx.x / blocks;
@@ -40,9 +42,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Shape shape, Operands
   const DeviceSlice slice = batch.slice[slice_index];
   if (slice.count == 0) return;
   const Rows rows(memory, dk);
-  float* s = memory + Rows::floats(dk);     // [dk, kColumns]
-  float* s_kq = s + kColumns * dk;          // [32, kColumns]
-  float* u = s_kq + kColumns * 32;          // [16, kColumns]
+  float* s = memory + Rows::floats(dk);  // [dk, kColumns]
+  float* s_kq = s + kColumns * dk;       // [32, kColumns]
+  float* u = s_kq + kColumns * 32;       // [16, kColumns]
   const int c = threadIdx.x % kColumns, group = threadIdx.x / kColumns, column = column0 + c;
   constexpr int kGroups = kThreads / kColumns;
   const bool inside = column < dv;
@@ -69,7 +71,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Shape shape, Operands
     if (x.chunk_states != nullptr) {
       float* to = x.chunk_states + (slot++ * shape.heads + head) * dk * dv;
       if (inside)
-        for (int i = group; i < dk; i += kGroups) to[static_cast<int64_t>(i) * dv + column] = s[i * kColumns + c];
+        for (int i = group; i < dk; i += kGroups)
+          to[static_cast<int64_t>(i) * dv + column] = s[i * kColumns + c];
     }
     if (filled == 0) {
       for (int i = group; i < kChunk; i += kGroups) u[i * kColumns + c] = 0.0f;
@@ -86,7 +89,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Shape shape, Operands
       const float s_i = s[i * kColumns + c];
 #pragma unroll
       for (int r = 0; r < 32 / kGroups; ++r)
-        if (group + r * kGroups < 2 * n) sum[r] = math::fma(rows.gkq[(group + r * kGroups) * dk + i], s_i, sum[r]);
+        if (group + r * kGroups < 2 * n)
+          sum[r] = math::fma(rows.gkq[(group + r * kGroups) * dk + i], s_i, sum[r]);
     }
 #pragma unroll
     for (int r = 0; r < 32 / kGroups; ++r) {
@@ -131,14 +135,15 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Shape shape, Operands
   }
   if (training || !inside) return;
   if (changed)
-    for (int i = group; i < dk; i += kGroups) state.s[static_cast<int64_t>(i) * dv + column] = s[i * kColumns + c];
+    for (int i = group; i < dk; i += kGroups)
+      state.s[static_cast<int64_t>(i) * dv + column] = s[i * kColumns + c];
   for (int i = group; i < kChunk; i += kGroups)
     state.u[static_cast<int64_t>(i) * dv + column] = filled == 0 ? 0.0f : u[i * kColumns + c];
 }
 
 // Gamma and K~ as the slice leaves them. A kernel of its own, after the blocks of columns have all read the old ones.
-__global__ void __launch_bounds__(kThreads) close_kernel(Shape shape, const float* k, const float* g, DeviceBatch batch,
-                                                         int64_t state_offset) {
+__global__ void __launch_bounds__(kThreads)
+    close_kernel(Shape shape, const float* k, const float* g, DeviceBatch batch, int64_t state_offset) {
   const int head = blockIdx.x, dk = shape.dk;
   const DeviceSlice slice = batch.slice[blockIdx.y];
   if (slice.count == 0) return;
@@ -152,7 +157,8 @@ __global__ void __launch_bounds__(kThreads) close_kernel(Shape shape, const floa
   // The rows of the slice that lie in the chunk it leaves open.
   const int n = min(filled, slice.count), first = filled - n;
   const int64_t ld = static_cast<int64_t>(shape.heads) * dk;
-  const int64_t at = (static_cast<int64_t>(slice.begin) + slice.count - n) * ld + static_cast<int64_t>(head) * dk;
+  const int64_t at =
+      (static_cast<int64_t>(slice.begin) + slice.count - n) * ld + static_cast<int64_t>(head) * dk;
   for (int x = threadIdx.x; x < dk; x += kThreads) {
     float gamma = first == 0 ? 1.0f : state.gamma[x];
     for (int r = 0; r < n; ++r) gamma = gamma * math::exp(g[at + r * ld + x]);
@@ -179,23 +185,24 @@ int64_t kda_state_bytes<float>(const KdaShape& shape) {
 
 template <>
 void kda_forward<float>(Device& dev, const KdaShape& shape, const float* q, const float* k, const float* v,
-                        const float* g, const float* beta, const DeviceBatch& batch, int64_t state_offset, float* out,
-                        float* chunk_states) {
-  PERIGEE_CHECK(shape.heads > 0 && shape.dk > 0 && shape.dv > 0, "heads {} dk {} dv {}", shape.heads, shape.dk,
-                shape.dv);
+                        const float* g, const float* beta, const DeviceBatch& batch, int64_t state_offset,
+                        float* out, float* chunk_states) {
+  PERIGEE_CHECK(shape.heads > 0 && shape.dk > 0 && shape.dv > 0, "heads {} dk {} dv {}", shape.heads,
+                shape.dk, shape.dv);
   PERIGEE_CHECK(chunk_states == nullptr || batch.training(), "chunk states are stored in training");
   if (batch.rows == 0 || batch.slices == 0 || batch.max_count == 0) return;
   const Shape s{static_cast<int>(shape.heads), static_cast<int>(shape.dk), static_cast<int>(shape.dv)};
   const int bytes = shared_floats(s.dk) * static_cast<int>(sizeof(float));
   PERIGEE_CHECK(bytes <= 227 * 1024, "dk {} needs {} bytes of shared memory", s.dk, bytes);
   allow_shared_memory(forward_kernel, bytes);
-  const dim3 grid(blocks_for(s.dv, kColumns) * static_cast<unsigned>(s.heads), static_cast<unsigned>(batch.slices));
+  const dim3 grid(blocks_for(s.dv, kColumns) * static_cast<unsigned>(s.heads),
+                  static_cast<unsigned>(batch.slices));
   forward_kernel<<<grid, kThreads, bytes, dev.stream()>>>(s, {q, k, v, g, beta, out, chunk_states}, batch,
                                                           state_offset);
   PERIGEE_LAUNCHED();
   if (batch.training()) return;
-  close_kernel<<<dim3(static_cast<unsigned>(s.heads), static_cast<unsigned>(batch.slices)), kThreads, 0, dev.stream()>>>(
-      s, k, g, batch, state_offset);
+  close_kernel<<<dim3(static_cast<unsigned>(s.heads), static_cast<unsigned>(batch.slices)), kThreads, 0,
+                 dev.stream()>>>(s, k, g, batch, state_offset);
   PERIGEE_LAUNCHED();
 }
 

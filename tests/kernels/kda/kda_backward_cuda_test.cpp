@@ -26,7 +26,8 @@ Bf16Case make_bf16_case(KdaShape shape, const std::vector<int64_t>& lengths, Dec
   for (Floats* f : {&x.c.q, &x.c.k, &x.c.v, &x.c.dout}) *f = widen(narrow(*f));
   Context ctx(2);
   const int64_t one = shape.heads * shape.dk * shape.dv;
-  x.states.resize(static_cast<size_t>(kda_chunk_slots(rows, static_cast<int64_t>(lengths.size())) * one), bf16{0x7fc0});
+  x.states.resize(static_cast<size_t>(kda_chunk_slots(rows, static_cast<int64_t>(lengths.size())) * one),
+                  bf16{0x7fc0});
   for (size_t i = 0; i < x.slices.size(); ++i) {
     Floats state(static_cast<size_t>(kda_state_floats(shape)));
     const int64_t chunks = (x.slices[i].count + kKdaChunk - 1) / kKdaChunk;
@@ -57,7 +58,8 @@ Bf16Gradients run(Device& d, const Bf16Case& x) {
   }
   const DeviceArray<DeviceSlice> slice_memory(d, slices);
   batch.slice = slice_memory;
-  const DeviceArray<bf16> q(d, narrow(c.q)), k(d, narrow(c.k)), v(d, narrow(c.v)), dout(d, narrow(c.dout)), states(d, x.states);
+  const DeviceArray<bf16> q(d, narrow(c.q)), k(d, narrow(c.k)), v(d, narrow(c.v)), dout(d, narrow(c.dout)),
+      states(d, x.states);
   const DeviceArray<float> g(d, c.g), beta(d, c.beta), dg(d, g.size()), dbeta(d, beta.size());
   const DeviceArray<bf16> dq(d, q.size()), dk(d, k.size()), dv(d, v.size());
   kda_backward<bf16>(d, c.shape, q, k, v, g, beta, states, batch, dout, dq, dk, dv, dg, dbeta);
@@ -87,13 +89,14 @@ Errors errors(const Bf16Case& x, const Bf16Gradients& d) {
           ek[to] = e.dk[from];
           eg[to] = e.dg[from];
         }
-        for (int64_t y = 0; y < dv; ++y) ev[static_cast<size_t>(row * dv + y)] = e.dv[static_cast<size_t>(t * dv + y)];
+        for (int64_t y = 0; y < dv; ++y)
+          ev[static_cast<size_t>(row * dv + y)] = e.dv[static_cast<size_t>(t * dv + y)];
         ebeta[static_cast<size_t>(row)] = e.dbeta[static_cast<size_t>(t)];
       }
     }
   }
-  return {relative_error(d.dq, eq), relative_error(d.dk, ek), relative_error(d.dv, ev), relative_error(d.dg, eg),
-          relative_error(d.dbeta, ebeta)};
+  return {relative_error(d.dq, eq), relative_error(d.dk, ek), relative_error(d.dv, ev),
+          relative_error(d.dg, eg), relative_error(d.dbeta, ebeta)};
 }
 
 // Each of S, dS', W, X0, R, dX, the scaled keys and queries, and the 16x16 matrices is rounded to bf16 once (2^-9 at most,
@@ -115,8 +118,11 @@ TEST_F(KdaBackwardDevice, agrees_with_the_recurrence_in_float64) {
     std::vector<int64_t> lengths;
   };
   const std::vector<Shapes> shapes = {
-      {{2, 128, 128}, {100, 0, 1, 37, 16, 17}}, {{1, 64, 32}, {33, 70}}, {{3, 16, 48}, {5, 64}},
-      {{1, 112, 80}, {90}},                     {{1, 128, 128}, {700}},
+      {{2, 128, 128}, {100, 0, 1, 37, 16, 17}},
+      {{1, 64, 32}, {33, 70}},
+      {{3, 16, 48}, {5, 64}},
+      {{1, 112, 80}, {90}},
+      {{1, 128, 128}, {700}},
   };
   uint64_t seed = 1;
   for (const Shapes& s : shapes) {
@@ -159,7 +165,8 @@ TEST_F(KdaBackwardDevice, gives_the_same_bits_again_and_in_any_company) {
   alone.c.dout = rows_of(packed.c.dout, ld);
   alone.c.beta = rows_of(packed.c.beta, 2);
   alone.slices = {{0, n, 0}};
-  alone.states.assign(packed.states.begin() + kda_chunk_slot(begin, 1, 0) * one, packed.states.begin() + kda_chunk_slot(begin, 1, 9) * one);
+  alone.states.assign(packed.states.begin() + kda_chunk_slot(begin, 1, 0) * one,
+                      packed.states.begin() + kda_chunk_slot(begin, 1, 9) * one);
   const Bf16Gradients c = run(device(), alone);
   EXPECT_EQ(std::memcmp(c.dk.data(), a.dk.data() + begin * ld, c.dk.size() * 2), 0);
   EXPECT_EQ(std::memcmp(c.dv.data(), a.dv.data() + begin * ld, c.dv.size() * 2), 0);

@@ -16,7 +16,7 @@ struct Shapes {
 };
 
 const std::vector<Shapes> kCases = {
-    {{1, 1, 1}, {1, 33}},       {{2, 16, 16}, {16, 0, 40}},  {{3, 5, 7}, {70, 1}},
+    {{1, 1, 1}, {1, 33}},       {{2, 16, 16}, {16, 0, 40}},   {{3, 5, 7}, {70, 1}},
     {{1, 24, 40}, {17, 31, 2}}, {{2, 128, 128}, {50, 0, 37}}, {{1, 72, 136}, {20}},
 };
 
@@ -28,7 +28,8 @@ struct Inputs {
 std::vector<DeviceSlice> device_slices(const std::vector<Slice>& slices) {
   std::vector<DeviceSlice> r;
   for (const Slice& s : slices)
-    r.push_back({static_cast<int32_t>(s.begin), static_cast<int32_t>(s.count), static_cast<int32_t>(s.position)});
+    r.push_back(
+        {static_cast<int32_t>(s.begin), static_cast<int32_t>(s.count), static_cast<int32_t>(s.position)});
   return r;
 }
 
@@ -82,7 +83,8 @@ TEST_F(KdaF32Device, the_forward_and_its_states_have_the_bits_of_the_cpu) {
     DeviceArray<std::byte> memory(d, bytes * static_cast<int64_t>(sequences.size()));
     d.zero(memory, memory.size());
     std::vector<std::byte*> recurrent;
-    for (size_t i = 0; i < sequences.size(); ++i) recurrent.push_back(memory + static_cast<int64_t>(i) * bytes);
+    for (size_t i = 0; i < sequences.size(); ++i)
+      recurrent.push_back(memory + static_cast<int64_t>(i) * bytes);
     const DeviceArray<std::byte*> pointers(d, recurrent);
     std::vector<int64_t> done(sequences.size());
     for (int call = 0;; ++call) {
@@ -94,7 +96,9 @@ TEST_F(KdaF32Device, the_forward_and_its_states_have_the_bits_of_the_cpu) {
         const int64_t rest = sequences[i].count - done[i];
         left += rest;
         const float kind = random.next_float();
-        const int64_t piece = kind < 0.4f ? 1 : kind < 0.5f ? 0 : 1 + static_cast<int64_t>(random.next_float() * 40.0f);
+        const int64_t piece = kind < 0.4f   ? 1
+                              : kind < 0.5f ? 0
+                                            : 1 + static_cast<int64_t>(random.next_float() * 40.0f);
         slices.push_back({sequences[i].begin + done[i], std::min(rest, piece), done[i]});
         cpu.push_back({slices.back(), states[i].data()});
         done[i] += slices.back().count;
@@ -107,11 +111,15 @@ TEST_F(KdaF32Device, the_forward_and_its_states_have_the_bits_of_the_cpu) {
       const DeviceArray<float> out(d, before);
       kda_forward<float>(d, x.shape, in.q, in.k, in.v, in.g, in.beta, batch, kStateOffset, out);
       const Floats expected = run_forward(ctx, c, cpu);
-      ASSERT_EQ(first_difference(out.get(), expected), -1) << "dk " << x.shape.dk << " dv " << x.shape.dv << " call " << call;
+      ASSERT_EQ(first_difference(out.get(), expected), -1)
+          << "dk " << x.shape.dk << " dv " << x.shape.dv << " call " << call;
       const std::vector<std::byte> got = memory.get();
       for (size_t i = 0; i < sequences.size(); ++i)
-        ASSERT_EQ(first_difference(to_floats(got, static_cast<int64_t>(i) * bytes + kStateOffset, floats), states[i]), -1)
-            << "dk " << x.shape.dk << " dv " << x.shape.dv << " call " << call << " sequence " << i << " position " << done[i];
+        ASSERT_EQ(first_difference(to_floats(got, static_cast<int64_t>(i) * bytes + kStateOffset, floats),
+                                   states[i]),
+                  -1)
+            << "dk " << x.shape.dk << " dv " << x.shape.dv << " call " << call << " sequence " << i
+            << " position " << done[i];
     }
   }
 }
@@ -149,7 +157,8 @@ TEST_F(KdaF32Device, training_has_the_bits_of_the_cpu) {
       for (size_t i = 0; i < slices.size(); ++i)
         for (int64_t j = 0; j < (slices[i].count + kKdaChunk - 1) / kKdaChunk; ++j, ++chunk) {
           const int64_t slot = kda_chunk_slot(slices[i].begin, static_cast<int64_t>(i), j);
-          ASSERT_EQ(std::memcmp(&got[static_cast<size_t>(slot * one)], &expected_states[static_cast<size_t>(chunk * one)],
+          ASSERT_EQ(std::memcmp(&got[static_cast<size_t>(slot * one)],
+                                &expected_states[static_cast<size_t>(chunk * one)],
                                 static_cast<size_t>(one) * sizeof(float)),
                     0)
               << "slice " << i << " chunk " << j;
@@ -157,7 +166,8 @@ TEST_F(KdaF32Device, training_has_the_bits_of_the_cpu) {
 
       const DeviceArray<float> dout(d, c.dout), dq(d, in.q.size()), dk(d, in.q.size()), dv(d, in.v.size()),
           dg(d, in.q.size()), dbeta(d, in.beta.size());
-      kda_backward<float>(d, x.shape, in.q, in.k, in.v, in.g, in.beta, chunk_states, batch, dout, dq, dk, dv, dg, dbeta);
+      kda_backward<float>(d, x.shape, in.q, in.k, in.v, in.g, in.beta, chunk_states, batch, dout, dq, dk, dv,
+                          dg, dbeta);
       const Gradients e = run_backward(ctx, c, slices);
       const std::string at = "dk " + std::to_string(x.shape.dk) + " dv " + std::to_string(x.shape.dv);
       EXPECT_EQ(first_difference(dq.get(), e.dq), -1) << at;
