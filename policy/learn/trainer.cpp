@@ -4,80 +4,22 @@
 #include <cmath>
 #include <cstring>
 
-#include "kernels/vocab/vocab.h"
-#include "policy/learn/packing.h"
-#include "policy/model/forward.h"
+#include "policy/learn/backend.h"
 
 namespace perigee::policy {
-namespace {
 
 using namespace kernels;
 
-// What the head says about the entries of a micro-batch. Memory: scratch.
-struct Predictions {
-  float* hidden = nullptr;                                       // [entries, D] gathered rows
-  float *logprob = nullptr, *lse = nullptr, *entropy = nullptr;  // [entries]
-};
-
-// Rows to hand out at a time when they are only copied.
-int64_t row_grain(int64_t width) {
-  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
-}
-
-float inv_temperature(float temperature) {
-  return temperature > 0 ? 1.0f / temperature : 1.0f;
-}
-
-Predictions predict(Context& ctx, const Weights& weights, const MicroBatch& b, const float* hidden) {
-  const int64_t D = weights.layout->config().hidden_size, n = b.entries();
-  Predictions p;
-  p.hidden = ctx.scratch.take<float>(n * D);
-  p.logprob = ctx.scratch.take<float>(n);
-  p.lse = ctx.scratch.take<float>(n);
-  p.entropy = ctx.scratch.take<float>(n);
-  ctx.parallel_for(n, row_grain(D), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      std::copy_n(hidden + b.rows[static_cast<size_t>(i)] * D, D, p.hidden + i * D);
-  });
-  vocab_logprob_forward(ctx, n, p.hidden, D, weights.matrix(weights.layout->head()),
-                        inv_temperature(b.temperature), b.targets.data(), p.logprob, p.lse, p.entropy);
-  return p;
-}
-
-// A stretch of the flat arenas that the optimiser walks in one call.
-struct Range {
-  int64_t begin, count;
-};
-
-}  // namespace
-
 struct Trainer::Impl {
-  Context& ctx;
+  std::unique_ptr<LearnBackend> backend;
   const ParamLayout& layout;
   TrainerConfig config;
   ScheduleParams schedule;
   int64_t schedule_start = 0;
   int64_t steps = 0;
-  std::vector<float> m, v, gradient;
-  std::vector<float> masters;  // bfloat16 weights only; empty until the first step
-  std::vector<Range> trained;  // elements changed by gradients
 
-  Impl(Context& c, const ParamLayout& l, const TrainerConfig& t)
-      : ctx(c), layout(l), config(t), schedule(t.schedule) {
-    const auto n = static_cast<size_t>(layout.elements());
-    m.assign(n, 0);
-    v.assign(n, 0);
-    gradient.assign(n, 0);
-    for (const ParamSpec& t2 : layout.tensors()) {
-      if (!t2.trained) continue;
-      const int64_t end = t2.element_offset + (t2.elements + 15) / 16 * 16;
-      if (!trained.empty() && trained.back().begin + trained.back().count == t2.element_offset) {
-        trained.back().count = end - trained.back().begin;
-      } else {
-        trained.push_back({t2.element_offset, end - t2.element_offset});
-      }
-    }
-  }
+  Impl(std::unique_ptr<LearnBackend> b, const ParamLayout& l, const TrainerConfig& t)
+      : backend(std::move(b)), layout(l), config(t), schedule(t.schedule) {}
 
   // Weight of the worked examples' own mean: all there is in a supervised step, learn.ptx_coef beside episodes. Decided
   // by the batch, not by a minibatch of it that happens to hold nothing else.
@@ -98,42 +40,32 @@ struct Trainer::Impl {
   std::vector<std::vector<float>> frozen_logprobs(const std::byte* weights,
                                                   const std::vector<MicroBatch>& batches) {
     std::vector<std::vector<float>> out;
+    backend->set_weights(weights);
     for (const MicroBatch& b : batches) {
-      TrainPass pass(ctx, {&layout, weights}, true);
-      const Predictions p = predict(ctx, {&layout, weights}, b, pass.forward(b.tokens, b.lengths));
-      out.emplace_back(p.logprob, p.logprob + b.entries());
+      const LearnBackend::Scores scores = backend->forward(b, false);
+      out.emplace_back(scores.logprob, scores.logprob + b.entries());
     }
     return out;
   }
 
-  void accumulate(const std::byte* weights, const std::vector<MicroBatch>& batches,
-                  const std::vector<std::vector<float>>& old, const std::vector<std::vector<float>>& ref,
-                  double curated_coef, float* grad, Totals& totals);
-  void backward(const MicroBatch& b, const std::byte* weights, const Predictions& p, const float* dlogprob,
-                const float* dentropy, TrainPass& pass, float* grad);
-  void require_finite(const MicroBatch& b, const std::byte* weights, const Predictions& p);
-  void require_finite_gradient(const float* grad);
-  StepMetrics metrics(const Totals& totals, const float* grad);
-  void apply(const std::byte* weights_in, std::byte* weights_out, const StepMetrics& metrics,
-             const Totals& totals);
-  void balance_router(std::byte* weights, const std::vector<int64_t>& load);
+  void accumulate(const std::vector<MicroBatch>& batches, const std::vector<std::vector<float>>& old,
+                  const std::vector<std::vector<float>>& ref, double curated_coef, Totals& totals);
+  void require_finite(const MicroBatch& b, const float* logprob);
+  void require_finite_gradient();
+  StepMetrics metrics(const Totals& totals);
+  void apply(std::byte* weights_out, const StepMetrics& metrics, const Totals& totals);
+  void balance_router(std::byte* weights_out, const std::vector<int64_t>& load);
 };
 
-void Trainer::Impl::require_finite(const MicroBatch& b, const std::byte* weights, const Predictions& p) {
-  const int64_t bad = first_nonfinite(ctx, b.entries(), p.logprob);
-  if (bad < 0) return;
+void Trainer::Impl::require_finite(const MicroBatch& b, const float* logprob) {
+  int64_t bad = 0;
+  while (bad < b.entries() && std::isfinite(logprob[bad])) ++bad;
+  if (bad == b.entries()) return;
   const int64_t row = b.rows[static_cast<size_t>(bad)];
   int64_t sequence = 0, begin = 0;
   while (begin + b.lengths[static_cast<size_t>(sequence)] <= row)
     begin += b.lengths[static_cast<size_t>(sequence++)];
-  // Run it again and look at the residual stream after each layer.
-  int64_t layer_found = -1;
-  const int64_t D = layout.config().hidden_size;
-  TrainPass pass(ctx, {&layout, weights}, true);
-  pass.forward(b.tokens, b.lengths, [&](int64_t layer, const float* x, const int32_t*) {
-    if (layer_found < 0 && first_nonfinite(ctx, static_cast<int64_t>(b.tokens.size()) * D, x) >= 0)
-      layer_found = layer;
-  });
+  const int64_t layer_found = backend->first_nonfinite_layer(b);
   const std::string where =
       layer_found >= 0 ? fmt::format("first in layer {}", layer_found) : std::string("in the head");
   throw_environment(
@@ -142,8 +74,8 @@ void Trainer::Impl::require_finite(const MicroBatch& b, const std::byte* weights
       where, sequence, row - begin + 1);
 }
 
-void Trainer::Impl::require_finite_gradient(const float* grad) {
-  const int64_t bad = first_nonfinite(ctx, layout.elements(), grad);
+void Trainer::Impl::require_finite_gradient() {
+  const int64_t bad = backend->gradient_first_nonfinite();
   if (bad < 0) return;
   for (const ParamSpec& t : layout.tensors())
     if (bad >= t.element_offset && bad < t.element_offset + t.elements)
@@ -152,29 +84,8 @@ void Trainer::Impl::require_finite_gradient(const float* grad) {
   throw_environment("NaN or infinity in the gradient; weights and optimiser state are unchanged");
 }
 
-void Trainer::Impl::backward(const MicroBatch& b, const std::byte* weights, const Predictions& p,
-                             const float* dlogprob, const float* dentropy, TrainPass& pass, float* grad) {
-  const Weights w{&layout, weights};
-  const int64_t D = layout.config().hidden_size, n = b.entries(),
-                rows = static_cast<int64_t>(b.tokens.size());
-  Scratch::Mark mark(ctx.scratch);
-  float* dentry = ctx.scratch.take<float>(n * D);
-  float* dhidden = ctx.scratch.take<float>(rows * D);
-  vocab_logprob_backward(ctx, n, p.hidden, D, w.matrix(layout.head()), inv_temperature(b.temperature),
-                         b.targets.data(), p.lse, p.entropy, dlogprob, dentropy, dentry, D,
-                         grad + layout.tensor(layout.head()).element_offset);
-  std::memset(dhidden, 0, static_cast<size_t>(rows * D) * sizeof(float));
-  ctx.parallel_for(n, row_grain(D), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      std::copy_n(dentry + i * D, D, dhidden + b.rows[static_cast<size_t>(i)] * D);
-  });
-  pass.backward(dhidden, grad);
-}
-
-void Trainer::Impl::accumulate(const std::byte* weights, const std::vector<MicroBatch>& batches,
-                               const std::vector<std::vector<float>>& old,
-                               const std::vector<std::vector<float>>& ref, double curated_coef,
-                               float* grad, Totals& totals) {
+void Trainer::Impl::accumulate(const std::vector<MicroBatch>& batches, const std::vector<std::vector<float>>& old,
+                               const std::vector<std::vector<float>>& ref, double curated_coef, Totals& totals) {
   Normalizer norm;
   int64_t curated_tokens = 0, policy_sequences = 0;
   for (const MicroBatch& b : batches) {
@@ -190,13 +101,12 @@ void Trainer::Impl::accumulate(const std::byte* weights, const std::vector<Micro
   for (size_t i = 0; i < batches.size(); ++i) {
     const MicroBatch& b = batches[i];
     const int64_t n = b.entries();
-    TrainPass pass(ctx, {&layout, weights}, config.recompute);
-    const Predictions p = predict(ctx, {&layout, weights}, b, pass.forward(b.tokens, b.lengths));
-    require_finite(b, weights, p);
-    float* dlogprob = ctx.scratch.take<float>(n);
-    float* dentropy = wants_entropy && !b.curated ? ctx.scratch.take<float>(n) : nullptr;
+    const LearnBackend::Scores p = backend->forward(b, true);
+    require_finite(b, p.logprob);
+    std::vector<float> dlogprob(static_cast<size_t>(n)), dentropy_memory(wants_entropy && !b.curated ? dlogprob.size() : 0);
+    float* dentropy = dentropy_memory.empty() ? nullptr : dentropy_memory.data();
     if (b.curated) {
-      totals.ptx += ptx_loss<float>(curated_coef, curated_tokens, n, p.logprob, nullptr, dlogprob);
+      totals.ptx += ptx_loss<float>(curated_coef, curated_tokens, n, p.logprob, nullptr, dlogprob.data());
       totals.ptx_tokens += n;
       if (policy_sequences == 0)
         for (int64_t t = 0; t < n; ++t) totals.stats.entropy_sum += p.entropy[t];
@@ -218,19 +128,19 @@ void Trainer::Impl::accumulate(const std::byte* weights, const std::vector<Micro
       loss.ref = ref.empty() ? nullptr : ref[i].data();
       loss.entropy = p.entropy;
       loss.advantage = advantage.data();
-      policy_loss<float>(config.loss, norm, loss, dlogprob, dentropy, totals.stats);
+      policy_loss<float>(config.loss, norm, loss, dlogprob.data(), dentropy, totals.stats);
     }
-    backward(b, weights, p, dlogprob, dentropy, pass, grad);
+    const std::vector<int64_t> load = backend->expert_load();
+    backend->backward(b, dlogprob.data(), dentropy);
     totals.tokens += static_cast<int64_t>(b.tokens.size());
     totals.trained_tokens += n;
     totals.sequences += static_cast<int64_t>(b.sequences.size());
-    const std::vector<int64_t>& load = pass.expert_load();
     totals.expert_load.resize(load.size());
     for (size_t e = 0; e < load.size(); ++e) totals.expert_load[e] += load[e];
   }
 }
 
-StepMetrics Trainer::Impl::metrics(const Totals& t, const float* grad) {
+StepMetrics Trainer::Impl::metrics(const Totals& t) {
   StepMetrics out;
   const LossStats& s = t.stats;
   out.loss = s.loss + t.ptx;
@@ -251,8 +161,8 @@ StepMetrics Trainer::Impl::metrics(const Totals& t, const float* grad) {
   out.dropped_sequences = s.dropped_sequences;
   if (!std::isfinite(out.loss))
     throw_environment("NaN or infinity in the loss; weights and optimiser state are unchanged");
-  require_finite_gradient(grad);
-  out.grad_norm = std::sqrt(sum_of_squares(ctx, layout.elements(), grad));
+  require_finite_gradient();
+  out.grad_norm = std::sqrt(backend->gradient_sum_of_squares());
   const auto experts = static_cast<size_t>(std::max<int64_t>(layout.config().num_experts, 1));
   for (size_t first = 0; first + experts <= t.expert_load.size(); first += experts) {
     int64_t sum = 0, most = 0;
@@ -268,13 +178,7 @@ StepMetrics Trainer::Impl::metrics(const Totals& t, const float* grad) {
   return out;
 }
 
-void Trainer::Impl::apply(const std::byte* weights_in, std::byte* weights_out, const StepMetrics& metrics,
-                          const Totals& totals) {
-  const bool narrow = layout.dtype() == Dtype::kBf16;
-  if (narrow && masters.empty()) {
-    masters.resize(static_cast<size_t>(layout.elements()));
-    layout.weights_to_flat(weights_in, masters.data());
-  }
+void Trainer::Impl::apply(std::byte* weights_out, const StepMetrics& metrics, const Totals& totals) {
   AdamWParams p;
   p.lr = static_cast<float>(metrics.lr);
   p.beta1 = static_cast<float>(config.beta1);
@@ -284,29 +188,15 @@ void Trainer::Impl::apply(const std::byte* weights_in, std::byte* weights_out, c
   p.step = steps + 1;
   if (config.grad_clip > 0 && metrics.grad_norm > config.grad_clip)
     p.grad_scale = static_cast<float>(config.grad_clip / metrics.grad_norm);
-  // In float32 the weights arena has the flat layout: it is its own master, read from one arena and written
-  // to the other in one pass.
-  const float* from = narrow ? masters.data() : reinterpret_cast<const float*>(weights_in);
-  float* to = narrow ? masters.data() : reinterpret_cast<float*>(weights_out);
-  int64_t copied = 0;
-  const auto keep_until = [&](int64_t end) {  // what is not trained stays
-    if (from != to) std::copy(from + copied, from + end, to + copied);
-  };
-  for (const Range& r : trained) {
-    keep_until(r.begin);
-    copied = r.begin + r.count;
-    adamw_step(ctx, p, r.count, from + r.begin, to + r.begin, gradient.data() + r.begin, m.data() + r.begin,
-               v.data() + r.begin);
-  }
-  keep_until(layout.elements());
-  if (config.router_bias_rate > 0) balance_router(reinterpret_cast<std::byte*>(to), totals.expert_load);
-  if (narrow) layout.flat_to_weights(masters.data(), weights_out);
+  backend->update(p, weights_out);
+  if (config.router_bias_rate > 0) balance_router(weights_out, totals.expert_load);
+  backend->finish(weights_out);
   ++steps;
 }
 
 // Auxiliary-loss-free balancing (DeepSeek-V3, arXiv 2412.19437 section 2.1.2): an expert that got less than
-// its share is made a little easier to choose. `flat` is a flat f32 arena.
-void Trainer::Impl::balance_router(std::byte* flat, const std::vector<int64_t>& load) {
+// its share is made a little easier to choose.
+void Trainer::Impl::balance_router(std::byte* weights_out, const std::vector<int64_t>& load) {
   const ModelConfig& c = layout.config();
   size_t first = 0;
   for (int64_t i = 0; i < c.num_layers; ++i) {
@@ -315,18 +205,22 @@ void Trainer::Impl::balance_router(std::byte* flat, const std::vector<int64_t>& 
     if (first + experts > load.size()) return;
     int64_t sum = 0;
     for (size_t e = 0; e < experts; ++e) sum += load[first + e];
-    float* bias = reinterpret_cast<float*>(flat) + layout.tensor(layout.layer(i).router_bias).element_offset;
+    std::vector<float> change(experts);
     for (size_t e = 0; e < experts; ++e) {
       const int64_t difference = sum - load[first + e] * static_cast<int64_t>(experts);
-      bias[e] += static_cast<float>(config.router_bias_rate) *
-                 static_cast<float>((difference > 0) - (difference < 0));
+      change[e] = static_cast<float>(config.router_bias_rate) *
+                  static_cast<float>((difference > 0) - (difference < 0));
     }
+    backend->add_to_vector(layout.layer(i).router_bias, change, weights_out);
     first += experts;
   }
 }
 
 Trainer::Trainer(Context& ctx, const ParamLayout& layout, const TrainerConfig& config)
-    : impl_(std::make_unique<Impl>(ctx, layout, config)) {
+    : Trainer(host_learn_backend(ctx, layout, config.recompute), layout, config) {}
+
+Trainer::Trainer(std::unique_ptr<LearnBackend> backend, const ParamLayout& layout, const TrainerConfig& config)
+    : impl_(std::make_unique<Impl>(std::move(backend), layout, config)) {
   check_config(config.loss);
   PERIGEE_CHECK(config.micro_batch_tokens > 0 && config.minibatches > 0);
 }
@@ -379,16 +273,14 @@ StepMetrics Trainer::step(const std::byte* weights_in, std::byte* weights_out,
   try {
     for (int64_t part = 0; part < parts; ++part) {
       if (minibatches[static_cast<size_t>(part)].empty()) continue;
-      // Half a gigabyte for a model of 136 M: all threads write it.
-      s.ctx.parallel_for(s.layout.elements(), int64_t{1} << 18, [&](int64_t begin, int64_t end) {
-        std::fill(s.gradient.begin() + begin, s.gradient.begin() + end, 0.0f);
-      });
+      s.backend->set_weights(current);
+      s.backend->zero_gradient();
       Impl::Totals totals;
-      s.accumulate(current, minibatches[static_cast<size_t>(part)], old[static_cast<size_t>(part)],
-                   ref[static_cast<size_t>(part)], s.curated_coef(batch), s.gradient.data(), totals);
-      StepMetrics m = s.metrics(totals, s.gradient.data());
+      s.accumulate(minibatches[static_cast<size_t>(part)], old[static_cast<size_t>(part)],
+                   ref[static_cast<size_t>(part)], s.curated_coef(batch), totals);
+      StepMetrics m = s.metrics(totals);
       m.lr = scheduled_lr(s.schedule, s.steps - s.schedule_start);
-      s.apply(current, weights_out, m, totals);
+      s.apply(weights_out, m, totals);
       current = weights_out;
       ++done;
       const double share = 1.0 / static_cast<double>(done);
@@ -418,10 +310,13 @@ StepMetrics Trainer::gradients(const std::byte* weights, const std::vector<Train
   const auto batches = pack(minibatch(batch, 0, 1), s.config.micro_batch_tokens, false);
   std::vector<std::vector<float>> ref;
   if (s.config.loss.kl_coef != 0) ref = s.frozen_logprobs(reference, batches);
-  std::fill(gradient, gradient + s.layout.elements(), 0.0f);
+  s.backend->set_weights(weights);
+  s.backend->zero_gradient();
   Impl::Totals totals;
-  s.accumulate(weights, batches, {}, ref, s.curated_coef(batch), gradient, totals);
-  return s.metrics(totals, gradient);
+  s.accumulate(batches, {}, ref, s.curated_coef(batch), totals);
+  const StepMetrics metrics = s.metrics(totals);
+  s.backend->read_gradient(gradient);
+  return metrics;
 }
 
 std::vector<float> Trainer::logprobs(const std::byte* weights, const std::vector<TrainSequence>& batch,
@@ -431,9 +326,9 @@ std::vector<float> Trainer::logprobs(const std::byte* weights, const std::vector
   for (const TrainSequence& q : batch) all.push_back(&q);
   std::vector<float> out;
   if (entropy != nullptr) entropy->clear();
+  s.backend->set_weights(weights);
   for (const MicroBatch& b : pack(all, s.config.micro_batch_tokens, true)) {
-    TrainPass pass(s.ctx, {&s.layout, weights}, true);
-    const Predictions p = predict(s.ctx, {&s.layout, weights}, b, pass.forward(b.tokens, b.lengths));
+    const LearnBackend::Scores p = s.backend->forward(b, false);
     for (size_t i = 0; i < b.sequences.size(); ++i) {
       out.push_back(0);
       out.insert(out.end(), p.logprob + b.offsets[i], p.logprob + b.offsets[i + 1]);
@@ -464,32 +359,23 @@ int64_t Trainer::state_bytes() const {
 
 void Trainer::save_state(std::byte* out) const {
   const Impl& s = *impl_;
-  const auto bytes = static_cast<size_t>(s.layout.elements()) * sizeof(float);
-  const int64_t head[2] = {s.steps, s.masters.empty() ? 0 : 1};
+  const auto n = static_cast<size_t>(s.layout.elements());
+  const bool masters = s.backend->has_masters();
+  const int64_t head[2] = {s.steps, masters ? 1 : 0};
   std::memcpy(out, head, 16);
-  std::memcpy(out + 16, s.m.data(), bytes);
-  std::memcpy(out + 16 + bytes, s.v.data(), bytes);
-  if (s.layout.dtype() != Dtype::kBf16) return;
-  if (s.masters.empty()) {
-    std::memset(out + 16 + 2 * bytes, 0, bytes);
-  } else {
-    std::memcpy(out + 16 + 2 * bytes, s.masters.data(), bytes);
-  }
+  auto* floats = reinterpret_cast<float*>(out + 16);
+  s.backend->save_moments(floats, floats + n, masters ? floats + 2 * n : nullptr);
+  if (s.layout.dtype() == Dtype::kBf16 && !masters) std::fill_n(floats + 2 * n, n, 0.0f);
 }
 
 void Trainer::load_state(const std::byte* in) {
   Impl& s = *impl_;
-  const auto bytes = static_cast<size_t>(s.layout.elements()) * sizeof(float);
+  const auto n = static_cast<size_t>(s.layout.elements());
   int64_t head[2];
   std::memcpy(head, in, 16);
   s.steps = head[0];
-  std::memcpy(s.m.data(), in + 16, bytes);
-  std::memcpy(s.v.data(), in + 16 + bytes, bytes);
-  s.masters.clear();
-  if (head[1] != 0) {
-    s.masters.resize(static_cast<size_t>(s.layout.elements()));
-    std::memcpy(s.masters.data(), in + 16 + 2 * bytes, bytes);
-  }
+  const auto* floats = reinterpret_cast<const float*>(in + 16);
+  s.backend->load_moments(floats, floats + n, head[1] != 0 ? floats + 2 * n : nullptr);
 }
 
 }  // namespace perigee::policy

@@ -44,10 +44,14 @@ struct StepMetrics {
   int64_t tokens = 0, trained_tokens = 0, sequences = 0, dropped_sequences = 0;
 };
 
+class LearnBackend;  // policy/learn/backend.h
+
 class Trainer {
  public:
-  // ctx and layout outlive the trainer. The optimiser state starts at zero.
+  // On the CPU. ctx and layout outlive the trainer. The optimiser state starts at zero.
   Trainer(kernels::Context& ctx, const ParamLayout& layout, const TrainerConfig& config);
+  // On the backend's device (policy/learn/backend.h), which was made with config.recompute.
+  Trainer(std::unique_ptr<LearnBackend> backend, const ParamLayout& layout, const TrainerConfig& config);
   ~Trainer();
 
   // A reinforcement-learning step (policy loss on the plain sequences, PTX on curated ones), or, when every

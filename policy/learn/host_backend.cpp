@@ -1,0 +1,179 @@
+#include <algorithm>
+#include <cstring>
+#include <optional>
+
+#include "kernels/gemm/gemm.h"
+#include "kernels/vocab/vocab.h"
+#include "policy/learn/backend.h"
+#include "policy/model/forward.h"
+
+namespace perigee::policy {
+namespace {
+
+using namespace kernels;
+
+// Rows to hand out at a time when they are only copied.
+int64_t row_grain(int64_t width) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width));
+}
+
+class HostLearnBackend : public LearnBackend {
+ public:
+  HostLearnBackend(Context& ctx, const ParamLayout& layout, bool recompute)
+      : ctx_(ctx), layout_(layout), recompute_(recompute), trained_(trained_ranges(layout)) {
+    const auto n = static_cast<size_t>(layout.elements());
+    m_.assign(n, 0);
+    v_.assign(n, 0);
+    gradient_.assign(n, 0);
+  }
+
+  void set_weights(const std::byte* weights) override {
+    pass_.reset();
+    weights_ = {&layout_, weights};
+  }
+
+  Scores forward(const MicroBatch& b, bool keep) override {
+    pass_.reset();  // gives back all that was taken since it was made
+    pass_.emplace(ctx_, weights_, keep ? recompute_ : true);
+    const float* hidden = pass_->forward(b.tokens, b.lengths);
+    const int64_t D = layout_.config().hidden_size, n = b.entries();
+    hidden_ = ctx_.scratch.take<float>(n * D);
+    logprob_ = ctx_.scratch.take<float>(n);
+    lse_ = ctx_.scratch.take<float>(n);
+    entropy_ = ctx_.scratch.take<float>(n);
+    ctx_.parallel_for(n, row_grain(D), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        std::copy_n(hidden + b.rows[static_cast<size_t>(i)] * D, D, hidden_ + i * D);
+    });
+    vocab_logprob_forward(ctx_, n, hidden_, D, weights_.matrix(layout_.head()), inv_temperature(b),
+                          b.targets.data(), logprob_, lse_, entropy_);
+    return {logprob_, entropy_};
+  }
+
+  std::vector<int64_t> expert_load() override { return pass_->expert_load(); }
+
+  int64_t first_nonfinite_layer(const MicroBatch& b) override {
+    int64_t found = -1;
+    const int64_t D = layout_.config().hidden_size;
+    TrainPass pass(ctx_, weights_, true);
+    pass.forward(b.tokens, b.lengths, [&](int64_t layer, const float* x, const int32_t*) {
+      if (found < 0 && first_nonfinite(ctx_, static_cast<int64_t>(b.tokens.size()) * D, x) >= 0) found = layer;
+    });
+    return found;
+  }
+
+  void zero_gradient() override {
+    // Half a gigabyte for a model of 136 M: all threads write it.
+    ctx_.parallel_for(layout_.elements(), int64_t{1} << 18, [&](int64_t begin, int64_t end) {
+      std::fill(gradient_.begin() + begin, gradient_.begin() + end, 0.0f);
+    });
+  }
+
+  void backward(const MicroBatch& b, const float* dlogprob, const float* dentropy) override {
+    const int64_t D = layout_.config().hidden_size, n = b.entries(), rows = static_cast<int64_t>(b.tokens.size());
+    Scratch::Mark mark(ctx_.scratch);
+    float* dentry = ctx_.scratch.take<float>(n * D);
+    float* dhidden = ctx_.scratch.take<float>(rows * D);
+    vocab_logprob_backward(ctx_, n, hidden_, D, weights_.matrix(layout_.head()), inv_temperature(b),
+                           b.targets.data(), lse_, entropy_, dlogprob, dentropy, dentry, D,
+                           gradient_.data() + layout_.tensor(layout_.head()).element_offset);
+    std::memset(dhidden, 0, static_cast<size_t>(rows * D) * sizeof(float));
+    ctx_.parallel_for(n, row_grain(D), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        std::copy_n(dentry + i * D, D, dhidden + b.rows[static_cast<size_t>(i)] * D);
+    });
+    pass_->backward(dhidden, gradient_.data());
+  }
+
+  double gradient_sum_of_squares() override {
+    return sum_of_squares(ctx_, layout_.elements(), gradient_.data());
+  }
+  int64_t gradient_first_nonfinite() override {
+    return first_nonfinite(ctx_, layout_.elements(), gradient_.data());
+  }
+  void read_gradient(float* flat) override { std::copy(gradient_.begin(), gradient_.end(), flat); }
+
+  void update(const AdamWParams& p, std::byte* weights_out) override {
+    if (narrow() && masters_.empty()) {
+      masters_.resize(static_cast<size_t>(layout_.elements()));
+      layout_.weights_to_flat(weights_.data, masters_.data());
+    }
+    // In float32 the weights arena has the flat layout: it is its own master, read from one arena and written
+    // to the other in one pass.
+    const float* from = narrow() ? masters_.data() : reinterpret_cast<const float*>(weights_.data);
+    float* to = next(weights_out);
+    int64_t copied = 0;
+    const auto keep_until = [&](int64_t end) {  // what is not trained stays
+      if (from != to) std::copy(from + copied, from + end, to + copied);
+    };
+    for (const FlatRange& r : trained_) {
+      keep_until(r.begin);
+      copied = r.begin + r.count;
+      adamw_step(ctx_, p, r.count, from + r.begin, to + r.begin, gradient_.data() + r.begin, m_.data() + r.begin,
+                 v_.data() + r.begin);
+    }
+    keep_until(layout_.elements());
+  }
+
+  void add_to_vector(int tensor, std::span<const float> change, std::byte* weights_out) override {
+    float* to = next(weights_out) + layout_.tensor(tensor).element_offset;
+    for (size_t i = 0; i < change.size(); ++i) to[i] += change[i];
+  }
+
+  void finish(std::byte* weights_out) override {
+    if (narrow()) layout_.flat_to_weights(masters_.data(), weights_out);
+  }
+
+  bool has_masters() const override { return !masters_.empty(); }
+  void save_moments(float* m, float* v, float* masters) const override {
+    std::copy(m_.begin(), m_.end(), m);
+    std::copy(v_.begin(), v_.end(), v);
+    if (masters != nullptr) std::copy(masters_.begin(), masters_.end(), masters);
+  }
+  void load_moments(const float* m, const float* v, const float* masters) override {
+    const auto n = static_cast<size_t>(layout_.elements());
+    m_.assign(m, m + n);
+    v_.assign(v, v + n);
+    masters_.clear();
+    if (masters != nullptr) masters_.assign(masters, masters + n);
+  }
+
+ private:
+  bool narrow() const { return layout_.dtype() == Dtype::kBf16; }
+  float* next(std::byte* weights_out) {
+    return narrow() ? masters_.data() : reinterpret_cast<float*>(weights_out);
+  }
+
+  Context& ctx_;
+  const ParamLayout& layout_;
+  bool recompute_;
+  std::vector<FlatRange> trained_;
+  Weights weights_;
+  std::vector<float> m_, v_, gradient_;
+  std::vector<float> masters_;  // bfloat16 weights only; empty until the first step
+  // The last forward. Its memory is scratch, held by the pass.
+  std::optional<TrainPass> pass_;
+  float *hidden_ = nullptr, *logprob_ = nullptr, *lse_ = nullptr, *entropy_ = nullptr;
+};
+
+}  // namespace
+
+std::vector<FlatRange> trained_ranges(const ParamLayout& layout) {
+  std::vector<FlatRange> ranges;
+  for (const ParamSpec& t : layout.tensors()) {
+    if (!t.trained) continue;
+    const int64_t end = t.element_offset + (t.elements + 15) / 16 * 16;
+    if (!ranges.empty() && ranges.back().begin + ranges.back().count == t.element_offset) {
+      ranges.back().count = end - ranges.back().begin;
+    } else {
+      ranges.push_back({t.element_offset, end - t.element_offset});
+    }
+  }
+  return ranges;
+}
+
+std::unique_ptr<LearnBackend> host_learn_backend(Context& ctx, const ParamLayout& layout, bool recompute) {
+  return std::make_unique<HostLearnBackend>(ctx, layout, recompute);
+}
+
+}  // namespace perigee::policy
