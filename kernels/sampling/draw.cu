@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads) draw(const Draw d) {
   // The plain policy's statistics by the first warp, the sums for drawing by the second.
   vocab::pass::Running running;
   for (int first = 0; first < blocks; first += vocab::pass::kChainTile) {
-    vocab::pass::load_chain(d.plain, row, first, sh.chain);
+    vocab::pass::load_chain<kThreads>(d.plain, row, first, sh.chain);
     if (threadIdx.x < 32)
       vocab::pass::run_chain(sh.chain, min(vocab::pass::kChainTile, blocks - first), running);
     else if (threadIdx.x == 32 && first == 0 && !greedily)

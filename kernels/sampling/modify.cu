@@ -126,7 +126,8 @@ __device__ uint64_t select(const float* z, int64_t vocab, int64_t rank, Shared& 
     shift = shift > kDigitBits ? shift - kDigitBits : 0;
   }
   __syncthreads();
-  if (left == equals) return static_cast<uint64_t>(prefix) << 32 | 0xffffffffu;  // every equal is at or before it
+  if (left == equals)
+    return static_cast<uint64_t>(prefix) << 32 | 0xffffffffu;  // every equal is at or before it
   for (int64_t first = 0; first < vocab; first += kThreads) {
     const int64_t i = first + threadIdx.x;
     const bool equal = i < vocab && rank_of(z[i]) == prefix;
@@ -141,8 +142,8 @@ __device__ uint64_t select(const float* z, int64_t vocab, int64_t rank, Shared& 
 }
 
 // The key of the last token that top_p keeps, of those with keys up to `limit`, `kept` in number.
-__device__ uint64_t top_p_limit(const float* z, int64_t vocab, float top, int64_t kept, uint64_t limit, double goal,
-                                Shared& sh) {
+__device__ uint64_t top_p_limit(const float* z, int64_t vocab, float top, int64_t kept, uint64_t limit,
+                                double goal, Shared& sh) {
   double sum = 0;
   uint64_t after = 0;  // keys below are done
   for (int64_t done = 0;; done += kSorted) {
@@ -192,9 +193,9 @@ __device__ uint64_t top_p_limit(const float* z, int64_t vocab, float top, int64_
   }
 }
 
-__global__ void __launch_bounds__(kThreads) modify(int64_t vocab, const float* logits, int64_t ld,
-                                                   const DeviceSampling* params, const SeenToken* seen,
-                                                   const TokenBias* bias, float* z_rows, float* scale) {
+__global__ void __launch_bounds__(kThreads)
+    modify(int64_t vocab, const float* logits, int64_t ld, const DeviceSampling* params,
+           const SeenToken* seen, const TokenBias* bias, float* z_rows, float* scale) {
   __shared__ Shared sh;
   wait_for_previous();
   const int64_t row = blockIdx.x;
@@ -246,8 +247,8 @@ __global__ void __launch_bounds__(kThreads) modify(int64_t vocab, const float* l
     __syncthreads();
   }
   if (p.top_p < 1.0f) {
-    const double total = ordered::sum<kThreads>(
-        vocab, [&](int64_t i) { return static_cast<double>(math::exp(z[i] - top)); });
+    const double total =
+        ordered::sum<kThreads>(vocab, [&](int64_t i) { return static_cast<double>(math::exp(z[i] - top)); });
     const double goal = static_cast<double>(p.top_p) * total;
     limit = top_p_limit(z, vocab, top, cut_k ? p.top_k : vocab, limit, goal, sh);
     __syncthreads();
@@ -260,9 +261,10 @@ __global__ void __launch_bounds__(kThreads) modify(int64_t vocab, const float* l
 }  // namespace
 
 void modify_rows(Device& device, int64_t rows, int64_t vocab, const float* logits, int64_t ld,
-                 const DeviceSampling* params, const SeenToken* seen, const TokenBias* bias, float* z, float* scale) {
-  launch_dependent(modify, dim3(static_cast<unsigned>(rows)), dim3(kThreads), 0, device.stream(), vocab, logits, ld,
-                   params, seen, bias, z, scale);
+                 const DeviceSampling* params, const SeenToken* seen, const TokenBias* bias, float* z,
+                 float* scale) {
+  launch_dependent(modify, dim3(static_cast<unsigned>(rows)), dim3(kThreads), 0, device.stream(), vocab,
+                   logits, ld, params, seen, bias, z, scale);
 }
 
 }  // namespace perigee::kernels::sampling

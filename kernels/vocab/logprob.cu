@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-constexpr int kChainThreads = 128;
+constexpr int kChainThreads = 512;
 
 // What is wanted of a row; null: not wanted.
 struct Wanted {
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kChainThreads) row_chain(const vocab::RowPass 
   const int blocks = p.blocks();
   vocab::pass::Running running;
   for (int first = 0; first < blocks; first += vocab::pass::kChainTile) {
-    vocab::pass::load_chain(p, row, first, chain);
+    vocab::pass::load_chain<kChainThreads>(p, row, first, chain);
     if (threadIdx.x < 32)
       vocab::pass::run_chain(chain, min(vocab::pass::kChainTile, blocks - first), running);
     __syncthreads();

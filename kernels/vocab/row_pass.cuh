@@ -278,27 +278,36 @@ struct Chain {
   unsigned changes[kChainTile / kChainGroup / 32];  // a bit for every group in which the maximum changes
 };
 
-// Fills the tile that begins at block `first` of a row. Every thread of the block calls it.
+// Fills the tile that begins at block `first` of a row, every load of a thread before its first use. Every thread of the
+// block, of kThreads, calls it.
+template <int kThreads>
 __device__ __forceinline__ void load_chain(const RowPass& p, int64_t row, int first, Chain& c) {
+  constexpr int kEach = kChainTile / kThreads;
   if (threadIdx.x < kChainTile / kChainGroup / 32) c.changes[threadIdx.x] = 0;
-  __syncthreads();
-  const int blocks = p.blocks(),
-            padded = (min(blocks - first, kChainTile) + kChainGroup - 1) / kChainGroup * kChainGroup;
+  const int blocks = p.blocks();
   const int64_t base = row * blocks + first;
-  for (int i = threadIdx.x; i < padded; i += blockDim.x) {
-    float sum = -0.0f, weighted = -0.0f, shift = 0.0f, scale = 1.0f;
-    if (first + i < blocks) {
-      const float previous = first + i > 0 ? p.next[base + i - 1] : -FLT_MAX;
-      sum = p.sum[base + i];
-      weighted = p.weighted[base + i];
-      shift = math::max(-200.0f, previous - p.next[base + i]);
-      if (shift != 0.0f) {
-        scale = math::exp(shift);
-        atomicOr(&c.changes[i / (32 * kChainGroup)], 1u << (i / kChainGroup % 32));
-      }
+  float previous[kEach], next[kEach], sum[kEach], weighted[kEach];
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int i = j * kThreads + threadIdx.x;
+    const bool there = first + i < blocks;
+    previous[j] = there && first + i > 0 ? p.next[base + i - 1] : -FLT_MAX;
+    next[j] = there ? p.next[base + i] : previous[j];
+    sum[j] = there ? p.sum[base + i] : -0.0f;
+    weighted[j] = there ? p.weighted[base + i] : -0.0f;
+  }
+  __syncthreads();
+#pragma unroll
+  for (int j = 0; j < kEach; ++j) {
+    const int i = j * kThreads + threadIdx.x;
+    const float shift = math::max(-200.0f, previous[j] - next[j]);
+    float scale = 1.0f;
+    if (shift != 0.0f) {
+      scale = math::exp(shift);
+      atomicOr(&c.changes[i / (32 * kChainGroup)], 1u << (i / kChainGroup % 32));
     }
-    c.sum[i] = sum;
-    c.weighted[i] = weighted;
+    c.sum[i] = sum[j];
+    c.weighted[i] = weighted[j];
     c.shift[i] = shift;
     c.scale[i] = scale;
   }
@@ -359,13 +368,11 @@ void row_pass(Device& device, const RowPass& p) {
   PERIGEE_CHECK(p.rows >= 0 && p.vocab > 0 && p.ld >= p.vocab);
   PERIGEE_CHECK(p.vocab < (int64_t{1} << 31) && p.rows < (int64_t{1} << 26));
   if (p.rows == 0) return;
-  // Few rows: more thread blocks to a row, for speed alone. The bits do not depend on how a row is divided.
+  // How a row is divided is a matter of speed: the bits do not depend on it.
   const int64_t blocks = (p.vocab + kVocabBlock - 1) / kVocabBlock;
   int ranks = 1;
-  if (device.info().capability >= 90) {
-    const int most = p.rows <= 8 || blocks > 8 * kMostPerCta ? kMostCluster : 8;
-    while (ranks < most && blocks > 8 * ranks) ranks *= 2;
-  }
+  if (device.info().capability >= 90)
+    while (ranks < kMostCluster && blocks > 8 * ranks) ranks *= 2;
   const int per_cta = static_cast<int>(std::min<int64_t>(kMostPerCta, (blocks + ranks - 1) / ranks));
   const int threads = ((per_cta + kSlots - 1) / kSlots * 16 + 31) / 32 * 32;
   const auto kernel = pass::row_pass_kernel<kDraw>;
