@@ -24,7 +24,6 @@ constexpr int kResultLine = 272;              // bytes of 64 floats on their way
 constexpr int kResultRows = 8 * kResultLine;  // half of a warp's buffer
 constexpr int kWarpBuffer = 2 * kResultRows;
 constexpr int kThreads = 384, kMultiplyingWarps = 8;
-constexpr int kLag = 2;  // stages whose copies a filling thread has in flight
 constexpr int kSharedBytes = kStages * kStageBytes + kMultiplyingWarps * kWarpBuffer + 128;
 constexpr int64_t kPieceFloats = kM * kN;
 constexpr int kMostTasks = 16;
@@ -211,8 +210,8 @@ __device__ __forceinline__ void fill_dy(const Place& p, uint32_t stage, int step
     copy16(to + m * 8 * 128, there ? from + m * 8 * p.lda : p.a, there ? bytes : 0);
   }
 }
-// `row_of` is the row of x that lane l < 16 was given: of row tid / 32 + 4 l of the step.
-__device__ __forceinline__ void fill_x(const Place& p, uint32_t stage, int step, int tid, int row_of) {
+// `row_of`: lane first_lane + l has the row of x that is row tid / 32 + 4 l of the step.
+__device__ __forceinline__ void fill_x(const Place& p, uint32_t stage, int step, int tid, int row_of, int first_lane) {
   const int piece = tid % 32, row = tid / 32;
   const int bytes = bytes_there(p.b_cols - piece * 8), rows = p.a_rows - step * kDepth;
   const uint32_t to = stage + kStageA + piece / 8 * kBlockBytes + row * 128;
@@ -222,20 +221,20 @@ __device__ __forceinline__ void fill_x(const Place& p, uint32_t stage, int step,
   if (rows >= kDepth) {
 #pragma unroll
     for (int m = 0; m < kDepth / 4; ++m) {
-      const int source = __shfl_sync(0xffffffffu, row_of, m);
+      const int source = __shfl_sync(0xffffffffu, row_of, first_lane + m);
       copy16((m % 2 == 0 ? even : odd) + m * 4 * 128, from + int64_t{source} * ld_bytes, bytes);
     }
   } else {
 #pragma unroll
     for (int m = 0; m < kDepth / 4; ++m) {
-      const int source = __shfl_sync(0xffffffffu, row_of, m);
+      const int source = __shfl_sync(0xffffffffu, row_of, first_lane + m);
       copy16((m % 2 == 0 ? even : odd) + m * 4 * 128, from + int64_t{source} * ld_bytes, row + 4 * m < rows ? bytes : 0);
     }
   }
 }
-// 0 where there is no row.
+// For two steps from `step` on, in the halves of a warp; 0 where there is no row.
 __device__ __forceinline__ int row_of_x(const Place& p, int step, int tid) {
-  const int t = step * kDepth + tid / 32 + 4 * (tid % 16);
+  const int t = (step + tid % 32 / 16) * kDepth + tid / 32 + 4 * (tid % 16);
   if (t >= p.a_rows) return 0;
   return p.source != nullptr ? p.source[t] : t;
 }
@@ -260,11 +259,6 @@ __device__ __forceinline__ void prefetch_result(const Place& p) {
     const char* const row = static_cast<const char*>(p.out) + r * p.ld_out * 4;
     if (reinterpret_cast<uintptr_t>(row) % 16 == 0) prefetch(row, bytes);
   }
-}
-
-template <int kLeft>
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
 // Results leave in eight steps of 8 rows by 64 columns, through the halves of a warp's buffer in turn; the copy engine
@@ -433,18 +427,16 @@ __global__ void __launch_bounds__(kThreads, 1) grad_kernel(const __grid_constant
         }
       }
     } else {
-      int open = 0;  // stages whose copies are not yet published
-      const auto publish = [&] {
-        fence_async();
-        barrier_arrive(full((stage + kStages - open) % kStages));
-        --open;
-      };
       for (int64_t item = blockIdx.x; item < work.items; item += gridDim.x) {
         if (!find<mode>(work, item, cursor, p)) continue;
                 const int a_blocks = blocks_there(p.a_cols, kM / 64), b_blocks = blocks_there(p.b_cols, kN / 64);
-        int row_of = row_of_x(p, 0, tid);
+        // Rows of the sources are read four steps ahead, so that nothing waits for them.
+        int row_of[2] = {row_of_x(p, 0, tid), row_of_x(p, 2, tid)}, next_row_of[2] = {0, 0};
         for (int step = 0; step < p.steps; ++step) {
-          const int next_row_of = row_of_x(p, step + 1, tid);
+          if (step % 4 == 0) {
+            if (step > 0) row_of[0] = next_row_of[0], row_of[1] = next_row_of[1];
+            next_row_of[0] = row_of_x(p, step + 4, tid), next_row_of[1] = row_of_x(p, step + 6, tid);
+          }
           barrier_wait(empty(stage), turn ^ 1);
           const uint32_t at = base + stage * kStageBytes;
           const bool whole = p.a_rows - step * kDepth >= kDepth, loaded = whole && p.source == nullptr;
@@ -455,18 +447,11 @@ __global__ void __launch_bounds__(kThreads, 1) grad_kernel(const __grid_constant
             if (loaded) load_blocks(&work.x[p.task], at + kStageA, b_blocks, p.b_column, row, full(stage));
           }
           if (!whole) fill_dy(p, at, step, tid);
-          if (!loaded) fill_x(p, at, step, tid, row_of);
-          row_of = next_row_of;
-          asm volatile("cp.async.commit_group;" ::: "memory");
+          if (!loaded) fill_x(p, at, step, tid, step % 4 < 2 ? row_of[0] : row_of[1], step % 2 * 16);
+          barrier_arrive_after_copies(full(stage));
           advance();
-          if (++open > kLag) {
-            wait_copies<kLag>();
-            publish();
-          }
         }
       }
-      wait_copies<0>();
-      while (open > 0) publish();
     }
   } else {
     take_registers<232>();
@@ -478,6 +463,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_kernel(const __grid_constant
       int before = -1;
       for (int step = 0; step < p.steps; ++step) {
         barrier_wait(full(stage), turn);
+        if constexpr (mode == Mode::kExpertWeight) fence_async();  // the copies of threads, before the tensor cores
         const uint32_t at = base + stage * kStageBytes;
         const uint64_t a = kWeight ? depth_rows_operand(at + group * kBlockBytes) : operand(at + group * kBlockBytes);
         const uint64_t b = depth_rows_operand(at + kStageA);

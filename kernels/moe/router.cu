@@ -382,6 +382,7 @@ void router_logits<bf16>(Device& device, int64_t rows, int64_t experts, int64_t 
   if (rows < kManyRows) {
     const bool clusters = device.info().capability >= 90, fits = d <= 96 * kPiece;  // 64 rows' sums
     if (!clusters) launch_few<1, 1>(device, rows, experts, d, h, w_panels, logits);
+    else if (rows > 128 && fits) launch_few<4, 1>(device, rows, experts, d, h, w_panels, logits);
     else if (rows > 48 && fits) launch_few<4, 2>(device, rows, experts, d, h, w_panels, logits);
     else launch_few<1, 4>(device, rows, experts, d, h, w_panels, logits);
     return;
