@@ -3,7 +3,7 @@
 //   A_ij = k_i . K~_j (j < i), B_ij = q_i . K~_j (j <= i)          K~_j: key j decayed to row i; products of exp(g) <= 1
 //   R = (I + A beta)^-1 (V - (Gamma K) S)                          U = beta R
 //   X0 = (I + beta A)^-T Bᵀ dO,  W = (I + beta A)^-T K~            dX = X0 + W dS', and beta dX is dV
-// A and B are summed in float32 without the tensor cores, the inverses by forward substitution.
+// Within eight rows A and B are summed in float32 without the tensor cores; the inverses are by forward substitution.
 #pragma once
 #include "kernels/kda/kda_backward_bf16.cuh"
 
@@ -16,7 +16,8 @@ struct Shared {
   // As a record begins; K~ becomes W.
   std::byte gk[kTileBytes], gq[kTileBytes], kt[kTileBytes];
   float decay[kDim], beta[kChunk];
-  std::byte dout[kTileBytes], v[kTileBytes];
+  std::byte dout[kTileBytes], v[kTileBytes];  // dout: first the late rows of cross_products
+  std::byte early[kTileBytes / 2];
   float alpha[kChunk][kDim];
   bf16 k[kChunk][kDim], q[kChunk][kDim];
   float a[kChunk][kChunk], b[kChunk][kChunk];
@@ -29,19 +30,18 @@ __device__ __forceinline__ unsigned small_address(const bf16 (&m)[kChunk][kSmall
   return shared_address(&m[lane & 15][(lane >> 4) * 8]);
 }
 
-// Sums of eight values over the warp; lane 4 i has the sum of value i.
-__device__ __forceinline__ float reduce8(const float (&v)[8], int lane) {
-  float w[4], x[2];
-  const bool h16 = lane & 16, h8 = lane & 8, h4 = lane & 4;
+// Sums of four values over the warp; lane 8 i has the sum of value i.
+__device__ __forceinline__ float reduce4(const float (&v)[4], int lane) {
+  float w[2];
+  const bool h16 = lane & 16, h8 = lane & 8;
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    w[i] = (h16 ? v[i + 4] : v[i]) + __shfl_xor_sync(~0u, h16 ? v[i] : v[i + 4], 16);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) x[i] = (h8 ? w[i + 2] : w[i]) + __shfl_xor_sync(~0u, h8 ? w[i] : w[i + 2], 8);
-  float y = (h4 ? x[1] : x[0]) + __shfl_xor_sync(~0u, h4 ? x[0] : x[1], 4);
-  y += __shfl_xor_sync(~0u, y, 2);
-  y += __shfl_xor_sync(~0u, y, 1);
-  return y;
+  for (int i = 0; i < 2; ++i)
+    w[i] = (h16 ? v[i + 2] : v[i]) + __shfl_xor_sync(~0u, h16 ? v[i] : v[i + 2], 16);
+  float x = (h8 ? w[1] : w[0]) + __shfl_xor_sync(~0u, h8 ? w[0] : w[1], 8);
+  x += __shfl_xor_sync(~0u, x, 4);
+  x += __shfl_xor_sync(~0u, x, 2);
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x;
 }
 
 __device__ __forceinline__ float4 load_four(const bf16* p) {
@@ -49,26 +49,45 @@ __device__ __forceinline__ float4 load_four(const bf16* p) {
   return {low_of(x.x), high_of(x.x), low_of(x.y), high_of(x.y)};
 }
 
-// Warp w has the columns j = w, w + 4, w + 8, w + 12 of A and B, a lane four channels.
+// A and B within the first and within the last eight rows: warp w has the columns w and w + 4 of each, a lane four
+// channels.
 __device__ __forceinline__ void inner_products(Shared& m, int warp, int lane) {
-  float4 kd[4] = {};  // zero until row j, then k_j
+  float4 kd[2] = {};  // zero until row j, then k_j
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
+    if (i == 8) kd[0] = kd[1] = {};
     const float4 alpha = *reinterpret_cast<const float4*>(&m.alpha[i][4 * lane]);
     const float4 k = load_four(&m.k[i][4 * lane]), q = load_four(&m.q[i][4 * lane]);
-    float sums[8];
+    float sums[4];
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const bool own = warp + 4 * c == i;
+    for (int c = 0; c < 2; ++c) {
+      const bool own = warp + 4 * c == i % 8;
       kd[c] = {own ? k.x : kd[c].x * alpha.x, own ? k.y : kd[c].y * alpha.y, own ? k.z : kd[c].z * alpha.z,
                own ? k.w : kd[c].w * alpha.w};
       const float a = __fmaf_rn(k.x, kd[c].x, k.y * kd[c].y) + __fmaf_rn(k.z, kd[c].z, k.w * kd[c].w);
       sums[c] = own ? 0.0f : a;
-      sums[4 + c] = __fmaf_rn(q.x, kd[c].x, q.y * kd[c].y) + __fmaf_rn(q.z, kd[c].z, q.w * kd[c].w);
+      sums[2 + c] = __fmaf_rn(q.x, kd[c].x, q.y * kd[c].y) + __fmaf_rn(q.z, kd[c].z, q.w * kd[c].w);
     }
-    const float sum = reduce8(sums, lane);
-    if (lane % 4 == 0) (lane < 16 ? m.a : m.b)[i][warp + (lane & 12)] = sum;
+    const float sum = reduce4(sums, lane);
+    if (lane % 8 == 0) (lane < 16 ? m.a : m.b)[i][i / 8 * 8 + warp + (lane & 8) / 2] = sum;
   }
+}
+
+// A and B of the last eight rows with the first eight, on the tensor cores: both sides decay to the end of row 7, the
+// late rows forwards, the early ones backwards, so the factors are at most 1.
+__device__ __forceinline__ void cross_products(Shared& m, int lane) {
+  float c[4] = {};
+#pragma unroll
+  for (int i = 0; i < kDim / 16; ++i) {
+    const Fragment late = load_block(block_address(shared_address(m.dout), 0, i, lane));
+    const Fragment early = load_block(block_address(shared_address(m.early), 0, i, lane & 23));
+    multiply(c, late.r[0], late.r[1], late.r[2], late.r[3], early.r[0], early.r[2]);
+  }
+  const int row = 8 + lane / 4, column = 2 * (lane % 4);
+  m.a[row][column] = c[0];
+  m.a[row][column + 1] = c[1];
+  m.b[row][column] = c[2];
+  m.b[row][column + 1] = c[3];
 }
 
 // Lanes 0 to 15: the columns of (I + A beta)^-1; lanes 16 to 31: those of (I + beta A)^-1.
@@ -104,7 +123,6 @@ __device__ __forceinline__ void run(const Operands& o, std::byte* memory, int he
   const int64_t at_v = chunk.row * ld_v + static_cast<int64_t>(head) * o.dv;
   const unsigned s = shared_address(m.s), gk = shared_address(m.gk), kt = shared_address(m.kt),
                  dout = shared_address(m.dout), v = shared_address(m.v);
-  copy_tile(dout, kChunk, o.dout + at_v, ld_v, n, o.dv);
   copy_tile(v, kChunk, o.v + at_v, ld_v, n, o.dv);
   copy_tile(s, kDim, o.states + (static_cast<int64_t>(slot) * o.heads + head) * o.dk * o.dv, o.dv, o.dk,
             o.dv);
@@ -136,6 +154,19 @@ __device__ __forceinline__ void run(const Operands& o, std::byte* memory, int he
       *reinterpret_cast<bf16*>(m.gk + at) = from_float<bf16>(gamma * k[i]);
       *reinterpret_cast<bf16*>(m.gq + at) = from_float<bf16>(gamma * q[i]);
     }
+    const auto at = [&](int row) { return tile_offset(row, tid / 8) + tid % 8 * 2; };
+    float late = 1.0f, early = 1.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      late *= alpha[8 + i];
+      *reinterpret_cast<bf16*>(m.dout + at(i)) = from_float<bf16>(late * k[8 + i]);
+      *reinterpret_cast<bf16*>(m.dout + at(8 + i)) = from_float<bf16>(late * q[8 + i]);
+    }
+#pragma unroll
+    for (int i = 7; i >= 0; --i) {
+      *reinterpret_cast<bf16*>(m.early + at(i)) = from_float<bf16>(early * k[i]);
+      early *= alpha[i];
+    }
     m.decay[tid] = gamma;
     float rest = 1.0f;
 #pragma unroll
@@ -145,13 +176,17 @@ __device__ __forceinline__ void run(const Operands& o, std::byte* memory, int he
     }
   }
   __syncthreads();
+  if (warp == 3) cross_products(m, lane);
   inner_products(m, warp, lane);
   __syncthreads();
+  copy_tile(dout, kChunk, o.dout + at_v, ld_v, n, o.dv);
+  copies_committed();
   if (warp == 0) {
     invert(m, lane);
   } else {
     for (int i = tid - 32; i < kChunk * kChunk; i += kThreads - 32)
-      m.b_small[i / kChunk][i % kChunk] = from_float<bf16>(m.b[i / kChunk][i % kChunk]);
+      m.b_small[i / kChunk][i % kChunk] =
+          from_float<bf16>(i % kChunk <= i / kChunk ? m.b[i / kChunk][i % kChunk] : 0.0f);
   }
   copies_done<0>();
   __syncthreads();
