@@ -81,7 +81,7 @@ struct Stats {
   float alpha[kSlots][N];
   float most[4][N];
   float sum[8][N];
-  float total_reference[N], total_sum[N];
+  float total_reference[N], total_sum[N], factor[2][N];
   uint64_t full[kSlots][5], empty[kSlots][5], weights[kSlots];  // by pairs of tiles, the last tile alone
   int rescale[kSlots];
   int warp_items[kAttendThreads / 32 + 1];
@@ -144,8 +144,9 @@ class Runs {
   __device__ Runs(const AttendArgs& a, const Stats<N>& stats) : a_(a), stats_(stats) {
     const int items = stats.items[a.batch.slices];
     if (kDecode) {  // neighbours: what one CTA has of a sequence from its beginning, it merges itself
-      next_ = static_cast<int>(int64_t{items} * blockIdx.x / gridDim.x);
-      end_ = static_cast<int>(int64_t{items} * (blockIdx.x + 1) / gridDim.x);
+      const unsigned n = static_cast<unsigned>(items);  // times the CTAs it is far below 2^32
+      next_ = static_cast<int>(n * blockIdx.x / gridDim.x);
+      end_ = static_cast<int>(n * (blockIdx.x + 1) / gridDim.x);
     } else {
       next_ = static_cast<int>(blockIdx.x);
       end_ = items;
@@ -285,21 +286,29 @@ class Attention {
   __device__ __forceinline__ int column(int i) const { return 8 * (i / 2) + 2 * (lane_ % 4) + i % 2; }
 
   __device__ __forceinline__ void load_queries(const Run& r) {
-    constexpr int kPieces = kSlotTiles<VT> * 8, kAhead = 9;  // loads in flight
-    static_assert(N * kPieces % 256 == 0);
-    for (int first = 0; first < N * kPieces / 256; first += kAhead) {
-      uint4 v[kAhead];
+    // A warp per row, four rows at once. Code that runs once is kept short: fetching it costs more than running it.
+    constexpr int kPieces = kSlotTiles<VT> * 8, kEach = (kPieces + 31) / 32, kRows = 4;
+#pragma unroll 1
+    for (int first = thread_ / 32; first < N; first += 8 * kRows) {
+      uint4 v[kRows][kEach];
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const int i = (first + k) * 256 + thread_, c = i / kPieces, piece = i % kPieces;
-        const int64_t row = c < N && piece * 8 < a_.width ? out_row(r, c) : -1;
-        v[k] = row >= 0 ? *reinterpret_cast<const uint4*>(a_.q + row * a_.width + piece * 8) : uint4{0, 0, 0, 0};
+      for (int k = 0; k < kRows; ++k) {
+        const int64_t row = out_row(r, first + 8 * k);
+        const uint4* const from = reinterpret_cast<const uint4*>(a_.q + row * a_.width);
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) {
+          const int piece = lane_ + 32 * e;
+          v[k][e] = row >= 0 && piece * 8 < a_.width ? from[piece] : uint4{0, 0, 0, 0};
+        }
       }
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) {
-        const int i = (first + k) * 256 + thread_, c = i / kPieces, piece = i % kPieces;
-        if (c < N) *reinterpret_cast<uint4*>(queries_ + (piece / 8) * (N * 128) + c * 128 + ((piece % 8) ^ (c % 8)) * 16) = v[k];
-      }
+      for (int k = 0; k < kRows; ++k)
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) {
+          const int piece = lane_ + 32 * e, c = first + 8 * k;
+          if (piece < kPieces)
+            *reinterpret_cast<uint4*>(queries_ + piece / 8 * (N * 128) + c * 128 + ((piece % 8) ^ (c % 8)) * 16) = v[k][e];
+        }
     }
     fence_async();
     named_barrier(3, 256);
@@ -508,8 +517,8 @@ class Attention {
     }
   }
 
-  // The split's sums, whole, for the thread's columns.
-  __device__ __forceinline__ void reduce_sums() {
+  // Ends a split: its accumulators to memory as they are, or merged with those of the splits before it.
+  __device__ __forceinline__ void close_split(const Run& r, int split) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       float x = sum_[i];
@@ -518,47 +527,43 @@ class Attention {
       if (lane_ < 4) stats_.sum[4 * kGroup + warp_][column(i)] = x;
     }
     named_barrier(3, 256);
-  }
-  __device__ __forceinline__ float split_sum(int c) const {
-    const auto& t = stats_.sum;
-    return ((t[0][c] + t[1][c]) + (t[2][c] + t[3][c])) + ((t[4][c] + t[5][c]) + (t[6][c] + t[7][c]));
-  }
-
-  __device__ __forceinline__ void close_split(const Run& r, int split) {
-    reduce_sums();
+    const bool alone = kDecode && r.split_begin > 0;
+    if (thread_ < N) {
+      const auto& t = stats_.sum;
+      const int c = thread_;
+      float m = stats_.reference[c], x = 0, y = 1;
+      float sum = ((t[0][c] + t[1][c]) + (t[2][c] + t[3][c])) + ((t[4][c] + t[5][c]) + (t[6][c] + t[7][c]));
+      if (split > r.split_begin && !alone) {
+        float total = stats_.total_reference[c];
+        merge_factors(total, m, x, y);
+        m = total;
+        sum = merge(stats_.total_sum[c], x, sum, y);
+      }
+      stats_.total_reference[c] = m;
+      stats_.total_sum[c] = sum;
+      stats_.factor[0][c] = x;
+      stats_.factor[1][c] = y;
+    }
+    named_barrier(3, 256);
     if constexpr (kDecode) {
-      if (r.split_begin > 0) {
+      if (alone) {
         write_partial(r.item + split - r.split_begin, o_);
-        if (thread_ < N) write_partial_stats(r.item + split - r.split_begin, stats_.reference[thread_], split_sum(thread_));
       } else {
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
-          const float m = stats_.reference[column(i)], sum = split_sum(column(i));
-          if (split == 0) {
-            total_reference_[i] = m;
-            total_sum_[i] = sum;
+          const float x = stats_.factor[0][column(i)], y = stats_.factor[1][column(i)];
 #pragma unroll
-            for (int v = 0; v < VT; ++v)
+          for (int v = 0; v < VT; ++v)
 #pragma unroll
-              for (int h = 0; h < 4; h += 2) total_[v][i / 2 * 4 + h + i % 2] = o_[v][i / 2 * 4 + h + i % 2];
-          } else {
-            float x, y;
-            merge_factors(total_reference_[i], m, x, y);
-            total_sum_[i] = merge(total_sum_[i], x, sum, y);
-#pragma unroll
-            for (int v = 0; v < VT; ++v)
-#pragma unroll
-              for (int h = 0; h < 4; h += 2) {
-                float& t = total_[v][i / 2 * 4 + h + i % 2];
-                t = merge(t, x, o_[v][i / 2 * 4 + h + i % 2], y);
-              }
-          }
+            for (int h = 0; h < 4; h += 2) {
+              const int at = i / 2 * 4 + h + i % 2;
+              total_[v][at] = split == 0 ? o_[v][at] : merge(total_[v][at], x, o_[v][at], y);
+            }
         }
       }
     } else {
       merge_in_memory(split, split + 1 == r.splits);
     }
-    named_barrier(3, 256);  // the statistics may be overwritten
   }
 
   // Prefill: the total of the splits before lies in memory, in the order in which threads hold it; the last stays in o_.
@@ -576,20 +581,16 @@ class Attention {
 #pragma unroll
         for (int k = 0; k < kAhead; ++k) {
           const int j = first + k;
-          float x[2], y[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            float m = stats_.total_reference[column(2 * j + i)];
-            merge_factors(m, stats_.reference[column(2 * j + i)], x[i], y[i]);
-          }
+          const float2 x = *reinterpret_cast<const float2*>(&stats_.factor[0][column(2 * j)]);
+          const float2 y = *reinterpret_cast<const float2*>(&stats_.factor[1][column(2 * j)]);
 #pragma unroll
           for (int v = 0; v < VT; ++v) {
             float* const o = o_[v] + 4 * j;
             const float4 t = before[k][v];
-            o[0] = merge(t.x, x[0], o[0], y[0]);
-            o[1] = merge(t.y, x[1], o[1], y[1]);
-            o[2] = merge(t.z, x[0], o[2], y[0]);
-            o[3] = merge(t.w, x[1], o[3], y[1]);
+            o[0] = merge(t.x, x.x, o[0], y.x);
+            o[1] = merge(t.y, x.y, o[1], y.y);
+            o[2] = merge(t.z, x.x, o[2], y.x);
+            o[3] = merge(t.w, x.y, o[3], y.y);
           }
         }
       }
@@ -601,18 +602,6 @@ class Attention {
         for (int j = 0; j < N / 8; ++j)
           memory[(v * (N / 8) + j) * 256] = {o_[v][4 * j], o_[v][4 * j + 1], o_[v][4 * j + 2], o_[v][4 * j + 3]};
     }
-    named_barrier(3, 256);
-    if (thread_ < N) {
-      float m = stats_.reference[thread_], sum = split_sum(thread_);
-      if (split > 0) {
-        float before = stats_.total_reference[thread_], x, y;
-        merge_factors(before, m, x, y);
-        m = before;
-        sum = merge(stats_.total_sum[thread_], x, sum, y);
-      }
-      stats_.total_reference[thread_] = m;
-      stats_.total_sum[thread_] = sum;
-    }
   }
 
   __device__ __forceinline__ float* partial(int item) const { return a_.partial + int64_t{item} * kPartialFloats<N, VT>; }
@@ -623,55 +612,38 @@ class Attention {
 #pragma unroll
       for (int j = 0; j < N / 8; ++j)
         to[(v * (N / 8) + j) * 256] = {o[v][4 * j], o[v][4 * j + 1], o[v][4 * j + 2], o[v][4 * j + 3]};
+    if (thread_ < N) {
+      float* const stats = partial(item) + VT * N / 2 * 256;
+      stats[thread_] = stats_.total_reference[thread_];
+      stats[N + thread_] = stats_.total_sum[thread_];
+    }
   }
-  __device__ __forceinline__ void write_partial_stats(int item, int c, float reference, float sum) {
-    float* const stats = partial(item) + VT * N / 2 * 256;
-    stats[c] = reference;
-    stats[N + c] = sum;
-  }
-  __device__ __forceinline__ void write_partial_stats(int item, float reference, float sum) { write_partial_stats(item, thread_, reference, sum); }
 
   __device__ __forceinline__ void finish_run(const Run& r) {
     if constexpr (kDecode) {
       if (r.split_begin > 0) return;
       if (thread_ == 0) a_.parts[r.slice * a_.groups + r.group] = {r.item, r.split_end};
-      if (r.split_end < r.splits) {
+      if (r.split_end < r.splits)
         write_partial(r.item + r.split_end - 1, total_);
-        if (threadIdx.x < 4)
-#pragma unroll
-          for (int i = 0; i < kColumns; ++i) write_partial_stats(r.item + r.split_end - 1, column(i), total_reference_[i], total_sum_[i]);
-        return;
-      }
-      write_out(r, total_);
+      else
+        write_out(r, total_);
     } else {
       write_out(r, o_);
     }
   }
 
-  __device__ __forceinline__ float total_reference(int i) const {
-    if constexpr (kDecode) return total_reference_[i];
-    return stats_.total_reference[column(i)];
-  }
-  __device__ __forceinline__ float total_sum(int i) const {
-    if constexpr (kDecode) return total_sum_[i];
-    return stats_.total_sum[column(i)];
-  }
-
   // Through the memory of the queries, which nobody reads any more, so that rows are written whole.
   __device__ __forceinline__ void write_out(const Run& r, const float (&o)[VT][N / 2]) {
     constexpr int kStride = 2 * VT * 128 + 16;
-    if (a_.lse != nullptr && thread_ < 4) {
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        const int64_t row = out_row(r, column(i));
-        if (row >= 0) a_.lse[row] = log_sum(total_reference(i), total_sum(i));
-      }
+    if (a_.lse != nullptr && thread_ < N) {
+      const int64_t row = out_row(r, thread_);
+      if (row >= 0) a_.lse[row] = log_sum(stats_.total_reference[thread_], stats_.total_sum[thread_]);
     }
 #pragma unroll
     for (int j = 0; j < N / 8; j += 2) {
       float f[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) f[i] = __fdiv_rn(1.0f, total_sum(2 * j + i));
+      for (int i = 0; i < 4; ++i) f[i] = __fdiv_rn(1.0f, stats_.total_sum[column(2 * j + i)]);
 #pragma unroll
       for (int v = 0; v < VT; ++v) {
         const uint32_t to = query_address_ + (8 * (j + lane_ / 16) + lane_ % 8) * kStride +
@@ -682,11 +654,15 @@ class Attention {
       }
     }
     named_barrier(3, 256);
-    const int pieces = a_.latent / 8;
-    for (int i = thread_; i < N * pieces; i += 256) {
-      const int c = i / pieces, piece = i % pieces;
+#pragma unroll 4
+    for (int c = thread_ / 32; c < N; c += 8) {
       const int64_t row = out_row(r, c);
-      if (row >= 0) *reinterpret_cast<uint4*>(a_.out + row * a_.latent + piece * 8) = *reinterpret_cast<const uint4*>(queries_ + c * kStride + piece * 16);
+      if (row < 0) continue;
+      uint4* const to = reinterpret_cast<uint4*>(a_.out + row * a_.latent);
+      const uint4* const from = reinterpret_cast<const uint4*>(queries_ + c * kStride);
+#pragma unroll
+      for (int piece = lane_; piece < 16 * VT; piece += 32)
+        if (piece * 8 < a_.latent) to[piece] = from[piece];
     }
     named_barrier(3, 256);
   }
@@ -707,7 +683,6 @@ class Attention {
   float o_[VT][N / 2];
   float sum_[kColumns];
   float total_[kDecode ? VT : 1][kDecode ? N / 2 : 1];
-  float total_reference_[kDecode ? kColumns : 1], total_sum_[kDecode ? kColumns : 1];
 };
 
 #endif  // PERIGEE_HOPPER
