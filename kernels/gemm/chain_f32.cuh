@@ -48,9 +48,8 @@ inline constexpr int kStep = 16, kThreads = 256;
 
 // Four bytes, or zeros.
 __device__ __forceinline__ void copy4(float* to, const float* from, bool there) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
-               "l"(from), "r"(there ? 4 : 0)
-               : "memory");
+  const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(at), "l"(from), "r"(there ? 4 : 0) : "memory");
 }
 
 template <Kind kind, int R>
@@ -120,7 +119,8 @@ __global__ void __launch_bounds__(kThreads, 2) tile_kernel(const __grid_constant
       if constexpr (kind == Kind::kGradWeight) {
         copy4(&bs[buffer][(bd + kApart * m) * kLine + bc], there ? b + d * p.ldb + c : b, there);
       } else {
-        const int64_t at = kind == Kind::kForward ? (c / 16 * depth + d) * 16 + c % 16 : (d0 / 16 * p.cols + c) * 16 + bd;
+        const int64_t at =
+            kind == Kind::kForward ? (c / 16 * depth + d) * 16 + c % 16 : (d0 / 16 * p.cols + c) * 16 + bd;
         copy4(&bs[buffer][bd * kLine + bc + 16 * m], there ? b + at : b, there);
       }
     }

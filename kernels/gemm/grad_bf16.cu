@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(256) add_pieces(const __grid_constant__ Work w
   }
 }
 
-// The driver's function that describes a matrix to the copy engine; the runtime finds it, so nothing links to the driver.
+// The driver's function that describes a matrix to the copy engine; the runtime finds it: nothing links to the driver.
 using EncodeFunction = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                     const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
                                     CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
@@ -124,7 +124,8 @@ void cut(Work& work, int64_t tiles, int64_t steps, int64_t least_steps, int64_t 
   for (int64_t back = 0; back < 2; ++back) {
     const int64_t whole = std::max<int64_t>(0, tiles / blocks - back) * blocks, split = tiles - whole;
     for (int64_t pieces = 1; pieces <= 32; ++pieces) {
-      if (pieces > 1 && (split == 0 || split * pieces > kMostPiecesPerBlock * blocks || pieces * 2 > least_steps)) break;
+      const bool fits = split * pieces <= kMostPiecesPerBlock * blocks && pieces * 2 <= least_steps;
+      if (pieces > 1 && (split == 0 || !fits)) break;
       const int64_t rounds = (split * pieces + blocks - 1) / blocks;
       const double time = static_cast<double>(whole / blocks * steps + rounds * ((steps + pieces - 1) / pieces)) +
                           (pieces > 1 ? 4 + 0.09 * static_cast<double>(split * pieces) : 0.0);

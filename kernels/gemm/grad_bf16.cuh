@@ -228,7 +228,8 @@ __device__ __forceinline__ void fill_x(const Place& p, uint32_t stage, int step,
 #pragma unroll
     for (int m = 0; m < kDepth / 4; ++m) {
       const int source = __shfl_sync(0xffffffffu, row_of, first_lane + m);
-      copy16((m % 2 == 0 ? even : odd) + m * 4 * 128, from + int64_t{source} * ld_bytes, row + 4 * m < rows ? bytes : 0);
+      copy16((m % 2 == 0 ? even : odd) + m * 4 * 128, from + int64_t{source} * ld_bytes,
+             row + 4 * m < rows ? bytes : 0);
     }
   }
 }

@@ -53,7 +53,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 __device__ __forceinline__ float weight(const float* panels, int64_t d, int64_t experts, int64_t e, int64_t j) {
   return e < experts && j < d ? panels[(e / 16 * d + j) * 16 + e % 16] : 0.0f;
 }
-// A block has 8 experts and 16 kTiles rows, its warps pieces of the inputs; a cluster of kParts blocks shares the pieces.
+// A block has 8 experts and 16 kTiles rows, its warps pieces of the inputs; kParts blocks, a cluster, share the pieces.
 // sums: [pieces, 16 kTiles rows, 8 experts], of the cluster's first block.
 template <int kTiles, int kParts>
 struct Few {

@@ -205,8 +205,10 @@ struct Experts {
   std::vector<int32_t> offsets = {0}, source;
   Experts(int64_t n_, int64_t k_) : n(n_), k(k_) {
     Random random(3);
-    for (int64_t e = 0; e < experts; ++e)
-      offsets.push_back(offsets.back() + static_cast<int32_t>(e % 4 == 1 ? 0 : random.next_int(0, e % 7 == 0 ? 400 : 70)));
+    for (int64_t e = 0; e < experts; ++e) {
+      const int64_t count = e % 4 == 1 ? 0 : random.next_int(0, e % 7 == 0 ? 400 : 70);
+      offsets.push_back(offsets.back() + static_cast<int32_t>(count));
+    }
     slots = offsets.back() + 9;
     for (int64_t s = 0; s < slots; ++s) source.push_back(static_cast<int32_t>(random.next_int(0, rows_of_x - 1)));
   }
