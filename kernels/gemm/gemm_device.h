@@ -9,9 +9,9 @@
 // REQUIRES (bf16) k and ldx are multiples of 8; w and x are aligned to 16 bytes (and y, with ldy a multiple of 8, or of
 // 4 for float32, to be fast). Rows of x need k elements only: what lies beyond is not read. Tasks of a call write
 // disjoint memory; y does not alias x.
-// WEIGHTS ARE READ AHEAD: a bf16 product may begin to read w before the launch right before it has ended. What writes
-// weights (make_tiles, an optimiser) must not be the last launch before a product: synchronise, or let any launch that
-// uses no programmatic dependency lie between.
+// WEIGHTS ARE READ AHEAD: a bf16 product may read w before the launches ahead of it have ended, back to the last one
+// that does not let its successor begin early. So what writes weights (make_tiles, an optimiser) must be launched
+// plainly, and must not itself let its successor begin early.
 // ERRORS shapes are checked before the launch. Device faults: Error(kEnvironment) at the next synchronisation.
 // ASYNC on the device's stream; every function may be captured into a graph. A task with no rows does nothing.
 #pragma once
@@ -33,10 +33,10 @@ template <class T>
 struct DeviceMatmulTask {
   const void* w;  // [n, k]
   int64_t n, k;
-  const T* x;     // [rows, ldx], the first k of each row used
+  const T* x;  // [rows, ldx], the first k of each row used
   int64_t ldx;
   int64_t rows;
-  void* y;        // [rows, ldy], the first n of each row written: T for kAct, else float
+  void* y;  // [rows, ldy], the first n of each row written: T for kAct, else float
   int64_t ldy;
   Store store;
 };
@@ -55,13 +55,16 @@ struct DeviceExpertTask {
   const void* w;         // experts matrices [n, k]
   int64_t expert_bytes;  // from one expert's matrix to the next
   int64_t experts, n, k;
-  const T* x;              // [*, ldx]
+  const T* x;  // [*, ldx]
   int64_t ldx;
   const int32_t* source;   // device [slots]: the row of x for a slot; null: the slot's own number
   const int32_t* offsets;  // device [experts + 1], ascending from 0; the last may be below slots, never above
   int64_t slots;
-  T* y;                    // [slots, ldy]
+  T* y;  // [slots, ldy]
   int64_t ldy;
+  // An earlier product by experts on this stream had the same offsets: they may be read, and the experts' weights
+  // fetched, before the launch right before has ended.
+  bool settled = false;
 };
 template <class T>
 void matmul_experts(Device& device, const DeviceExpertTask<T>& task);
@@ -73,7 +76,8 @@ void matmul_experts<bf16>(Device& device, const DeviceExpertTask<bf16>& task);
 // The same with dense products beside it (at most 8), such as those of the shared expert: one launch where rows are
 // few, in which their weights are fetched while the launches before end. The bits are those of separate calls.
 template <class T>
-void matmul_experts(Device& device, const DeviceExpertTask<T>& task, std::span<const DeviceMatmulTask<T>> beside);
+void matmul_experts(Device& device, const DeviceExpertTask<T>& task,
+                    std::span<const DeviceMatmulTask<T>> beside);
 template <>
 void matmul_experts<bf16>(Device& device, const DeviceExpertTask<bf16>& task,
                           std::span<const DeviceMatmulTask<bf16>> beside);

@@ -10,19 +10,20 @@ namespace products {
 
 struct Form {
   int warpgroups, tokens;
-  int stage_tiles;
 };
 
 // The driver's function that describes a matrix to the copy engine; the runtime finds it, so nothing links to the driver.
 using EncodeFunction = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                    const cuuint64_t*, const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave,
-                                    CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+                                    const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                                    CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                    CUtensorMapFloatOOBfill);
 EncodeFunction encode_function() {
   static const EncodeFunction function = [] {
     void* f = nullptr;
     cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
-    PERIGEE_CUDA(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found));
+    PERIGEE_CUDA(
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &f, 12000, cudaEnableDefault, &found));
 #else
     PERIGEE_CUDA(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &f, cudaEnableDefault, &found));
 #endif
@@ -33,16 +34,18 @@ EncodeFunction encode_function() {
 }
 
 // A matrix of activations as {width, rows, count} in boxes of 64 by `tokens`; outside reads as zero and is not written.
-CUtensorMap describe(const void* x, int64_t k, int64_t rows, int64_t ldx, int64_t count, int64_t step_bytes, int tokens) {
+CUtensorMap describe(const void* x, int64_t k, int64_t rows, int64_t ldx, int64_t count, int64_t step_bytes,
+                     int tokens) {
   CUtensorMap map;
-  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(count)};
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(k), static_cast<cuuint64_t>(rows),
+                               static_cast<cuuint64_t>(count)};
   const cuuint64_t strides[2] = {static_cast<cuuint64_t>(ldx) * 2,
                                  static_cast<cuuint64_t>(count > 1 ? step_bytes : ldx * 2)};
   const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(tokens), 1}, ones[3] = {1, 1, 1};
-  const CUresult result = encode_function()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(x), sizes, strides, box, ones,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(x), sizes, strides, box,
+                        ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   PERIGEE_CHECK(result == CUDA_SUCCESS);
   return map;
 }
@@ -51,13 +54,12 @@ constexpr int kSharedMost = 232448;
 constexpr int kFixedBytes = (kMaxExperts + 2) * 4;
 
 template <int kWarpgroups, int kTokens>
-void launch_form(Device& device, Params& p, const Form& form, int64_t units_most) {
-  p.stage_tiles = form.stage_tiles;
-  const int stage_bytes = stage_size(kWarpgroups, kTokens, form.stage_tiles);
+void launch_form(Device& device, Params& p, int64_t units_most) {
+  constexpr int stage_bytes = kStageBytes<kWarpgroups, kTokens>;
   // Half of the multiprocessor's, so that the next launch can fetch weights beside this one. All of it where x is large,
-  // and in long launches, whose blocks must not share a multiprocessor.
+  // and in long launches, two blocks of which must not share a multiprocessor.
   const int blocks = static_cast<int>(std::min<int64_t>(units_most, device.info().multiprocessors));
-  const bool half = kWarpgroups == 1 && kTokens <= 32 && units_most <= 24 * blocks;
+  const bool half = kWarpgroups == 1 && kTokens <= 32 && units_most <= 10 * blocks;
   const int budget = half ? 113 * 1024 : kSharedMost;
   const int fixed = kWarpgroups * 2 * kBufferBytes<kTokens> + kFixedBytes;
   p.stages = (budget - fixed - 8) / (stage_bytes + 16);
@@ -82,28 +84,36 @@ void launch_form(Device& device, Params& p, const Form& form, int64_t units_most
 }
 
 void launch(Device& device, Params& p, const Form& form, int64_t units_most) {
+  PERIGEE_CHECK(device.info().capability == 90);  // the kernel is empty for others
   if (form.warpgroups == 2) {
-    if (form.tokens == 256) return launch_form<2, 256>(device, p, form, units_most);
-    return launch_form<2, 128>(device, p, form, units_most);
+    if (form.tokens == 256) return launch_form<2, 256>(device, p, units_most);
+    return launch_form<2, 128>(device, p, units_most);
   }
   switch (form.tokens) {
-    case 8: return launch_form<1, 8>(device, p, form, units_most);
-    case 16: return launch_form<1, 16>(device, p, form, units_most);
-    case 32: return launch_form<1, 32>(device, p, form, units_most);
-    case 64: return launch_form<1, 64>(device, p, form, units_most);
-    default: return launch_form<1, 128>(device, p, form, units_most);
+    case 8:
+      return launch_form<1, 8>(device, p, units_most);
+    case 16:
+      return launch_form<1, 16>(device, p, units_most);
+    case 32:
+      return launch_form<1, 32>(device, p, units_most);
+    case 64:
+      return launch_form<1, 64>(device, p, units_most);
+    default:
+      return launch_form<1, 128>(device, p, units_most);
   }
 }
 
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Stages of 16 KiB of weights: with 8 the consumers' work per stage shows, with 32 there are too few.
-Form decode_form(int64_t rows) {
-  const int tokens = rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : rows <= 64 ? 64 : 128;
-  return {1, tokens, tokens > 64 ? 1 : 2};
+int64_t ceil_divide(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
 }
 
-int outputs_of_unit(const Form& form) { return form.warpgroups == 2 ? 128 : form.tokens <= 64 ? 32 : 64; }
+Form decode_form(int64_t rows) {
+  return {1, rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : rows <= 64 ? 64 : 128};
+}
+
+int outputs_of_unit(const Form& form) {
+  return form.warpgroups == 2 ? 128 : form.tokens <= 64 ? 32 : 64;
+}
 
 // Units of a set of products in a form.
 template <class Tasks>
@@ -114,19 +124,27 @@ int64_t count(const Tasks& tasks, int64_t outputs, int64_t tokens) {
   return units;
 }
 
+// Many rows: the form whose rounds over the multiprocessors take least. A unit's time is in proportion to its products,
+// and somewhat more for the smaller ones, which bring more bytes for each product.
 Form choose(std::span<const DeviceMatmulTask<bf16>> tasks, int multiprocessors) {
   int64_t rows = 0;
   for (const auto& t : tasks) rows = std::max(rows, t.rows);
-  if (rows > 64) {
-    if (rows > 128 && count(tasks, 128, 256) >= multiprocessors * 3 / 4) return {2, 256, 1};
-    if (count(tasks, 128, 128) >= multiprocessors / 2) return {2, 128, 1};
-  }
-  return decode_form(rows);
+  if (rows <= 64) return decode_form(rows);
+  const auto cost = [&](int64_t outputs, int64_t tokens, double unit) {
+    return static_cast<double>(ceil_divide(count(tasks, outputs, tokens), multiprocessors)) * unit;
+  };
+  const double large = cost(128, 256, 1.0), medium = cost(128, 128, 0.55), small = cost(64, 128, 0.34);
+  if (large <= medium && large <= small) return {2, 256};
+  if (medium <= small) return {2, 128};
+  return {1, 128};
 }
 
-bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+bool aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+}
 
-void fill(Group& g, int64_t n, int64_t k, int64_t rows, int64_t ldy, Store store, const void* y, const Form& form) {
+void fill(Group& g, int64_t n, int64_t k, int64_t rows, int64_t ldy, Store store, const void* y,
+          const Form& form) {
   g.n = static_cast<int>(n);
   g.k = static_cast<int>(k);
   g.rows = static_cast<int>(rows);
@@ -162,10 +180,13 @@ void add_groups(Params& p, std::span<const DeviceMatmulTask<bf16>> tasks, size_t
     int64_t w_step = 0, x_step = 0, y_step = 0;
     while (next + members < tasks.size()) {
       const auto &last = tasks[next + members - 1], &b = tasks[next + members];
-      if (b.n != a.n || b.k != a.k || b.rows != a.rows || b.ldx != a.ldx || b.ldy != a.ldy || b.store != a.store) break;
+      if (b.n != a.n || b.k != a.k || b.rows != a.rows || b.ldx != a.ldx || b.ldy != a.ldy ||
+          b.store != a.store)
+        break;
       const int64_t dw = distance(last.w, b.w), dx = distance(last.x, b.x), dy = distance(last.y, b.y);
       if (members == 1) {
-        if (dx < 0 || dx % 16 != 0 || dx >= int64_t{1} << 39 || dy % 16 != 0 || dy <= 0 || dy >= int64_t{1} << 39)
+        if (dx < 0 || dx % 16 != 0 || dx >= int64_t{1} << 39 || dy % 16 != 0 || dy <= 0 ||
+            dy >= int64_t{1} << 39)
           break;
         w_step = dw, x_step = dx, y_step = dy;
       } else if (dw != w_step || dx != x_step || dy != y_step) {
@@ -180,7 +201,8 @@ void add_groups(Params& p, std::span<const DeviceMatmulTask<bf16>> tasks, size_t
     g.w_step = w_step;
     g.y_step = y_step;
     g.x_step = x_step > 0 ? 1 : 0;
-    g.x = describe(a.x, a.k, a.rows, a.ldx, x_step > 0 ? static_cast<int64_t>(members) : 1, x_step, form.tokens);
+    g.x = describe(a.x, a.k, a.rows, a.ldx, x_step > 0 ? static_cast<int64_t>(members) : 1, x_step,
+                   form.tokens);
     if (a.store == Store::kAct && g.vector)
       g.y_map = describe(a.y, a.n, a.rows, a.ldy, static_cast<int64_t>(members), y_step, 32);
     units += static_cast<int64_t>(members) * g.m_blocks * g.t_blocks;
@@ -194,8 +216,8 @@ void add_groups(Params& p, std::span<const DeviceMatmulTask<bf16>> tasks, size_t
 // How many slots an expert has is the device's to know; the form goes by the mean, and any number is right.
 Form choose(const DeviceExpertTask<bf16>& t) {
   const int64_t mean = ceil_divide(t.slots, t.experts);
-  if (mean > 128) return {2, 256, 1};
-  if (mean > 32) return {2, 128, 1};
+  if (mean > 128) return {2, 256};
+  if (mean > 32) return {2, 128};
   return decode_form(mean <= 3 ? 8 : mean <= 9 ? 16 : mean <= 20 ? 32 : 64);
 }
 
@@ -219,7 +241,8 @@ template <>
 void matmul_experts<bf16>(Device& device, const DeviceExpertTask<bf16>& t,
                           std::span<const DeviceMatmulTask<bf16>> beside) {
   using namespace products;
-  PERIGEE_CHECK(t.experts >= 1 && t.experts <= kMaxExperts && t.n >= 1 && t.k >= 1 && t.k % 8 == 0 && t.slots >= 0);
+  PERIGEE_CHECK(t.experts >= 1 && t.experts <= kMaxExperts && t.n >= 1 && t.k >= 1 && t.k % 8 == 0 &&
+                t.slots >= 0);
   PERIGEE_CHECK(t.ldx >= t.k && t.ldx % 8 == 0 && t.ldy >= t.n && t.expert_bytes % 16 == 0);
   PERIGEE_CHECK(aligned(t.w) && aligned(t.x) && beside.size() <= static_cast<size_t>(kMaxGroups));
   for (const auto& b : beside) check(b);
@@ -242,6 +265,7 @@ void matmul_experts<bf16>(Device& device, const DeviceExpertTask<bf16>& t,
   p.experts = static_cast<int>(t.experts);
   p.expert_bytes = t.expert_bytes;
   p.offsets = t.offsets;
+  p.settled = t.settled;
   p.source = t.source;
   p.x = t.x;
   p.ldx = t.ldx;

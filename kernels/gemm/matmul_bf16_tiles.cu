@@ -32,7 +32,8 @@ __global__ void undo_tiles_kernel(const bf16* tiles, int64_t n, int64_t k, bf16*
 
 void make_tiles(Device& device, const bf16* w, int64_t ldw, int64_t n, int64_t k, bf16* tiles) {
   PERIGEE_CHECK(n >= 1 && k >= 1 && ldw >= k);
-  make_tiles_kernel<<<blocks_for(tiled_elements(n, k) / 8, 256), 256, 0, device.stream()>>>(w, ldw, n, k, tiles);
+  make_tiles_kernel<<<blocks_for(tiled_elements(n, k) / 8, 256), 256, 0, device.stream()>>>(w, ldw, n, k,
+                                                                                            tiles);
   PERIGEE_LAUNCHED();
 }
 

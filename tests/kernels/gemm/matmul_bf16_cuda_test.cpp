@@ -54,14 +54,16 @@ bool same_bits(const float* a, const float* b, int64_t n) {
 
 // The tensor cores add sixteen products to a sum and drop what lies below its last bit: 2^-23 of it for each of the
 // k / 16 additions at worst, if all errors have one sign.
-double tolerance(int64_t k) { return static_cast<double>((k + 15) / 16 + 1) * 0x1p-23; }
+double tolerance(int64_t k) {
+  return static_cast<double>((k + 15) / 16 + 1) * 0x1p-23;
+}
 
 struct Shape {
   int64_t n, k;
 };
 // Odd sizes; one output; less than a tile; matrices with an odd number of tiles of outputs; those of the 48B model.
-const Shape kShapes[] = {{1, 8},    {7, 72},     {50, 64},     {64, 136},   {96, 1000},  {130, 520},
-                         {192, 64}, {576, 2304}, {2304, 1024}, {512, 128},  {128, 512},  {1984, 320}};
+const Shape kShapes[] = {{1, 8},    {7, 72},     {50, 64},     {64, 136},  {96, 1000}, {130, 520},
+                         {192, 64}, {576, 2304}, {2304, 1024}, {512, 128}, {128, 512}, {1984, 320}};
 
 TEST_F(MatmulBf16Device, agrees_with_float64) {
   for (const Shape& s : kShapes) {
@@ -72,7 +74,7 @@ TEST_F(MatmulBf16Device, agrees_with_float64) {
       // every row counts, but a few suffice
       std::vector<float> some;
       std::vector<int64_t> which;
-      for (int64_t t = 0; t < rows; t += rows > 20 ? 37 : 1) which.push_back(t);
+      for (int64_t t = 0; t<rows; t += rows> 20 ? 37 : 1) which.push_back(t);
       for (int64_t t : which)
         for (int64_t j = 0; j < s.k; ++j) some.push_back(from_bf16(x[static_cast<size_t>(t * s.k + j)].bits));
       const int64_t count = static_cast<int64_t>(which.size());
@@ -87,7 +89,8 @@ TEST_F(MatmulBf16Device, agrees_with_float64) {
 
 TEST_F(MatmulBf16Device, a_row_has_the_same_bits_in_any_batch_and_place) {
   const int64_t most = 4096;
-  for (const Shape& s : {Shape{64, 64}, Shape{50, 1000}, Shape{576, 2304}, Shape{2304, 1024}, Shape{8192, 128}}) {
+  for (const Shape& s :
+       {Shape{64, 64}, Shape{50, 1000}, Shape{576, 2304}, Shape{2304, 1024}, Shape{8192, 128}}) {
     const Matrix w(device(), s.n, s.k, 3);
     const DeviceArray<bf16> x(device(), normals(most * s.k, 4));
     const std::vector<float> all = product(device(), w, x, most);
@@ -118,8 +121,8 @@ TEST_F(MatmulBf16Device, a_task_has_the_same_bits_alone_and_among_others) {
     const DeviceArray<float> absorbed(device(), rows * heads * 96);
     const Matrix stacked(device(), heads * 64, 128, 20);
     for (int64_t h = 0; h < heads; ++h)
-      tasks.push_back({stacked.tiles + h * 64 * 128, 64, 128, x + h * 192, heads * 192, rows, absorbed + h * 96,
-                       heads * 96, Store::kF32});
+      tasks.push_back({stacked.tiles + h * 64 * 128, 64, 128, x + h * 192, heads * 192, rows,
+                       absorbed + h * 96, heads * 96, Store::kF32});
     const DeviceArray<float> other(device(), rows * heads * 64);
     // Not at equal distances: more groups than one launch has.
     for (int64_t h = 0; h < heads; ++h) {
@@ -138,14 +141,18 @@ TEST_F(MatmulBf16Device, a_task_has_the_same_bits_alone_and_among_others) {
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t g = h * 5 % heads;
       const DeviceArray<float> alone(device(), rows * 64);
-      const Task t{stacked.tiles + g * 64 * 128, 64, 128, x + g * 192, heads * 192, rows, alone, 64, Store::kF32};
+      const Task t{
+          stacked.tiles + g * 64 * 128, 64, 128, x + g * 192, heads * 192, rows, alone, 64, Store::kF32};
       matmul<bf16>(device(), std::span(&t, 1));
       const std::vector<float> expected = alone.get();
       for (int64_t r = 0; r < rows; ++r) {
-        ASSERT_TRUE(same_bits(&a[static_cast<size_t>((r * heads + g) * 96)], &expected[static_cast<size_t>(r * 64)], 64))
+        ASSERT_TRUE(same_bits(&a[static_cast<size_t>((r * heads + g) * 96)],
+                              &expected[static_cast<size_t>(r * 64)], 64))
             << "head " << g << " of " << heads << ", row " << r << " of " << rows;
-        ASSERT_TRUE(same_bits(&b[static_cast<size_t>((r * heads + h) * 64)], &expected[static_cast<size_t>(r * 64)], 64));
-        ASSERT_TRUE(std::isnan(a[static_cast<size_t>((r * heads + g) * 96 + 64)])) << "written beyond a row's outputs";
+        ASSERT_TRUE(same_bits(&b[static_cast<size_t>((r * heads + h) * 64)],
+                              &expected[static_cast<size_t>(r * 64)], 64));
+        ASSERT_TRUE(std::isnan(a[static_cast<size_t>((r * heads + g) * 96 + 64)]))
+            << "written beyond a row's outputs";
       }
     }
   }
@@ -160,7 +167,8 @@ TEST_F(MatmulBf16Device, results_are_stored_rounded_or_added_once) {
       const std::vector<float> before = widen(normals(rows * ldy, 32));
       const DeviceArray<float> plain(device(), rows * ldy), added(device(), before);
       const DeviceArray<bf16> rounded(device(), rows * ldy);
-      const Task tasks[] = {task(w, x, ldx, rows, plain, ldy, Store::kF32), task(w, x, ldx, rows, added, ldy, Store::kAddF32),
+      const Task tasks[] = {task(w, x, ldx, rows, plain, ldy, Store::kF32),
+                            task(w, x, ldx, rows, added, ldy, Store::kAddF32),
                             task(w, x, ldx, rows, rounded, ldy, Store::kAct)};
       matmul<bf16>(device(), tasks);
       const std::vector<float> p = plain.get(), a = added.get();
@@ -188,7 +196,8 @@ void check_experts(Device& device, int64_t n, int64_t k, const std::vector<int64
   std::vector<int32_t> offsets{0}, source;
   for (const int64_t c : counts) offsets.push_back(offsets.back() + static_cast<int32_t>(c));
   Random random(40);
-  for (int64_t s = 0; s < slots; ++s) source.push_back(s < used ? static_cast<int32_t>(random.next_int(0, rows - 1)) : -7);
+  for (int64_t s = 0; s < slots; ++s)
+    source.push_back(s < used ? static_cast<int32_t>(random.next_int(0, rows - 1)) : -7);
   const DeviceArray<int32_t> device_offsets(device, offsets), device_source(device, source);
   const DeviceArray<bf16> x(device, normals(rows * ldx, 41)), y(device, slots * n);
   // Experts lie apart by more than their size.
@@ -199,7 +208,9 @@ void check_experts(Device& device, int64_t n, int64_t k, const std::vector<int64
     matrices.push_back(std::make_unique<Matrix>(device, n, k, 50 + static_cast<uint64_t>(e)));
     device.copy(w + e * each, matrices.back()->tiles, tiled_elements(n, k) * 2);
   }
-  ExpertTask t{w, each * 2, experts, n, k, x, ldx, gathered ? device_source.data() : nullptr, device_offsets, slots, y, n};
+  ExpertTask t{
+      w,     each * 2, experts, n, k, x, ldx, gathered ? device_source.data() : nullptr, device_offsets,
+      slots, y,        n};
   // A shared expert beside them.
   const Matrix shared(device, 100, k, 49);
   const int64_t shared_rows = std::min<int64_t>(rows, 150);
@@ -209,10 +220,12 @@ void check_experts(Device& device, int64_t n, int64_t k, const std::vector<int64
   other.y = alone.data();
   matmul_experts<bf16>(device, t, std::span(&one, 1));
   matmul<bf16>(device, std::span(&other, 1));
-  ASSERT_EQ(std::memcmp(beside.get().data(), alone.get().data(), static_cast<size_t>(shared_rows) * 208), 0) << rows;
+  ASSERT_EQ(std::memcmp(beside.get().data(), alone.get().data(), static_cast<size_t>(shared_rows) * 208), 0)
+      << rows;
   const std::vector<bf16> got = y.get();
   const DeviceArray<bf16> again(device, slots * n);
   t.y = again;
+  t.settled = true;
   matmul_experts<bf16>(device, t);
   ASSERT_EQ(std::memcmp(again.get().data(), got.data(), got.size() * 2), 0) << "without the shared expert";
   for (int64_t e = 0; e < experts; ++e) {
@@ -222,17 +235,25 @@ void check_experts(Device& device, int64_t n, int64_t k, const std::vector<int64
     const std::vector<bf16> expected = all.get();
     for (int32_t s = offsets[static_cast<size_t>(e)]; s < offsets[static_cast<size_t>(e + 1)]; ++s) {
       const int64_t row = gathered ? source[static_cast<size_t>(s)] : s;
-      ASSERT_EQ(std::memcmp(&got[static_cast<size_t>(s * n)], &expected[static_cast<size_t>(row * n)], static_cast<size_t>(n) * 2), 0)
-          << "slot " << s << " of expert " << e << ", " << used << " slots, n " << n << " k " << k << " gathered " << gathered;
+      ASSERT_EQ(std::memcmp(&got[static_cast<size_t>(s * n)], &expected[static_cast<size_t>(row * n)],
+                            static_cast<size_t>(n) * 2),
+                0)
+          << "slot " << s << " of expert " << e << ", " << used << " slots, n " << n << " k " << k
+          << " gathered " << gathered;
     }
   }
-  for (int64_t i = used * n; i < slots * n; ++i) ASSERT_EQ(got[static_cast<size_t>(i)].bits, 0xffff) << "a slot of nobody";
+  for (int64_t i = used * n; i < slots * n; ++i)
+    ASSERT_EQ(got[static_cast<size_t>(i)].bits, 0xffff) << "a slot of nobody";
 }
 
 TEST_F(MatmulBf16Device, experts_have_the_bits_of_dense_products) {
-  const std::vector<std::vector<int64_t>> cases = {
-      {1}, {0, 1, 0, 0, 2, 0}, {3, 0, 17, 1, 8, 9, 0, 0}, {0, 0, 40, 0, 0, 0, 0, 0, 0, 0, 0, 0}, {20, 16, 15, 64, 1},
-      {33, 90, 128, 129, 0, 7}, {0, 300, 1000, 256, 255, 1, 0, 513}};
+  const std::vector<std::vector<int64_t>> cases = {{1},
+                                                   {0, 1, 0, 0, 2, 0},
+                                                   {3, 0, 17, 1, 8, 9, 0, 0},
+                                                   {0, 0, 40, 0, 0, 0, 0, 0, 0, 0, 0, 0},
+                                                   {20, 16, 15, 64, 1},
+                                                   {33, 90, 128, 129, 0, 7},
+                                                   {0, 300, 1000, 256, 255, 1, 0, 513}};
   for (const auto& counts : cases) {
     for (const bool gathered : {true, false}) {
       check_experts(device(), 192, 136, counts, gathered);
@@ -272,14 +293,16 @@ TEST_F(MatmulBf16Device, matrices_go_into_tiles_and_come_back) {
     const std::vector<bf16> w = normals(s.n * (s.k + 3), 70);
     std::vector<float> rows;
     for (int64_t i = 0; i < s.n; ++i)
-      for (int64_t j = 0; j < s.k; ++j) rows.push_back(from_bf16(w[static_cast<size_t>(i * (s.k + 3) + j)].bits));
+      for (int64_t j = 0; j < s.k; ++j)
+        rows.push_back(from_bf16(w[static_cast<size_t>(i * (s.k + 3) + j)].bits));
     std::vector<bf16> expected(static_cast<size_t>(tiled_elements(s.n, s.k)));
     pack_tiles(rows.data(), s.n, s.k, expected.data());
     std::vector<float> back(rows.size());
     unpack_tiles(expected.data(), s.n, s.k, back.data());
     EXPECT_EQ(back, rows);
 
-    const DeviceArray<bf16> from(device(), w), tiles(device(), tiled_elements(s.n, s.k)), to(device(), s.n * s.k);
+    const DeviceArray<bf16> from(device(), w), tiles(device(), tiled_elements(s.n, s.k)),
+        to(device(), s.n * s.k);
     make_tiles(device(), from, s.k + 3, s.n, s.k, tiles);
     undo_tiles(device(), tiles, s.n, s.k, to, s.k);
     const std::vector<bf16> got = tiles.get();
