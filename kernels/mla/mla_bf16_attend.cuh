@@ -13,186 +13,9 @@
 // 2^8: a function of the row's scores alone, and the accumulators are then rarely rescaled. Weights below 2^8 in bf16 and
 // sums in f32 lose nothing by it.
 #pragma once
-#include <cfloat>
-
-#include "kernels/mla/mla_bf16.cuh"
-#include "kernels/mla/mla_device.h"
+#include "kernels/mla/mla_bf16_runs.cuh"
 
 namespace perigee::kernels::mla {
-
-inline constexpr int kSlots = 2;            // blocks in shared memory
-inline constexpr int kMostSlices = 1024;    // of a launch
-inline constexpr int kAttendThreads = 384;  // two warpgroups, and one of which a warp copies pages
-inline constexpr int kCopyRegisters = 40, kProductRegisters = 232;
-inline constexpr float kSlack = 8.0f;       // binary orders by which scores may exceed the reference
-
-// Blocks of a split for a row at this position. Decoding a long sequence wants many splits, prefill few: each is a
-// round trip of the accumulators through memory.
-__host__ __device__ constexpr int split_blocks(int position) {
-  return position < 1024 ? 4 : position < 4096 ? 8 : position < 16384 ? 16 : position < 65536 ? 32 : position < 262144 ? 64 : 128;
-}
-__host__ __device__ constexpr int split_count(int position) {
-  return (position / 64 + split_blocks(position)) / split_blocks(position);
-}
-// The most that any position up to this one has: not its own count, for longer sequences have longer splits.
-constexpr int most_split_count(int position) {
-  int most = split_count(position);
-  for (int end : {1024, 4096, 16384, 65536, 262144})
-    if (position >= end) most = most > split_count(end - 1) ? most : split_count(end - 1);
-  return most;
-}
-
-struct AttendArgs {
-  const bf16* q;
-  bf16* out;
-  float* lse;
-  DeviceBatch batch;     // slices: those of this launch
-  int first_slice;       // of them, in the batch
-  int64_t page_offset;
-  const std::byte* own_pages;  // training: page p of slice i at (begin / 64 + i + p) pages; else null
-  int heads, latent, width;
-  int key_tiles;
-  int group_heads, groups;  // heads that a tile has, tiles over the heads
-  int tokens;               // of a tile: a power of two, aligned in absolute positions
-  float log2_scale;
-  float* partial;  // decoding: [items] of partial_floats
-  int2* parts;     // decoding: [slices of this launch * groups]: first item, splits already merged into one
-  float* total;    // prefill: [CTAs] accumulators
-};
-
-// What is left of a split: O^T as the threads hold it, [N/8 * VT * 256 float4], then the references and the sums.
-template <int N, int VT>
-inline constexpr int kPartialFloats = VT * N / 2 * 256 + 2 * N;
-
-// A block in shared memory: the halves of the values, VT tiles each, and the tile of what is key only, then of the weights.
-// Tiles that narrower rows do not have are zero.
-template <int VT>
-inline constexpr int kSlotTiles = 2 * VT + 1;
-
-template <int N>
-constexpr int query_bytes(int vt) {
-  const int tiles = (2 * vt + 1) * N * 128, rows = (N * (2 * vt * 128 + 16) + 1023) / 1024 * 1024;
-  return tiles > rows ? tiles : rows;
-}
-
-template <int N>
-struct Stats {
-  float reference[N];
-  float alpha[kSlots][N];
-  float most[4][N];
-  float sum[8][N];
-  float total_reference[N], total_sum[N], factor[2][N];
-  uint64_t full[kSlots][5], empty[kSlots][5], weights[kSlots];  // by pairs of tiles, the last tile alone
-  int rescale[kSlots];
-  int warp_items[kAttendThreads / 32 + 1];
-  int items[kMostSlices + 1];  // before each slice
-};
-
-// Consecutive splits of one tile of queries.
-struct Run {
-  int slice;  // of the batch
-  int group;
-  int first_position;         // of the tile; may lie before the slice
-  int begin_position, end_position;  // of the tile's rows that exist
-  int row;                    // of begin_position
-  int split_begin, split_end, splits;
-  int item;
-};
-
-template <bool kDecode>
-__device__ __forceinline__ int slice_items(const AttendArgs& a, const DeviceSlice& s) {
-  if (s.count == 0) return 0;
-  if (kDecode) return a.groups * split_count(s.position);
-  return a.groups * ((s.position + s.count - 1) / a.tokens - s.position / a.tokens + 1);
-}
-
-// Fills stats.items. All threads.
-template <bool kDecode, int N>
-__device__ __forceinline__ void count_items(const AttendArgs& a, Stats<N>& stats) {
-  constexpr int kEach = (kMostSlices + kAttendThreads - 1) / kAttendThreads;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int mine[kEach], sum = 0;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int s = threadIdx.x * kEach + i;
-    mine[i] = s < a.batch.slices ? slice_items<kDecode>(a, a.batch.slice[s]) : 0;
-    sum += mine[i];
-  }
-  int before = sum;
-#pragma unroll
-  for (int d = 1; d < 32; d *= 2) {
-    const int x = __shfl_up_sync(~0u, before, d);
-    if (lane >= d) before += x;
-  }
-  if (lane == 31) stats.warp_items[warp] = before;
-  __syncthreads();
-  for (int w = 0; w < warp; ++w) before += stats.warp_items[w];
-  before -= sum;
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int s = threadIdx.x * kEach + i;
-    if (s <= a.batch.slices) stats.items[s] = before;
-    before += mine[i];
-  }
-  __syncthreads();
-}
-
-// The runs of this CTA, the same for each who asks.
-template <bool kDecode, int N>
-class Runs {
- public:
-  __device__ Runs(const AttendArgs& a, const Stats<N>& stats) : a_(a), stats_(stats) {
-    const int items = stats.items[a.batch.slices];
-    if (kDecode) {  // neighbours: what one CTA has of a sequence from its beginning, it merges itself
-      const unsigned n = static_cast<unsigned>(items);  // times the CTAs it is far below 2^32
-      next_ = static_cast<int>(n * blockIdx.x / gridDim.x);
-      end_ = static_cast<int>(n * (blockIdx.x + 1) / gridDim.x);
-    } else {
-      next_ = static_cast<int>(blockIdx.x);
-      end_ = items;
-    }
-  }
-  __device__ bool next(Run& r) {
-    if (next_ >= end_) return false;
-    int low = 0, high = a_.batch.slices;  // items[low] <= next < items[high]
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      (stats_.items[middle] <= next_ ? low : high) = middle;
-    }
-    const DeviceSlice s = a_.batch.slice[low];
-    r.slice = low;
-    r.item = next_;
-    const int i = next_ - stats_.items[low];
-    if (kDecode) {
-      r.splits = split_count(s.position);
-      r.group = i / r.splits;
-      r.split_begin = i % r.splits;
-      r.split_end = min(r.splits, r.split_begin + end_ - next_);
-      r.first_position = r.begin_position = s.position;
-      r.end_position = s.position + 1;
-      r.row = s.begin;
-      next_ += r.split_end - r.split_begin;
-    } else {
-      // The longest first, so that the last to finish are short.
-      const int tile = (s.position + s.count - 1) / a_.tokens - i / a_.groups;
-      r.group = i % a_.groups;
-      r.first_position = tile * a_.tokens;
-      r.begin_position = max(r.first_position, s.position);
-      r.end_position = min(r.first_position + a_.tokens, s.position + s.count);
-      r.row = s.begin + r.begin_position - s.position;
-      r.splits = split_count(r.end_position - 1);
-      r.split_begin = 0;
-      r.split_end = r.splits;
-      next_ += static_cast<int>(gridDim.x);
-    }
-    return true;
-  }
-
- private:
-  const AttendArgs& a_;
-  const Stats<N>& stats_;
-  int next_, end_;
-};
 
 #if defined(PERIGEE_HOPPER)
 
@@ -203,7 +26,9 @@ __device__ __forceinline__ void merge_factors(float& total_reference, float refe
   y = exp2_fast(reference - m);
   total_reference = m;
 }
-__device__ __forceinline__ float merge(float total, float x, float split, float y) { return __fmaf_rn(split, y, total * x); }
+__device__ __forceinline__ float merge(float total, float x, float split, float y) {
+  return __fmaf_rn(split, y, total * x);
+}
 __device__ __forceinline__ float log_sum(float reference, float sum) {
   return (reference + log2_fast(sum)) * 0.693147180559945309f;
 }
@@ -224,11 +49,13 @@ __device__ __forceinline__ void copy_pages(const AttendArgs& a, Stats<N>& stats,
       if (b + lane < end) {
         mine = a.own_pages == nullptr
                    ? a.batch.pages[int64_t{r.slice} * a.batch.max_pages + b + lane] + a.page_offset
-                   : a.own_pages + (a.batch.slice[r.slice].begin / 64 + a.first_slice + r.slice + b + lane) * page_bytes;
+                   : a.own_pages + (a.batch.slice[r.slice].begin / 64 + a.first_slice + r.slice + b + lane) *
+                                       page_bytes;
       }
       const int n = min(32, end - b);
       for (int i = 0; i < n; ++i, ++block) {
-        const auto page = reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(mine), i));
+        const auto page =
+            reinterpret_cast<const std::byte*>(__shfl_sync(~0u, reinterpret_cast<uint64_t>(mine), i));
         const uint32_t slot = block % kSlots, phase = block / kSlots % 2;
         if (lane == 0) {
           const uint32_t to = slots + slot * kSlotTiles<VT> * kTileBytes;
@@ -283,7 +110,9 @@ class Attention {
   }
 
  private:
-  __device__ __forceinline__ int column(int i) const { return 8 * (i / 2) + 2 * (lane_ % 4) + i % 2; }
+  __device__ __forceinline__ int column(int i) const {
+    return 8 * (i / 2) + 2 * (lane_ % 4) + i % 2;
+  }
 
   __device__ __forceinline__ void load_queries(const Run& r) {
     // A warp per row, four rows at once. Code that runs once is kept short: fetching it costs more than running it.
@@ -307,7 +136,8 @@ class Attention {
         for (int e = 0; e < kEach; ++e) {
           const int piece = lane_ + 32 * e, c = first + 8 * k;
           if (piece < kPieces)
-            *reinterpret_cast<uint4*>(queries_ + piece / 8 * (N * 128) + c * 128 + ((piece % 8) ^ (c % 8)) * 16) = v[k][e];
+            *reinterpret_cast<uint4*>(queries_ + piece / 8 * (N * 128) + c * 128 +
+                                      ((piece % 8) ^ (c % 8)) * 16) = v[k][e];
         }
     }
     fence_async();
@@ -319,7 +149,7 @@ class Attention {
   __device__ __forceinline__ void attend(const Run& r, int first, int n, bool last) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) sum_[i] = 0;
-    // The first product overwrites them; but the compiler need not keep what they held before.
+      // The first product overwrites them; but the compiler need not keep what they held before.
 #pragma unroll
     for (int v = 0; v < VT; ++v)
 #pragma unroll
@@ -361,7 +191,9 @@ class Attention {
     block_ += static_cast<uint32_t>(n);
   }
 
-  __device__ __forceinline__ uint32_t slot_address(uint32_t slot) const { return slots_ + slot * kSlotTiles<VT> * kTileBytes; }
+  __device__ __forceinline__ uint32_t slot_address(uint32_t slot) const {
+    return slots_ + slot * kSlotTiles<VT> * kTileBytes;
+  }
 
   // S^T of block b, in flight.
   __device__ __forceinline__ void scores(float (&s)[N / 2], uint32_t b, const Run& r, bool last) {
@@ -373,7 +205,8 @@ class Attention {
       if (pieces > 0) {
         std::byte* const tiles = queries_ - (query_address_ - keys);
         for (int i = thread_ % 128; i < a_.key_tiles * pieces; i += 128)
-          *reinterpret_cast<uint4*>(tiles + i / pieces * kTileBytes + rows * 128 + i % pieces * 16) = uint4{0, 0, 0, 0};
+          *reinterpret_cast<uint4*>(tiles + i / pieces * kTileBytes + rows * 128 + i % pieces * 16) =
+              uint4{0, 0, 0, 0};
         fence_async();
         named_barrier(1 + kGroup, 128);
       }
@@ -386,7 +219,8 @@ class Attention {
       for (int half = 0; half < 2; ++half) {
         const int t = i < VT ? half * VT + i : 2 * VT;
         if (i == VT && half == 1) break;
-        const uint64_t x = tile_descriptor(keys + t * kTileBytes), y = tile_descriptor(query_address_ + t * (N * 128));
+        const uint64_t x = tile_descriptor(keys + t * kTileBytes),
+                       y = tile_descriptor(query_address_ + t * (N * 128));
 #pragma unroll
         for (int k = 0; k < 4; ++k) wgmma<false>(s, x + k * kAlongRow, y + k * kAlongRow, i + half + k > 0);
       }
@@ -395,7 +229,8 @@ class Attention {
   }
 
   // Scores to weights; they go to the block's last tile.
-  __device__ __forceinline__ void weights(float (&s)[N / 2], uint32_t b, const Run& r, int block, bool first, bool last) {
+  __device__ __forceinline__ void weights(float (&s)[N / 2], uint32_t b, const Run& r, int block, bool first,
+                                          bool last) {
     const uint32_t slot = b % kSlots;
     if (last) {
       const int key = block * 64 + 16 * warp_ + lane_ / 4;
@@ -443,7 +278,8 @@ class Attention {
   }
 
   // The rows whose scores in this block exceed the reference too far get the block's maximum for one.
-  __device__ __forceinline__ void move_reference(const float (&s)[N / 2], float (&m)[kColumns], uint32_t slot, bool first) {
+  __device__ __forceinline__ void move_reference(const float (&s)[N / 2], float (&m)[kColumns], uint32_t slot,
+                                                 bool first) {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       float top = fmaxf(s[i / 2 * 4 + i % 2], s[i / 2 * 4 + 2 + i % 2]);
@@ -455,7 +291,8 @@ class Attention {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const int c = column(i);
-      const float top = fmaxf(fmaxf(stats_.most[0][c], stats_.most[1][c]), fmaxf(stats_.most[2][c], stats_.most[3][c]));
+      const float top =
+          fmaxf(fmaxf(stats_.most[0][c], stats_.most[1][c]), fmaxf(stats_.most[2][c], stats_.most[3][c]));
       const bool move = first || __fmaf_rn(top, a_.log2_scale, -m[i]) > kSlack;
       const float to = move ? top * a_.log2_scale : m[i];
       const float alpha = move && !first ? exp2_fast(m[i] - to) : 1.0f;
@@ -568,7 +405,8 @@ class Attention {
 
   // Prefill: the total of the splits before lies in memory, in the order in which threads hold it; the last stays in o_.
   __device__ __forceinline__ void merge_in_memory(int split, bool last) {
-    float4* const memory = reinterpret_cast<float4*>(a_.total) + int64_t{blockIdx.x} * (VT * N / 8 * 256) + thread_;
+    float4* const memory =
+        reinterpret_cast<float4*>(a_.total) + int64_t{blockIdx.x} * (VT * N / 8 * 256) + thread_;
     if (split > 0) {
       constexpr int kAhead = 4;  // times VT loads in flight
 #pragma unroll
@@ -600,11 +438,14 @@ class Attention {
       for (int v = 0; v < VT; ++v)
 #pragma unroll
         for (int j = 0; j < N / 8; ++j)
-          memory[(v * (N / 8) + j) * 256] = {o_[v][4 * j], o_[v][4 * j + 1], o_[v][4 * j + 2], o_[v][4 * j + 3]};
+          memory[(v * (N / 8) + j) * 256] = {o_[v][4 * j], o_[v][4 * j + 1], o_[v][4 * j + 2],
+                                             o_[v][4 * j + 3]};
     }
   }
 
-  __device__ __forceinline__ float* partial(int item) const { return a_.partial + int64_t{item} * kPartialFloats<N, VT>; }
+  __device__ __forceinline__ float* partial(int item) const {
+    return a_.partial + int64_t{item} * kPartialFloats<N, VT>;
+  }
   __device__ __forceinline__ void write_partial(int item, const float (&o)[VT][N / 2]) {
     float4* const to = reinterpret_cast<float4*>(partial(item)) + thread_;
 #pragma unroll
@@ -649,8 +490,8 @@ class Attention {
         const uint32_t to = query_address_ + (8 * (j + lane_ / 16) + lane_ % 8) * kStride +
                             (64 * (kGroup * VT + v) + 16 * warp_ + lane_ / 8 % 2 * 8) * 2;
         const float* const x = o[v] + 4 * j;
-        store_turned(to, pack(x[0] * f[0], x[1] * f[1]), pack(x[2] * f[0], x[3] * f[1]), pack(x[4] * f[2], x[5] * f[3]),
-                     pack(x[6] * f[2], x[7] * f[3]));
+        store_turned(to, pack(x[0] * f[0], x[1] * f[1]), pack(x[2] * f[0], x[3] * f[1]),
+                     pack(x[4] * f[2], x[5] * f[3]), pack(x[6] * f[2], x[7] * f[3]));
       }
     }
     named_barrier(3, 256);
@@ -668,8 +509,10 @@ class Attention {
   }
   // Row and head of a column, dense; -1 where there is none.
   __device__ __forceinline__ int64_t out_row(const Run& r, int c) const {
-    const int token = c / a_.group_heads, position = r.first_position + token, head = r.group * N + c % a_.group_heads;
-    if (position < r.begin_position || position >= r.end_position || token >= a_.tokens || head >= a_.heads) return -1;
+    const int token = c / a_.group_heads, position = r.first_position + token,
+              head = r.group * N + c % a_.group_heads;
+    if (position < r.begin_position || position >= r.end_position || token >= a_.tokens || head >= a_.heads)
+      return -1;
     return int64_t{r.row + position - r.begin_position} * a_.heads + head;
   }
 
@@ -710,8 +553,10 @@ __global__ void __launch_bounds__(kAttendThreads, 1) attend(const __grid_constan
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   if (a.key_tiles < kSlotTiles<VT>) {
-    for (int i = static_cast<int>(threadIdx.x) * 16; i < kSlots * kSlotTiles<VT> * kTileBytes; i += kAttendThreads * 16)
-      if (i / kTileBytes % kSlotTiles<VT> >= a.key_tiles) *reinterpret_cast<uint4*>(shared + i) = uint4{0, 0, 0, 0};
+    for (int i = static_cast<int>(threadIdx.x) * 16; i < kSlots * kSlotTiles<VT> * kTileBytes;
+         i += kAttendThreads * 16)
+      if (i / kTileBytes % kSlotTiles<VT> >= a.key_tiles)
+        *reinterpret_cast<uint4*>(shared + i) = uint4{0, 0, 0, 0};
     fence_async();
   }
   if (kDecode) cudaTriggerProgrammaticLaunchCompletion();

@@ -1,4 +1,6 @@
 // Decoding: one token of each sequence, the splits of all sequences shared out among the CTAs.
+#include <algorithm>
+
 #include "kernels/mla/mla_bf16_attend.cuh"
 #include "kernels/mla/mla_bf16_launch.h"
 
@@ -24,9 +26,12 @@ __global__ void __launch_bounds__(128) combine(const __grid_constant__ AttendArg
   const int at = static_cast<int>(blockIdx.x) * 128 + static_cast<int>(threadIdx.x);
   const int piece = at / 256, thread = at % 256, head = 8 * (piece % 4) + 2 * (thread % 4);
   const float* const from = a.partial + int64_t{part.x} * kFloats;
-  const auto values = [&](int i) { return *reinterpret_cast<const float4*>(from + int64_t{i} * kFloats + 4 * at); };
+  const auto values = [&](int i) {
+    return *reinterpret_cast<const float4*>(from + int64_t{i} * kFloats + 4 * at);
+  };
   const auto stats = [&](int i, int which) {
-    return *reinterpret_cast<const float2*>(from + int64_t{i} * kFloats + VT * kHeads / 2 * 256 + which * kHeads + head);
+    return *reinterpret_cast<const float2*>(from + int64_t{i} * kFloats + VT * kHeads / 2 * 256 +
+                                            which * kHeads + head);
   };
   float4 o = values(part.y - 1);
   float2 m = stats(part.y - 1, 0), sum = stats(part.y - 1, 1);
@@ -106,7 +111,8 @@ void launch_decode(Device& device, AttendArgs args, int64_t most_splits) {
   args.groups = (args.heads + kHeads - 1) / kHeads;
   args.tokens = 1;
   const DeviceBatch all = args.batch;
-  const int64_t slices = std::min<int64_t>({all.slices, kMostSlices, std::max<int64_t>(1, kMostPartials / (most_splits * args.groups))});
+  const int64_t slices = std::min<int64_t>(
+      {all.slices, kMostSlices, std::max<int64_t>(1, kMostPartials / (most_splits * args.groups))});
   DeviceScratch::Mark mark(device.scratch);
   const int64_t floats = args.latent <= 128 ? kPartialFloats<kHeads, 1> : kPartialFloats<kHeads, 4>;
   args.partial = device.scratch.take<float>(slices * args.groups * most_splits * floats);

@@ -8,17 +8,20 @@
 namespace perigee::kernels {
 namespace {
 
-constexpr int kRows = 4;        // of a block of threads, sixteen threads each
+constexpr int kRows = 4;          // of a block of threads, sixteen threads each
 constexpr int kInRegisters = 32;  // values of a thread; longer rows are read twice
 
 // Sixteen threads per row, in the order of simd::dot: the bits of the CPU's norm.
 template <class T>
-__global__ void __launch_bounds__(16 * kRows) store_rows(int latent, int width, const float* kv, const float* norm_w, float eps,
-                                                         DeviceBatch batch, int64_t page_offset, T* c) {
+__global__ void __launch_bounds__(16 * kRows)
+    store_rows(int latent, int width, const float* kv, const float* norm_w, float eps, DeviceBatch batch,
+               int64_t page_offset, T* c) {
   const DeviceSlice s = batch.slice[blockIdx.y];
-  const int lane = static_cast<int>(threadIdx.x % 16), columns = sizeof(T) == 2 ? static_cast<int>(tiles_across(width) * kTile) : width;
+  const int lane = static_cast<int>(threadIdx.x % 16),
+            columns = sizeof(T) == 2 ? static_cast<int>(tiles_across(width) * kTile) : width;
   const unsigned mask = 0xffffu << (threadIdx.x % 32 / 16 * 16);
-  for (int t = static_cast<int>(blockIdx.x) * kRows + static_cast<int>(threadIdx.x / 16); t < s.count; t += static_cast<int>(gridDim.x) * kRows) {
+  for (int t = static_cast<int>(blockIdx.x) * kRows + static_cast<int>(threadIdx.x / 16); t < s.count;
+       t += static_cast<int>(gridDim.x) * kRows) {
     const int64_t row = int64_t{s.begin} + t;
     const float* const x = kv + row * width;
     float v[kInRegisters];
@@ -35,10 +38,13 @@ __global__ void __launch_bounds__(16 * kRows) store_rows(int latent, int width, 
     T* page = nullptr;
     const int position = s.position + t;
     if (batch.pages != nullptr)
-      page = reinterpret_cast<T*>(batch.pages[static_cast<int64_t>(blockIdx.y) * batch.max_pages + position / 64] + page_offset);
+      page = reinterpret_cast<T*>(
+          batch.pages[static_cast<int64_t>(blockIdx.y) * batch.max_pages + position / 64] + page_offset);
     const auto put = [&](int j, float y) {
       const T value = from_float<T>(y);
-      if (page != nullptr) page[sizeof(T) == 2 ? tiled_index(width, position % 64, j) : int64_t{position % 64} * width + j] = value;
+      if (page != nullptr)
+        page[sizeof(T) == 2 ? tiled_index(width, position % 64, j) : int64_t{position % 64} * width + j] =
+            value;
       if (c != nullptr && j < width) c[row * width + j] = value;
     };
 #pragma unroll
@@ -54,17 +60,20 @@ __global__ void __launch_bounds__(16 * kRows) store_rows(int latent, int width, 
 }  // namespace
 
 template <class T>
-void latent_store(Device& device, const MlaShape& shape, const float* kv, const float* norm_w, float eps, const DeviceBatch& batch,
-                  int64_t page_offset, T* c) {
+void latent_store(Device& device, const MlaShape& shape, const float* kv, const float* norm_w, float eps,
+                  const DeviceBatch& batch, int64_t page_offset, T* c) {
   PERIGEE_CHECK(!batch.training() || c != nullptr, "training keeps the rows in c");
   if (batch.slices == 0 || batch.max_count == 0) return;
   const int64_t across = std::clamp<int64_t>(8192 / batch.slices, 1, (batch.max_count + kRows - 1) / kRows);
-  store_rows<T><<<dim3(static_cast<unsigned>(across), static_cast<unsigned>(batch.slices)), 16 * kRows, 0, device.stream()>>>(
-      static_cast<int>(shape.latent), static_cast<int>(shape.width()), kv, norm_w, eps, batch, page_offset, c);
+  store_rows<T><<<dim3(static_cast<unsigned>(across), static_cast<unsigned>(batch.slices)), 16 * kRows, 0,
+                  device.stream()>>>(static_cast<int>(shape.latent), static_cast<int>(shape.width()), kv,
+                                     norm_w, eps, batch, page_offset, c);
   PERIGEE_LAUNCHED();
 }
 
-template void latent_store(Device&, const MlaShape&, const float*, const float*, float, const DeviceBatch&, int64_t, float*);
-template void latent_store(Device&, const MlaShape&, const float*, const float*, float, const DeviceBatch&, int64_t, bf16*);
+template void latent_store(Device&, const MlaShape&, const float*, const float*, float, const DeviceBatch&,
+                           int64_t, float*);
+template void latent_store(Device&, const MlaShape&, const float*, const float*, float, const DeviceBatch&,
+                           int64_t, bf16*);
 
 }  // namespace perigee::kernels

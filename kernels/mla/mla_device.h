@@ -37,7 +37,7 @@ void latent_store(Device& device, const MlaShape& shape, const float* kv, const 
 // Over bf16: latent <= 512, rope <= 64, q and c aligned to 16 bytes. Takes scratch: decoding, at most 256 MiB of partial
 // results; otherwise 17 MiB, in training also a copy of c.
 template <class T>
-void mla_forward(Device& device, const MlaShape& shape, const T* q, const DeviceBatch& batch, int64_t page_offset,
-                 const T* c, T* out, float* lse);
+void mla_forward(Device& device, const MlaShape& shape, const T* q, const DeviceBatch& batch,
+                 int64_t page_offset, const T* c, T* out, float* lse);
 
 }  // namespace perigee::kernels

@@ -54,11 +54,13 @@ class Sequences {
     DeviceArray<float> kv(device, kv_), w(device, norm_w_);
     for (size_t s = 0; s < lengths_.size(); ++s) {
       const int64_t cut = lengths_[s] / 3;
-      for (const Part& p : {Part{static_cast<int>(s), 0, cut}, Part{static_cast<int>(s), cut, lengths_[s] - cut}}) {
+      for (const Part& p :
+           {Part{static_cast<int>(s), 0, cut}, Part{static_cast<int>(s), cut, lengths_[s] - cut}}) {
         if (p.count == 0) continue;
         const Batch b(*this, {p}, false);
         const int64_t row = begin_[s] + p.position;
-        latent_store<bf16>(device, shape, kv + row * shape.width(), w, kEps, b.batch, kOffset, *c_device_ + row * shape.width());
+        latent_store<bf16>(device, shape, kv + row * shape.width(), w, kEps, b.batch, kOffset,
+                           *c_device_ + row * shape.width());
         device.synchronize();
       }
     }
@@ -70,21 +72,26 @@ class Sequences {
     Batch b(*this, parts, training);
     std::vector<bf16> q, c;
     for (const Part& p : parts) {
-      const int64_t first = begin_[static_cast<size_t>(p.sequence)] + p.position, row = shape_.heads * shape_.width();
+      const int64_t first = begin_[static_cast<size_t>(p.sequence)] + p.position,
+                    row = shape_.heads * shape_.width();
       q.insert(q.end(), q_.begin() + first * row, q_.begin() + (first + p.count) * row);
       c.insert(c.end(), c_.begin() + first * shape_.width(), c_.begin() + (first + p.count) * shape_.width());
     }
-    DeviceArray<bf16> dq(device_, q), dc(device_, c), out(device_, b.batch.rows * shape_.heads * shape_.latent);
+    DeviceArray<bf16> dq(device_, q), dc(device_, c),
+        out(device_, b.batch.rows * shape_.heads * shape_.latent);
     DeviceArray<float> lse(device_, b.batch.rows * shape_.heads);
-    mla_forward<bf16>(device_, shape_, dq, b.batch, training ? 0 : kOffset, training ? dc.data() : nullptr, out, lse);
+    mla_forward<bf16>(device_, shape_, dq, b.batch, training ? 0 : kOffset, training ? dc.data() : nullptr,
+                      out, lse);
     device_.synchronize();
     const std::vector<bf16> o = out.get();
     const std::vector<float> l = lse.get();
     std::vector<Row> rows(static_cast<size_t>(b.batch.rows));
     for (size_t r = 0; r < rows.size(); ++r) {
-      const size_t n = static_cast<size_t>(shape_.heads * shape_.latent), h = static_cast<size_t>(shape_.heads);
+      const size_t n = static_cast<size_t>(shape_.heads * shape_.latent),
+                   h = static_cast<size_t>(shape_.heads);
       for (size_t i = 0; i < n; ++i) rows[r].out.push_back(o[r * n + i].bits);
-      rows[r].lse.assign(l.begin() + static_cast<int64_t>(r * h), l.begin() + static_cast<int64_t>((r + 1) * h));
+      rows[r].lse.assign(l.begin() + static_cast<int64_t>(r * h),
+                         l.begin() + static_cast<int64_t>((r + 1) * h));
     }
     return rows;
   }
@@ -101,13 +108,15 @@ class Sequences {
       double most = -INFINITY, sum = 0;
       for (int64_t i = 0; i <= t; ++i) {
         double dot = 0;
-        for (int64_t j = 0; j < width; ++j) dot += wide(q_, ((first + t) * shape_.heads + h) * width + j) * wide(c_, (first + i) * width + j);
+        for (int64_t j = 0; j < width; ++j)
+          dot += wide(q_, ((first + t) * shape_.heads + h) * width + j) * wide(c_, (first + i) * width + j);
         s[static_cast<size_t>(i)] = dot * static_cast<double>(shape_.scale);
         most = std::max(most, s[static_cast<size_t>(i)]);
       }
       for (double& x : s) sum += x = std::exp(x - most);
       for (int64_t i = 0; i <= t; ++i)
-        for (int64_t j = 0; j < shape_.latent; ++j) o[static_cast<size_t>(j)] += s[static_cast<size_t>(i)] / sum * wide(c_, (first + i) * width + j);
+        for (int64_t j = 0; j < shape_.latent; ++j)
+          o[static_cast<size_t>(j)] += s[static_cast<size_t>(i)] / sum * wide(c_, (first + i) * width + j);
       want.insert(want.end(), o.begin(), o.end());
       lse.push_back(most + std::log(sum));
     }
@@ -115,7 +124,8 @@ class Sequences {
     for (uint16_t bits : row.out) got.push_back({bits});
     // Two roundings to bf16, of the weights and of the result, of 2^-9 at most and half of that in the mean square.
     EXPECT_LT(kernels::relative_error(got, want), 1.0 / 256) << "sequence " << sequence << " row " << t;
-    for (size_t h = 0; h < lse.size(); ++h) EXPECT_NEAR(row.lse[h], lse[h], 2e-5 * (1 + std::abs(lse[h]))) << "row " << t << " head " << h;
+    for (size_t h = 0; h < lse.size(); ++h)
+      EXPECT_NEAR(row.lse[h], lse[h], 2e-5 * (1 + std::abs(lse[h]))) << "row " << t << " head " << h;
   }
 
   const std::vector<bf16>& c() const { return c_; }
@@ -125,7 +135,9 @@ class Sequences {
   static constexpr int64_t kOffset = 1280;
 
  private:
-  static double wide(const std::vector<bf16>& x, int64_t i) { return from_bf16(x[static_cast<size_t>(i)].bits); }
+  static double wide(const std::vector<bf16>& x, int64_t i) {
+    return from_bf16(x[static_cast<size_t>(i)].bits);
+  }
 
   struct Batch {
     Batch(const Sequences& s, const std::vector<Part>& parts, bool training) {
@@ -166,7 +178,9 @@ class Sequences {
   std::unique_ptr<DeviceArray<bf16>> c_device_;
 };
 
-MlaShape shape_of(int64_t heads, int64_t latent, int64_t rope) { return testing::shape_of(heads, latent, rope); }
+MlaShape shape_of(int64_t heads, int64_t latent, int64_t rope) {
+  return testing::shape_of(heads, latent, rope);
+}
 
 TEST_F(MlaBf16, rows_are_normalised_as_on_the_cpu_and_rounded) {
   const MlaShape shape = shape_of(1, 72, 24);
@@ -182,10 +196,13 @@ TEST_F(MlaBf16, rows_are_normalised_as_on_the_cpu_and_rounded) {
 }
 
 TEST_F(MlaBf16, follows_the_definition) {
-  for (const MlaShape& shape : {shape_of(32, 512, 64), shape_of(4, 512, 64), shape_of(3, 48, 16), shape_of(40, 64, 0), shape_of(70, 128, 64), shape_of(5, 200, 24), shape_of(2, 512, 0)}) {
+  for (const MlaShape& shape :
+       {shape_of(32, 512, 64), shape_of(4, 512, 64), shape_of(3, 48, 16), shape_of(40, 64, 0),
+        shape_of(70, 128, 64), shape_of(5, 200, 24), shape_of(2, 512, 0)}) {
     Sequences s(device(), shape, {200});
     const std::vector<Row> rows = s.whole(0);
-    for (int64_t t : {0, 1, 62, 63, 64, 65, 127, 128, 199}) s.expect_close(0, t, rows[static_cast<size_t>(t)]);
+    for (int64_t t : {0, 1, 62, 63, 64, 65, 127, 128, 199})
+      s.expect_close(0, t, rows[static_cast<size_t>(t)]);
     for (int64_t t : {0, 63, 64, 199}) s.expect_close(0, t, s.attend({{0, t, 1}})[0]);
   }
 }
@@ -193,7 +210,8 @@ TEST_F(MlaBf16, follows_the_definition) {
 TEST_F(MlaBf16, follows_the_definition_over_many_splits) {
   Sequences s(device(), shape_of(4, 512, 64), {5000});
   const std::vector<Row> rows = s.whole(0);
-  for (int64_t t : {255, 256, 257, 1000, 2047, 2048, 4095, 4096, 4999}) s.expect_close(0, t, rows[static_cast<size_t>(t)]);
+  for (int64_t t : {255, 256, 257, 1000, 2047, 2048, 4095, 4096, 4999})
+    s.expect_close(0, t, rows[static_cast<size_t>(t)]);
 }
 
 TEST_F(MlaBf16, large_scores_neither_overflow_nor_vanish) {
@@ -201,7 +219,8 @@ TEST_F(MlaBf16, large_scores_neither_overflow_nor_vanish) {
   Sequences s(device(), shape_of(32, 512, 64), {700}, 40.0f);
   const std::vector<Row> rows = s.whole(0);
   for (int64_t t : {0, 64, 300, 699}) s.expect_close(0, t, rows[static_cast<size_t>(t)]);
-  for (int64_t t : {63, 64, 300, 511, 512, 699}) EXPECT_EQ(s.attend({{0, t, 1}})[0], rows[static_cast<size_t>(t)]) << t;
+  for (int64_t t : {63, 64, 300, 511, 512, 699})
+    EXPECT_EQ(s.attend({{0, t, 1}})[0], rows[static_cast<size_t>(t)]) << t;
 }
 
 TEST_F(MlaBf16, decoding_prefill_and_training_give_the_same_bits) {
@@ -222,7 +241,8 @@ TEST_F(MlaBf16, decoding_prefill_and_training_give_the_same_bits) {
     for (const Part& p : all)
       for (int64_t t = 0; t < p.count; ++t) singles.push_back({p.sequence, t, 1});
     EXPECT_EQ(s.attend(singles), expected) << "decoding all at once";
-    for (size_t i = 0; i < singles.size(); i += 97) EXPECT_EQ(s.attend({singles[i]})[0], expected[i]) << "decoding row " << i << " alone";
+    for (size_t i = 0; i < singles.size(); i += 97)
+      EXPECT_EQ(s.attend({singles[i]})[0], expected[i]) << "decoding row " << i << " alone";
   }
 }
 
