@@ -93,7 +93,7 @@ void sweep_checkpoints(const std::string& run_dir, const std::set<std::string>& 
 }
 
 void load_checkpoint_weights(const std::string& directory, const policy::ParamLayout& layout, std::byte* weights) {
-  const auto loaded = policy::load_model(directory, layout.dtype());
+  const auto loaded = policy::load_model(directory, layout.dtype(), layout.matrices());
   if (static_cast<int64_t>(loaded.flat.size()) != layout.elements())
     throw_environment("checkpoint {} is of another model", directory);
   layout.flat_to_weights(loaded.flat.data(), weights);

@@ -9,6 +9,7 @@
 
 #include "base/hash.h"
 #include "rollout/checkpoints.h"
+#include "rollout/compute.h"
 #include "rollout/roles.h"
 #include "rollout/setup.h"
 #include "rollout/weights_channel.h"
@@ -27,7 +28,7 @@ class Learner {
         layout_(make_layout(role.config)),
         tokenizer_(make_tokenizer(role.config, layout_->config())),
         tasks_(role.config, layout_->config(), *tokenizer_),
-        compute_(static_cast<int>(role.config.workers.threads)),
+        compute_(role.config),
         weights_(role.run_dir, layout_->weight_bytes()),
         client_(role.zmq, role.endpoint, "learner", role.name, role.run_id, [this] { return hello(); },
                 client_options(role.config)) {}
@@ -120,7 +121,8 @@ class Learner {
     if (!trainer_ || phase_ != phase) {
       const auto& config = phase == "warmup" ? role_.config.warmup.trainer : role_.config.learn.trainer;
       if (phase == "rl" && phase_ == "warmup") keep_reference();
-      trainer_.emplace(compute_, *layout_, config);
+      trainer_.reset();
+      trainer_.emplace(compute_.learn_backend(*layout_, config), *layout_, config);
       trainer_->set_schedule(config.schedule, 0);
       phase_ = phase;
     }
@@ -262,7 +264,7 @@ class Learner {
   std::shared_ptr<const policy::ParamLayout> layout_;
   std::unique_ptr<policy::Tokenizer> tokenizer_;
   RunTasks tasks_;
-  kernels::Context compute_;
+  Compute compute_;
   WeightsPublisher weights_;
   std::optional<policy::Trainer> trainer_;
   std::string phase_;

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "policy/engine/engine.h"
+#include "rollout/compute.h"
 #include "rollout/roles.h"
 #include "rollout/setup.h"
 #include "rollout/weights_channel.h"
@@ -23,8 +24,8 @@ class PolicyWorker {
         layout_(make_layout(role.config)),
         tokenizer_(make_tokenizer(role.config, layout_->config())),
         stop_tokens_(stop_tokens(layout_->config(), *tokenizer_)),
-        compute_(static_cast<int>(role.config.workers.threads)),
-        engine_(compute_, *layout_, role.config.engine),
+        compute_(role.config),
+        engine_(compute_.engine_backend(*layout_), *layout_, role.config.engine),
         client_(role.zmq, role.endpoint, "policy", role.name, role.run_id, [this] { return hello(); },
                 client_options(role.config)) {}
 
@@ -165,7 +166,7 @@ class PolicyWorker {
   std::shared_ptr<const policy::ParamLayout> layout_;
   std::unique_ptr<policy::Tokenizer> tokenizer_;
   std::vector<int32_t> stop_tokens_;
-  kernels::Context compute_;
+  Compute compute_;
   policy::Engine engine_;
   WeightsSubscriber weights_;
   bool have_weights_ = false, stopped_ = false;

@@ -1,3 +1,4 @@
+#include "rollout/compute.h"
 #include "rollout/run.h"
 
 #include <fcntl.h>
@@ -74,6 +75,7 @@ std::string new_run_dir(const RunConfig& config) {
 // Everything that can be wrong with a configuration is found here, before anything is written.
 void check_everything(const RunConfig& config) {
   const auto layout = make_layout(config);
+  check_device(config, *layout);
   const auto tokenizer = make_tokenizer(config, layout->config());
   const RunTasks tasks(config, layout->config(), *tokenizer);
   const auto rubric = reward::Rubric::parse(config.reward, "reward");

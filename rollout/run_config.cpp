@@ -24,6 +24,9 @@ void describe_start(Schema& s, RunConfig& c) {
   s.field("run.dir", &c.run.dir, "where it lives; empty: runs/NAME-TIME");
   s.field("run.seed", &c.run.seed, "of everything random in it; the final weights are a pure function of the configuration",
           Range{0, 9e15});
+  s.field("run.device", &c.run.device,
+          "where policy workers and the learner compute: `cpu`, or `cuda` for the GPU. float32 gives the same bits on both",
+          Names{"cpu", "cuda"});
   s.field("run.numerics", &c.run.numerics,
           "`exact`: a log-probability is a function of the weights and the prefix only (docs/architecture.md)", Names{"exact"});
 

@@ -19,7 +19,8 @@ struct RunConfig {
     std::string name = "run";
     std::string dir;  // where the run lives; empty: runs/NAME-TIME
     int64_t seed = 0;
-    std::string numerics = "exact";  // the only mode there is on the CPU
+    std::string device = "cpu";      // cpu | cuda
+    std::string numerics = "exact";  // the only mode there is
   } run;
 
   struct Model {

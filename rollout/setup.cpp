@@ -41,11 +41,13 @@ std::string text_of(const Task& task) {
 
 std::shared_ptr<const policy::ParamLayout> make_layout(const RunConfig& config) {
   const auto dtype = config.model.dtype == "bfloat16" ? policy::Dtype::kBf16 : policy::Dtype::kF32;
-  return std::make_shared<const policy::ParamLayout>(model_config(config), dtype);
+  const auto matrices = config.run.device == "cuda" && dtype == policy::Dtype::kBf16 ? policy::MatrixForm::kTiles
+                                                                                     : policy::MatrixForm::kPanels;
+  return std::make_shared<const policy::ParamLayout>(model_config(config), dtype, matrices);
 }
 
 std::vector<float> initial_weights(const RunConfig& config, const policy::ParamLayout& layout) {
-  if (!config.model.path.empty()) return policy::load_model(config.model.path, layout.dtype()).flat;
+  if (!config.model.path.empty()) return policy::load_model(config.model.path, layout.dtype(), layout.matrices()).flat;
   std::vector<float> flat(static_cast<size_t>(layout.elements()));
   policy::initialize(layout, config.seed(), flat.data());
   return flat;

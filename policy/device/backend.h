@@ -19,6 +19,9 @@ int64_t device_scratch_bytes(const ParamLayout& layout, int64_t rows);
 // Sequence states on the device, of a model in this layout: float32 in panels, or bfloat16 in tiles.
 StateLayout device_state_layout(const ParamLayout& layout);
 
+// ERRORS (input): the sizes of a bfloat16 model that the device's kernels do not take, by name.
+void check_device_model(const ParamLayout& layout);
+
 // layout: MatrixForm::kTiles for bfloat16, panels for float32. device and layout outlive the backend. Everything but
 // the states is allocated here.
 std::unique_ptr<Backend> device_backend(kernels::Device& device, const ParamLayout& layout, const EngineConfig& config);

@@ -29,6 +29,8 @@ class TrainPass {
 
   // Tokens sent to each expert in the forward, [moe layers][experts] in layer order. Waits for the device.
   std::vector<int64_t> expert_load();
+  // The first layer that left a NaN or infinity in the residual stream of the forward, or -1. Waits for the device.
+  int64_t first_nonfinite_layer();
 
  private:
   struct State;

@@ -18,9 +18,9 @@ int64_t element_count(const CheckpointTensor& t) {
 
 }  // namespace
 
-LoadedModel load_model(const std::string& directory, Dtype dtype) {
+LoadedModel load_model(const std::string& directory, Dtype dtype, MatrixForm matrices) {
   LoadedModel out;
-  auto layout = std::make_shared<ParamLayout>(load_model_config(directory), dtype);
+  auto layout = std::make_shared<ParamLayout>(load_model_config(directory), dtype, matrices);
   const SafetensorsSet set(directory);
   std::unordered_set<std::string> known;
   for (const CheckpointTensor& t : layout->checkpoint()) known.insert(t.name);

@@ -14,11 +14,11 @@ struct LoadedModel {
   std::vector<float> flat;  // float32 values of every parameter [layout->elements()]
 };
 
-// Reads config.json and every tensor (float32, bfloat16, float16), by memory map. dtype is that of the layout
-// the model will compute in. Every tensor must be there with its shape and be finite; tensors the
+// Reads config.json and every tensor (float32, bfloat16, float16), by memory map. dtype and matrices are those of
+// the layout the model will compute in. Every tensor must be there with its shape and be finite; tensors the
 // architecture does not know are refused by name.
 // ERRORS (input): one line with the file, the tensor and what is wrong.
-LoadedModel load_model(const std::string& directory, Dtype dtype);
+LoadedModel load_model(const std::string& directory, Dtype dtype, MatrixForm matrices = MatrixForm::kPanels);
 
 // Writes config.json and safetensors into `directory` (created; must not hold another model unless
 // overwrite), in `dtype`, in shards of at most max_shard_bytes. Each file appears complete or not at all.

@@ -363,6 +363,28 @@ StateLayout device_state_layout(const ParamLayout& layout) {
                                                  : device::state_layout<float>(layout.config());
 }
 
+void check_device_model(const ParamLayout& layout) {
+  if (layout.matrices() != MatrixForm::kTiles) return;
+  const ModelConfig& c = layout.config();
+  const auto multiple = [](const char* name, int64_t value, int64_t of) {
+    if (value % of != 0) throw_input("{} is {}: bfloat16 on a GPU takes multiples of {}; use float32", name, value, of);
+  };
+  multiple("hidden_size", c.hidden_size, 8);
+  multiple("intermediate_size", c.intermediate_size, 8);
+  multiple("moe_intermediate_size", c.moe_intermediate_size, 8);
+  multiple("vocab_size", c.vocab_size, 2);
+  multiple("linear_attn_config.num_heads", c.kda_heads, 2);
+  multiple("linear_attn_config.head_dim", c.kda_head_dim, 16);
+  if (c.kda_head_dim > 128) throw_input("linear_attn_config.head_dim is {}: a GPU takes at most 128", c.kda_head_dim);
+  multiple("kv_lora_rank", c.kv_lora_rank, 16);
+  multiple("qk_rope_head_dim", c.qk_rope_head_dim, 16);
+  multiple("qk_nope_head_dim", c.qk_nope_head_dim, 8);
+  multiple("v_head_dim", c.v_head_dim, 8);
+  if (c.kv_lora_rank > 512 || c.qk_rope_head_dim > 64)
+    throw_input("kv_lora_rank {} and qk_rope_head_dim {}: bfloat16 on a GPU takes at most 512 and 64", c.kv_lora_rank,
+                c.qk_rope_head_dim);
+}
+
 int64_t device_scratch_bytes(const ParamLayout& layout, int64_t rows) {
   const ModelConfig& c = layout.config();
   const int64_t act = dtype_bytes(layout.dtype()), D = c.hidden_size, wide = c.kda_width();

@@ -177,6 +177,22 @@ std::vector<int64_t> TrainPass<T>::expert_load() {
   return load;
 }
 
+template <class T>
+int64_t TrainPass<T>::first_nonfinite_layer() {
+  State& s = *state_;
+  const int64_t n = s.batch.rows * s.weights.layout->config().hidden_size, layers = static_cast<int64_t>(s.layers.size());
+  DeviceScratch::Mark mark(s.dev.scratch);
+  auto* at = s.dev.scratch.template take<int64_t>(1);
+  for (int64_t layer = 0; layer < layers; ++layer) {
+    const float* out = layer + 1 < layers ? s.layers[static_cast<size_t>(layer) + 1].attention_input : s.last;
+    first_nonfinite(s.dev, n, out, at);
+    int64_t first;
+    s.dev.copy_out(&first, at, 8);
+    if (first >= 0) return layer;
+  }
+  return -1;
+}
+
 template class TrainPass<float>;
 template class TrainPass<bf16>;
 

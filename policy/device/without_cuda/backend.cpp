@@ -1,6 +1,7 @@
 // A build without CUDA has no GPU to compute on; kernels::Device says so before anyone comes here.
 #include "policy/device/backend.h"
 #include "policy/device/initialize.h"
+#include "policy/device/learn.h"
 #include "policy/device/scorer.h"
 
 namespace perigee::policy {
@@ -10,6 +11,7 @@ using kernels::Device;
 StateLayout device_state_layout(const ParamLayout& layout) {
   return StateLayout(layout.config());
 }
+void check_device_model(const ParamLayout&) {}
 int64_t device_scratch_bytes(const ParamLayout&, int64_t) {
   return 0;
 }
@@ -20,6 +22,12 @@ std::unique_ptr<Backend> device_backend(Device&, const ParamLayout&, const Engin
   throw_environment("{}", Device::why_none());
 }
 
+int64_t device_learn_scratch_bytes(const ParamLayout&, int64_t, bool) {
+  return 0;
+}
+std::unique_ptr<LearnBackend> device_learn_backend(Device&, const ParamLayout&, bool) {
+  throw_environment("{}", Device::why_none());
+}
 void device_initialize(Device&, const ParamLayout&, uint64_t, std::byte*) {
   throw_environment("{}", Device::why_none());
 }

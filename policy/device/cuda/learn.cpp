@@ -1,0 +1,236 @@
+#include "policy/device/learn.h"
+
+#include <algorithm>
+#include <optional>
+#include <type_traits>
+
+#include "kernels/kda/kda_device.h"
+#include "kernels/moe/moe_device.h"
+#include "kernels/optim/optim_device.h"
+#include "kernels/vocab/embedding_device.h"
+#include "kernels/vocab/vocab_device.h"
+#include "policy/device/backend.h"
+#include "policy/device/scorer.h"
+#include "policy/device/train_pass.h"
+
+namespace perigee::policy {
+namespace {
+
+using namespace kernels;
+
+template <class T>
+class DeviceLearnBackend : public LearnBackend {
+ public:
+  DeviceLearnBackend(Device& device, const ParamLayout& layout, bool recompute)
+      : device_(device), layout_(layout), recompute_(recompute), trained_(trained_ranges(layout)) {
+    const int64_t n = layout.elements();
+    weights_ = allocate<std::byte>(layout.weight_bytes());
+    next_ = allocate<std::byte>(layout.weight_bytes());
+    m_ = allocate<float>(n);
+    v_ = allocate<float>(n);
+    gradient_ = allocate<float>(n);
+    if constexpr (kNarrow) masters_ = allocate<float>(n);
+    number_ = allocate<double>(1);
+    device_.zero(m_, n * 4);
+    device_.zero(v_, n * 4);
+  }
+  ~DeviceLearnBackend() override {
+    pass_.reset();
+    for (void* p : owned_) device_.release(p);
+  }
+
+  void set_weights(const std::byte* weights) override {
+    pass_.reset();
+    mark_.reset();
+    device_.copy_in(weights_, weights, layout_.weight_bytes());
+    device_.synchronize();
+  }
+
+  Scores forward(const MicroBatch& b, bool keep) override {
+    pass_.reset();
+    mark_.reset();
+    mark_.emplace(device_.scratch);
+    const int64_t D = layout_.config().hidden_size, n = b.entries();
+    entry_rows_ = upload<int32_t>({b.rows.begin(), b.rows.end()});
+    targets_ = upload<int32_t>({b.targets.begin(), b.targets.end()});
+    hidden_ = device_.scratch.template take<T>(n * D);
+    logprob_ = device_.scratch.template take<float>(n);
+    lse_ = device_.scratch.template take<float>(n);
+    entropy_ = device_.scratch.template take<float>(n);
+    pass_.emplace(device_, view(), keep ? recompute_ : true);
+    const T* hidden = pass_->forward(b.tokens, b.lengths);
+    moe_gather<T>(device_, n, D, hidden, entry_rows_, hidden_);
+    vocab_logprob_forward<T>(device_, n, D, hidden_, D, head(), layout_.config().vocab_size, inv_temperature(b), targets_,
+                             logprob_, lse_, entropy_);
+    host_logprob_.resize(static_cast<size_t>(n));
+    host_entropy_.resize(static_cast<size_t>(n));
+    device_.copy_out(host_logprob_.data(), logprob_, n * 4);
+    device_.copy_out(host_entropy_.data(), entropy_, n * 4);
+    return {host_logprob_.data(), host_entropy_.data()};
+  }
+
+  std::vector<int64_t> expert_load() override { return pass_->expert_load(); }
+
+  int64_t first_nonfinite_layer(const MicroBatch&) override { return pass_->first_nonfinite_layer(); }
+
+  void zero_gradient() override { device_.zero(gradient_, layout_.elements() * 4); }
+
+  void backward(const MicroBatch& b, const float* dlogprob, const float* dentropy) override {
+    const int64_t D = layout_.config().hidden_size, n = b.entries(), rows = static_cast<int64_t>(b.tokens.size());
+    DeviceScratch::Mark mark(device_.scratch);
+    float* device_dlogprob = upload<float>({dlogprob, dlogprob + n});
+    float* device_dentropy = dentropy != nullptr ? upload<float>({dentropy, dentropy + n}) : nullptr;
+    float* dhidden = device_.scratch.template take<float>(rows * D);
+    {
+      DeviceScratch::Mark entries(device_.scratch);
+      T* dentry = device_.scratch.template take<T>(n * D);
+      vocab_logprob_backward<T>(device_, n, D, hidden_, D, head(), layout_.config().vocab_size, inv_temperature(b),
+                                targets_, lse_, entropy_, device_dlogprob, device_dentropy, dentry, D,
+                                gradient_ + layout_.tensor(layout_.head()).element_offset);
+      // Each row's entry, or none: an embedding in a table of entries, zero outside of it.
+      std::vector<int32_t> entry(static_cast<size_t>(rows), -1);
+      for (int64_t i = 0; i < n; ++i) entry[static_cast<size_t>(b.rows[static_cast<size_t>(i)])] = static_cast<int32_t>(i);
+      embedding_forward<T>(device_, rows, D, n, dentry, upload<int32_t>(entry), dhidden);
+    }
+    pass_->backward(dhidden, gradient_);
+  }
+
+  double gradient_sum_of_squares() override {
+    sum_of_squares(device_, layout_.elements(), gradient_, number_);
+    double sum;
+    device_.copy_out(&sum, number_, 8);
+    return sum;
+  }
+  int64_t gradient_first_nonfinite() override {
+    auto* at = reinterpret_cast<int64_t*>(number_);
+    first_nonfinite(device_, layout_.elements(), gradient_, at);
+    int64_t first;
+    device_.copy_out(&first, at, 8);
+    return first;
+  }
+  void read_gradient(float* flat) override { device_.copy_out(flat, gradient_, layout_.elements() * 4); }
+
+  void update(const AdamWParams& p, std::byte*) override {
+    pass_.reset();
+    mark_.reset();
+    const float* from;
+    float* to;
+    if constexpr (kNarrow) {
+      if (!has_masters_) make_masters();
+      from = to = masters_;
+    } else {
+      from = reinterpret_cast<const float*>(weights_);
+      to = reinterpret_cast<float*>(next_);
+      device_.copy(next_, weights_, layout_.weight_bytes());  // what is not trained stays
+    }
+    for (const FlatRange& r : trained_)
+      adamw_step(device_, p, r.count, from + r.begin, to + r.begin, gradient_ + r.begin, m_ + r.begin, v_ + r.begin);
+  }
+
+  void add_to_vector(int tensor, std::span<const float> change, std::byte*) override {
+    DeviceScratch::Mark mark(device_.scratch);
+    float* flat = kNarrow ? masters_ : reinterpret_cast<float*>(next_);
+    add(device_, static_cast<int64_t>(change.size()), upload<float>({change.begin(), change.end()}),
+        flat + layout_.tensor(tensor).element_offset);
+  }
+
+  void finish(std::byte* weights_out) override {
+    if constexpr (kNarrow) {
+      device_.zero(next_, layout_.weight_bytes());  // the gaps too: the arena is hashed
+      for (const ParamSpec& t : layout_.tensors()) {
+        const float* from = masters_ + t.element_offset;
+        if (t.in_dtype()) {
+          narrow(device_, t.elements, from, reinterpret_cast<bf16*>(next_ + t.byte_offset));
+        } else {
+          device_.copy(next_ + t.byte_offset, from, t.elements * 4);
+        }
+      }
+    }
+    device_.copy_out(weights_out, next_, layout_.weight_bytes());
+  }
+
+  bool has_masters() const override { return has_masters_; }
+  void save_moments(float* m, float* v, float* masters) const override {
+    const int64_t bytes = layout_.elements() * 4;
+    device_.copy_out(m, m_, bytes);
+    device_.copy_out(v, v_, bytes);
+    if (masters != nullptr) device_.copy_out(masters, masters_, bytes);
+  }
+  void load_moments(const float* m, const float* v, const float* masters) override {
+    const int64_t bytes = layout_.elements() * 4;
+    device_.copy_in(m_, m, bytes);
+    device_.copy_in(v_, v, bytes);
+    has_masters_ = masters != nullptr;
+    if (masters != nullptr) device_.copy_in(masters_, masters, bytes);
+    device_.synchronize();
+  }
+
+ private:
+  static constexpr bool kNarrow = std::is_same_v<T, bf16>;
+
+  template <class U>
+  U* allocate(int64_t count) {
+    U* p = device_.allocate_array<U>(count);
+    owned_.push_back(p);
+    return p;
+  }
+  // Into scratch.
+  template <class U>
+  U* upload(const std::vector<U>& values) {
+    U* to = device_.scratch.template take<U>(static_cast<int64_t>(values.size()));
+    device_.copy_in(to, values.data(), static_cast<int64_t>(values.size() * sizeof(U)));
+    return to;
+  }
+  Weights view() const { return {&layout_, weights_}; }
+  const void* head() const { return view().table(layout_.head()); }
+
+  void make_masters() {
+    device_.zero(masters_, layout_.elements() * 4);
+    for (const ParamSpec& t : layout_.tensors()) {
+      float* to = masters_ + t.element_offset;
+      if (t.in_dtype()) {
+        widen(device_, t.elements, reinterpret_cast<const bf16*>(weights_ + t.byte_offset), to);
+      } else {
+        device_.copy(to, weights_ + t.byte_offset, t.elements * 4);
+      }
+    }
+    has_masters_ = true;
+  }
+
+  Device& device_;
+  const ParamLayout& layout_;
+  bool recompute_, has_masters_ = false;
+  std::vector<FlatRange> trained_;
+  std::vector<void*> owned_;
+  std::byte *weights_ = nullptr, *next_ = nullptr;
+  float *m_ = nullptr, *v_ = nullptr, *gradient_ = nullptr, *masters_ = nullptr;
+  double* number_ = nullptr;
+  // The last forward; its memory is scratch behind the mark.
+  std::optional<DeviceScratch::Mark> mark_;
+  std::optional<device::TrainPass<T>> pass_;
+  int32_t *entry_rows_ = nullptr, *targets_ = nullptr;
+  T* hidden_ = nullptr;
+  float *logprob_ = nullptr, *lse_ = nullptr, *entropy_ = nullptr;
+  std::vector<float> host_logprob_, host_entropy_;
+};
+
+}  // namespace
+
+int64_t device_learn_scratch_bytes(const ParamLayout& layout, int64_t tokens, bool recompute) {
+  const ModelConfig& c = layout.config();
+  // Without recomputation every half's activations stay; a backward holds about as much again.
+  const int64_t forward = device_scratch_bytes(layout, tokens), score = device_score_scratch_bytes(layout, tokens);
+  const int64_t states = kda_chunk_slots(tokens, tokens / 16 + 1) * c.kda_heads * c.kda_head_dim * c.kda_head_dim *
+                         dtype_bytes(layout.dtype());
+  const int64_t halves = recompute ? 2 : 2 * c.num_layers;
+  return score + halves * (forward - (int64_t{640} << 20)) + (recompute ? 1 : c.num_layers) * states + 2 * forward;
+}
+
+std::unique_ptr<LearnBackend> device_learn_backend(Device& device, const ParamLayout& layout, bool recompute) {
+  if (layout.matrices() == MatrixForm::kTiles)
+    return std::make_unique<DeviceLearnBackend<bf16>>(device, layout, recompute);
+  PERIGEE_CHECK(layout.dtype() == Dtype::kF32);
+  return std::make_unique<DeviceLearnBackend<float>>(device, layout, recompute);
+}
+
+}  // namespace perigee::policy

@@ -1,0 +1,20 @@
+// A trainer's arithmetic on a GPU (policy/learn/backend.h). The losses of a micro-batch's tokens, a few numbers each, are
+// the trainer's own, on the host; everything as long as a hidden state or a weight stays on the device.
+//
+// float32 (panels) gives the bits of the CPU: the same run on either ends with the same weights. bfloat16 (tiles) keeps
+// float32 masters, moments and gradient: 16 bytes for every element beside the weights' 2.
+#pragma once
+#include <memory>
+
+#include "kernels/device/device.h"
+#include "policy/learn/backend.h"
+
+namespace perigee::policy {
+
+// Temporary memory for micro-batches of at most this many tokens, in bytes: what a Device that trains is made with.
+int64_t device_learn_scratch_bytes(const ParamLayout& layout, int64_t tokens, bool recompute);
+
+// device and layout outlive it. ERRORS (environment): too little memory, with the numbers.
+std::unique_ptr<LearnBackend> device_learn_backend(kernels::Device& device, const ParamLayout& layout, bool recompute);
+
+}  // namespace perigee::policy
