@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(16 * kRows)
     if (batch.pages != nullptr)
       page = reinterpret_cast<T*>(
           batch.pages[static_cast<int64_t>(blockIdx.y) * batch.max_pages + position / 64] + page_offset);
+    // The weights and the rest of the row are read past the stores: they do not alias.
     const auto put = [&](int j, float y) {
       const T value = from_float<T>(y);
       if (page != nullptr)
@@ -50,10 +51,10 @@ __global__ void __launch_bounds__(16 * kRows)
 #pragma unroll
     for (int i = 0; i < kInRegisters; ++i) {
       const int j = lane + 16 * i;
-      if (j < latent) put(j, v[i] * inverse * norm_w[j]);
+      if (j < latent) put(j, v[i] * inverse * __ldg(norm_w + j));
     }
-    for (int j = lane + 16 * kInRegisters; j < latent; j += 16) put(j, x[j] * inverse * norm_w[j]);
-    for (int j = latent + lane; j < columns; j += 16) put(j, j < width ? x[j] : 0.0f);
+    for (int j = lane + 16 * kInRegisters; j < latent; j += 16) put(j, x[j] * inverse * __ldg(norm_w + j));
+    for (int j = latent + lane; j < columns; j += 16) put(j, j < width ? __ldg(x + j) : 0.0f);
   }
 }
 

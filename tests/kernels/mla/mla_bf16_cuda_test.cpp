@@ -246,6 +246,14 @@ TEST_F(MlaBf16, decoding_prefill_and_training_give_the_same_bits) {
   }
 }
 
+TEST_F(MlaBf16, padding_entries_are_passed_over) {
+  Sequences s(device(), shape_of(32, 512, 64), {300, 70});
+  const std::vector<Part> parts = {{0, 299, 1}, {1, 69, 1}, {0, 100, 1}}, prompt = {{0, 10, 200}, {1, 0, 70}};
+  const Part nothing = {0, 0, 0};
+  EXPECT_EQ(s.attend({nothing, parts[0], parts[1], nothing, nothing, parts[2], nothing}), s.attend(parts));
+  EXPECT_EQ(s.attend({prompt[0], nothing, prompt[1], nothing}), s.attend(prompt));
+}
+
 TEST_F(MlaBf16, splits_of_a_prompt_do_not_matter) {
   Sequences s(device(), shape_of(32, 512, 64), {1300});
   const std::vector<Row> expected = s.whole(0);
