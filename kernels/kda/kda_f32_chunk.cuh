@@ -49,15 +49,25 @@ __device__ inline void open_chunk(int dk, const Rows& rows) {
 __device__ inline void prepare_rows(int n, int dk, const float* q, const float* k, const float* g, int64_t ld,
                                     const Rows& rows) {
   for (int x = threadIdx.x; x < dk; x += kThreads) {
+    float gs[kChunk], ks[kChunk], qs[kChunk];  // all loads at once, rows past n again the last
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      const int64_t at = (i < n ? i : n - 1) * ld + x;
+      gs[i] = g[at];
+      ks[i] = k[at];
+      qs[i] = q[at];
+    }
     float gamma = rows.gamma[x];
-    for (int i = 0; i < n; ++i) {
-      const float alpha = math::exp(g[i * ld + x]), kv = k[i * ld + x], qv = q[i * ld + x];
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (i >= n) break;
+      const float alpha = math::exp(gs[i]);
       gamma = gamma * alpha;
       rows.alpha[i * dk + x] = alpha;
-      rows.kq[2 * i * dk + x] = kv;
-      rows.kq[(2 * i + 1) * dk + x] = qv;
-      rows.gkq[2 * i * dk + x] = gamma * kv;
-      rows.gkq[(2 * i + 1) * dk + x] = gamma * qv;
+      rows.kq[2 * i * dk + x] = ks[i];
+      rows.kq[(2 * i + 1) * dk + x] = qs[i];
+      rows.gkq[2 * i * dk + x] = gamma * ks[i];
+      rows.gkq[(2 * i + 1) * dk + x] = gamma * qs[i];
     }
     rows.gamma[x] = gamma;
   }

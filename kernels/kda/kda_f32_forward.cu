@@ -30,7 +30,7 @@ struct HeadState {
 };
 
 int shared_floats(int dk) {
-  return Rows::floats(dk) + kColumns * (dk + 32 + 16);
+  return Rows::floats(dk) + kColumns * (dk + 32 + 16) + kChunk;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kThreads)
   float* s = memory + Rows::floats(dk);  // [dk, kColumns]
   float* s_kq = s + kColumns * dk;       // [32, kColumns]
   float* u = s_kq + kColumns * 32;       // [16, kColumns]
+  float* betas = u + kColumns * kChunk;  // [16]
   const int c = threadIdx.x % kColumns, group = threadIdx.x / kColumns, column = column0 + c;
   constexpr int kGroups = kThreads / kColumns;
   const bool inside = column < dv;
@@ -82,6 +83,7 @@ __global__ void __launch_bounds__(kThreads)
     prepare_rows(n, dk, x.q + at_k, x.k + at_k, x.g + at_k, ldk, rows);
     inner_products(filled, n, dk, rows);
 
+    if (threadIdx.x < n) betas[threadIdx.x] = x.beta[(row + threadIdx.x) * shape.heads + head];
     // Row 2i: v_i - (Gamma . k_i)ᵀ S. Row 2i + 1: (Gamma . q_i)ᵀ S.
     float sum[32 / kGroups];
     for (int r = 0; r < 32 / kGroups; ++r) sum[r] = 0.0f;
@@ -112,7 +114,7 @@ __global__ void __launch_bounds__(kThreads)
           t = math::fnma(a[j], u_j, t);
           o = math::fma(b[j], u_j, o);
         }
-        t = x.beta[(row + i) * shape.heads + head] * t;
+        t = betas[i] * t;
         o = math::fma(b[before], t, o);
         u[before * kColumns + c] = t;
         if (inside) x.out[(row + i) * ldv + static_cast<int64_t>(head) * dv + column] = o;
