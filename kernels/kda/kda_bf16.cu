@@ -21,6 +21,7 @@ void kda_forward<bf16>(Device& dev, const KdaShape& shape, const bf16* q, const 
                 "bf16: dk and dv are multiples of 16 up to 128");
   PERIGEE_CHECK(chunk_states == nullptr || batch.training(), "chunk states belong to training");
   PERIGEE_CHECK(state_offset % 256 == 0, "state offset");
+  PERIGEE_CHECK(dev.info().capability == 90, "KDA in bf16 is written for compute capability 9.0");
   if (batch.slices == 0 || batch.rows == 0) return;
   Problem p = {};
   p.heads = static_cast<int>(shape.heads), p.dk = static_cast<int>(shape.dk), p.dv = static_cast<int>(shape.dv);
