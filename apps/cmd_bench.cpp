@@ -2,15 +2,13 @@
 #include <fmt/format.h>
 
 #include <cstdio>
-#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <utility>
 
 #include "apps/commands.h"
 #include "apps/output.h"
+#include "apps/shipped.h"
 #include "base/error.h"
-#include "base/file.h"
-#include "base/process.h"
 #include "bench/bench.h"
 
 namespace perigee::apps {
@@ -111,11 +109,7 @@ void add_bench(Program& program) {
       if (end > at) b.what.push_back(o->what.substr(at, end - at));
       at = end + 1;
     }
-    // The model of the figures lies beside the sources, which need not be where the user stands.
-    if (const bench::Options usual; b.model == usual.model && !file_exists(b.model)) {
-      const auto root = std::filesystem::path(current_program()).parent_path().parent_path().parent_path();
-      b.model = (root / usual.model).string();
-    }
+    b.model = shipped(b.model);
     const bench::Report report = bench::run(b, o->json ? nullptr : print_line);
     if (o->json) {
       print_json(to_json(report, b));

@@ -4,6 +4,7 @@
 #include "apps/commands.h"
 #include "apps/environment.h"
 #include "apps/output.h"
+#include "apps/shipped.h"
 #include "base/error.h"
 #include "rollout/run_config.h"
 
@@ -52,7 +53,7 @@ void add_config(Program& program) {
     if (o->markdown)
       print_page();
     else
-      print_json(rollout::load_run_config(o->config, o->sets).effective);
+      print_json(rollout::load_run_config(shipped(o->config), o->sets).effective);
     return 0;
   });
 }

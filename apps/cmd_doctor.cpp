@@ -17,6 +17,7 @@
 #include "apps/commands.h"
 #include "apps/environment.h"
 #include "apps/output.h"
+#include "apps/shipped.h"
 #include "base/error.h"
 #include "base/text.h"
 #include "kernels/simd/simd.h"
@@ -215,7 +216,7 @@ void add_doctor(Program& program) {
     findings.push_back(check_files_open());
     findings.push_back(check_sqlite());
     findings.push_back(check_libraries());
-    if (!o->config.empty()) findings.push_back(check_configuration(o->config));
+    if (!o->config.empty()) findings.push_back(check_configuration(shipped(o->config)));
     for (const EnvironmentVariable& v : environment_table())
       if (const char* value = std::getenv(std::string(v.name).c_str()))
         findings.push_back({std::string(v.name), value});

@@ -8,6 +8,7 @@
 #include "apps/model_files.h"
 #include "apps/output.h"
 #include "apps/run_argument.h"
+#include "apps/shipped.h"
 #include "base/error.h"
 #include "base/random.h"
 #include "kernels/context.h"
@@ -104,7 +105,7 @@ int evaluate(const Options& o) {
   if (o.tasks && (*o.tasks < 1 || *o.tasks > 1000000))
     throw_input("--tasks {}: 1 to 1000000 is expected", *o.tasks);
   if (o.threads < 0 || o.threads > 4096) throw_input("--threads {}: 0 to 4096 is expected", o.threads);
-  std::string config_path = o.config, model_path = o.model;
+  std::string config_path = shipped(o.config), model_path = o.model;
   if (has_run) {
     const RunPlace place = find_run(o.run);
     config_path = (place.directory / "config.json").string();

@@ -6,6 +6,7 @@
 
 #include "apps/commands.h"
 #include "apps/model_files.h"
+#include "apps/shipped.h"
 #include "base/error.h"
 #include "base/file.h"
 #include "base/text.h"
@@ -66,11 +67,11 @@ void add_init(Program& program) {
       .required("--out")
       .option("--seed", o->seed, "N", "of the random weights")
       .option("--dtype", o->dtype, "NAME", "float32 or bfloat16")
-      .example("init --config configs/tiny/config.json --out models/tiny --seed 1");
+      .example("init --config configs/model/bench-136m.json --out models/136m --seed 1");
   command.action([o] {
     const policy::Dtype dtype = parse_dtype(o->dtype);
     if (o->seed < 0) throw_input("--seed {}: 0 or more is expected", o->seed);
-    const policy::ParamLayout layout(policy::load_model_config(o->config), dtype);
+    const policy::ParamLayout layout(policy::load_model_config(shipped(o->config)), dtype);
     NewDirectory directory(o->out);
     std::vector<float> flat(static_cast<size_t>(layout.elements()));
     policy::initialize(layout, static_cast<uint64_t>(o->seed), flat.data());

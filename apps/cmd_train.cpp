@@ -4,6 +4,7 @@
 #include "apps/commands.h"
 #include "apps/output.h"
 #include "apps/run_argument.h"
+#include "apps/shipped.h"
 #include "base/error.h"
 #include "rollout/run.h"
 
@@ -97,7 +98,7 @@ void add_train(Program& program) {
   command.example("train configs/quickstart.json")
       .example("train configs/quickstart.json --set run.seed=2 --set run.dir=runs/second");
   command.action([o] {
-    return report(rollout::train(rollout::load_run_config(o->config, o->sets), o->train()), o->json);
+    return report(rollout::train(rollout::load_run_config(shipped(o->config), o->sets), o->train()), o->json);
   });
 }
 

@@ -40,6 +40,7 @@ struct RunOptions {
   std::string directory;                 // working directory; empty: here
   std::vector<std::string> environment;  // "NAME=value", added
   rlim_t max_file_bytes = RLIM_INFINITY;
+  std::string program = PERIGEE_PROGRAM;
 };
 
 inline Said run_perigee(const std::vector<std::string>& args, const RunOptions& options = {}) {
@@ -60,10 +61,10 @@ inline Said run_perigee(const std::vector<std::string>& args, const RunOptions& 
       setrlimit(RLIMIT_FSIZE, &limit);
       signal(SIGXFSZ, SIG_IGN);  // writing beyond fails instead, as on a full disk
     }
-    std::vector<char*> argv{const_cast<char*>(PERIGEE_PROGRAM)};
+    std::vector<char*> argv{const_cast<char*>(options.program.c_str())};
     for (const std::string& a : args) argv.push_back(const_cast<char*>(a.c_str()));
     argv.push_back(nullptr);
-    execv(PERIGEE_PROGRAM, argv.data());
+    execv(options.program.c_str(), argv.data());
     _exit(127);
   }
   int status = 0;
