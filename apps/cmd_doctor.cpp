@@ -12,14 +12,17 @@
 #include <cstdio>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <thread>
 
 #include "apps/commands.h"
 #include "apps/environment.h"
+#include "apps/memory_plan.h"
 #include "apps/output.h"
 #include "apps/shipped.h"
 #include "base/error.h"
 #include "base/text.h"
+#include "kernels/device/device.h"
 #include "kernels/simd/simd.h"
 #include "rollout/run_config.h"
 
@@ -85,26 +88,89 @@ Finding check_cores() {
 }
 
 Finding check_memory() {
-  auto kib = [](const char* key) {
-    const std::string text = field_of("/proc/meminfo", key);
-    return text.empty() ? uint64_t{0} : std::stoull(text);
-  };
-  const uint64_t total = kib("MemTotal") << 10;
-  uint64_t available = kib("MemAvailable") << 10;
-  std::string limit;
-  uint64_t cgroup = 0;
-  if (std::ifstream in("/sys/fs/cgroup/memory.max"); in >> cgroup && cgroup < total) {
-    available = std::min(available, cgroup);
-    limit = fmt::format(", limited to {} by the control group", human_bytes(cgroup));
-  }
-  Finding f{"memory", fmt::format("{} available of {}{}", human_bytes(available), human_bytes(total), limit)};
-  if (available < (uint64_t{2} << 30)) {
+  const MachineMemory m = machine_memory();
+  const std::string limit =
+      m.limit > 0 ? fmt::format(", limited to {} by the control group", human_bytes(m.limit)) : "";
+  Finding f{"memory",
+            fmt::format("{} available of {}{}", human_bytes(m.available), human_bytes(m.total), limit)};
+  if (m.available < (uint64_t{2} << 30)) {
     f.verdict = Verdict::kWarning;
     f.fix =
         "the quickstart wants about 2 GiB: close other programs, or lower engine.memory_mib and "
         "train.micro_batch_tokens";
   }
   return f;
+}
+
+std::string describe_gpu(const kernels::DeviceInfo& gpu) {
+  return fmt::format("{}, capability {}.{}, {} multiprocessors, {} free of {}", gpu.name, gpu.capability / 10,
+                     gpu.capability % 10, gpu.multiprocessors,
+                     human_bytes(static_cast<uint64_t>(gpu.free_bytes)),
+                     human_bytes(static_cast<uint64_t>(gpu.memory_bytes)));
+}
+
+// One for each GPU, or the reason why there is none. To have none is no fault; to have one that cannot be used is.
+// found: of the first that can be used.
+std::vector<Finding> check_gpus(std::optional<kernels::DeviceInfo>& found) {
+  using kernels::Device;
+  constexpr const char* kFix = "everything runs on the CPU until that is mended";
+  const int count = Device::count();
+  if (count == 0) {
+    const std::string why = Device::why_none();
+    const bool plain = why == "no CUDA device" || why.find("without CUDA") != std::string::npos;
+    return {{"GPU", why, plain ? Verdict::kOk : Verdict::kWarning, plain ? "" : kFix}};
+  }
+  std::vector<Finding> findings;
+  for (int i = 0; i < count; ++i) {
+    const std::string which = count == 1 ? "" : fmt::format("{}: ", i);
+    try {
+      const Device device(i, 1024);
+      if (!found) found = device.info();
+      findings.push_back({"GPU", which + describe_gpu(device.info())});
+    } catch (const Error& e) {
+      findings.push_back({"GPU", which + e.what(), Verdict::kWarning, kFix});
+    }
+  }
+  return findings;
+}
+
+struct PlanOptions {
+  std::string model, device, contexts;
+  std::optional<double> memory_gib;
+};
+
+PlanDevice plan_device(const PlanOptions& o, const std::optional<kernels::DeviceInfo>& gpu) {
+  if (!o.device.empty() && o.device != "cpu" && o.device != "cuda")
+    throw_input("--device {}: cpu or cuda is expected", quote(o.device));
+  PlanDevice d;
+  d.cuda = o.device.empty() ? gpu.has_value() : o.device == "cuda";
+  if (o.memory_gib) {
+    if (!(*o.memory_gib > 0 && *o.memory_gib < 1e9))
+      throw_input("--memory-gib {}: a number above 0 is expected", *o.memory_gib);
+    d.memory_bytes = static_cast<int64_t>(*o.memory_gib * static_cast<double>(int64_t{1} << 30));
+    d.name = d.cuda ? "a GPU" : "a machine";
+  } else if (!d.cuda) {
+    d.memory_bytes = static_cast<int64_t>(machine_memory().available);
+    d.name = "this machine";
+  } else if (gpu) {
+    d.memory_bytes = gpu->free_bytes;
+    d.name = gpu->name;
+  } else {
+    throw_environment("--device cuda: {}; give --memory-gib N to plan for a GPU that is elsewhere",
+                      kernels::Device::why_none());
+  }
+  return d;
+}
+
+MemoryPlan plan_for(const PlanOptions& o, const std::optional<kernels::DeviceInfo>& gpu) {
+  const policy::ModelConfig config = policy::load_model_config(shipped(o.model));
+  std::vector<int64_t> contexts = parse_contexts(o.contexts.empty() ? "4k,32k,1M" : o.contexts);
+  // The usual ones, as far as the model goes.
+  if (o.contexts.empty()) {
+    std::erase_if(contexts, [&](int64_t tokens) { return tokens > config.max_length; });
+    if (contexts.empty()) contexts = {config.max_length};
+  }
+  return plan_memory(config, o.model, plan_device(o, gpu), contexts);
 }
 
 Finding check_space(const std::string& name, const std::string& path, uint64_t wanted,
@@ -171,7 +237,8 @@ const char* verdict_name(Verdict v) {
   return names[static_cast<int>(v)];
 }
 
-int report(const std::vector<Finding>& findings, bool json) {
+int report(const std::vector<Finding>& findings, const std::optional<MemoryPlan>& plan,
+           const std::string& model, bool json) {
   bool failed = false;
   for (const Finding& f : findings) failed = failed || f.verdict == Verdict::kFailure;
   if (json) {
@@ -179,6 +246,7 @@ int report(const std::vector<Finding>& findings, bool json) {
     for (const Finding& f : findings)
       out["findings"].push_back(
           {{"name", f.name}, {"value", f.value}, {"verdict", verdict_name(f.verdict)}, {"fix", f.fix}});
+    if (plan) out["plan"] = plan->to_json();
     print_json(out);
   } else {
     for (const Finding& f : findings) {
@@ -188,6 +256,7 @@ int report(const std::vector<Finding>& findings, bool json) {
       fmt::print("{}  {:<14} {}\n", mark, f.name, printable(f.value));
       if (!f.fix.empty()) fmt::print("      {:<14} -> {}\n", "", f.fix);
     }
+    if (plan) plan->print(model);
   }
   return failed ? 1 : 0;
 }
@@ -198,15 +267,29 @@ void add_doctor(Program& program) {
   struct Options {
     bool json = false;
     std::string config;
+    PlanOptions plan;
   };
   auto o = std::make_shared<Options>();
   Command command = program.command("doctor", "Look at this machine and say what to mend", kGroupMachine);
   command.option("--config", o->config, "FILE", "check this run configuration too")
+      .option("--model", o->plan.model, "FILE",
+              "plan the memory of this model: a config.json, or the directory that holds one")
+      .option("--device", o->plan.device, "NAME", "cpu or cuda; without it the GPU if there is one")
+      .option("--contexts", o->plan.contexts, "LIST", "lengths of sequences to plan for, such as 4k,32k,1M")
+      .option("--memory-gib", o->plan.memory_gib, "N", "plan for a device with this much memory instead")
       .flag("--json", o->json, "print one JSON object")
       .example("doctor")
-      .example("doctor --config configs/quickstart.json");
+      .example("doctor --config configs/quickstart.json")
+      .example("doctor --model configs/model/kimi-linear-48b.json --device cuda --memory-gib 140");
   command.action([o] {
+    const PlanOptions& p = o->plan;
+    if (p.model.empty() && (!p.device.empty() || !p.contexts.empty() || p.memory_gib))
+      throw_input("doctor: --device, --contexts and --memory-gib go with --model");
+    std::optional<kernels::DeviceInfo> gpu;
     std::vector<Finding> findings = {check_cpu(), check_simd(), check_cores(), check_memory()};
+    for (Finding& f : check_gpus(gpu)) findings.push_back(std::move(f));
+    std::optional<MemoryPlan> plan;
+    if (!p.model.empty()) plan = plan_for(p, gpu);
     findings.push_back(check_space("disk", ".", uint64_t{1} << 30,
                                    "runs are written here: free 1 GiB, or set run.dir elsewhere"));
     findings.push_back(
@@ -220,7 +303,7 @@ void add_doctor(Program& program) {
     for (const EnvironmentVariable& v : environment_table())
       if (const char* value = std::getenv(std::string(v.name).c_str()))
         findings.push_back({std::string(v.name), value});
-    return report(findings, o->json);
+    return report(findings, plan, p.model, o->json);
   });
 }
 

@@ -56,7 +56,7 @@ TEST(Doctor, FindsTheMachineFit) {
     EXPECT_EQ(finding["verdict"] == "ok", finding["fix"] == "") << finding.dump();
   }
   for (const char* name :
-       {"processor", "vectors", "cores", "memory", "disk", "shared memory", "libraries", "SQLite"})
+       {"processor", "vectors", "cores", "memory", "GPU", "disk", "shared memory", "libraries", "SQLite"})
     EXPECT_NE(std::find(names.begin(), names.end(), name), names.end()) << name;
 }
 
