@@ -247,11 +247,6 @@ __device__ __forceinline__ void bulk_stores_done() {
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 #endif
 }
-__device__ __forceinline__ void bulk_stores_read() {  // shared memory may be written again
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-#endif
-}
 // Between what this thread wrote to shared memory and a bulk copy that reads it, and between a mark that this thread saw
 // and a bulk copy of the record.
 __device__ __forceinline__ void fence_shared_for_copy() {
@@ -269,6 +264,12 @@ __device__ __forceinline__ void copy16(void* to, const void* from, bool any) {
                : "memory");
 }
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// This thread's copies arrive at the barrier when they are done; the barrier counts one arrival per thread.
+__device__ __forceinline__ void copies_arrive(uint64_t* barrier) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
 template <int kPending>
 __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

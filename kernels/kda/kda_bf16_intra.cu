@@ -94,7 +94,7 @@ __device__ __forceinline__ void announce(unsigned* mark) {
   asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(mark) : "memory");
 }
 
-__global__ void __launch_bounds__(kThreads, 8) intra_kernel(const Problem p) {
+__global__ void __maxnreg__(144) intra_kernel(const Problem p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, 8) intra_kernel(const Problem p) {
         }
       if (column < own.first) beta = *(reinterpret_cast<const float*>(state + StateLayout::kT) + 17 * column);
     }
-    if (threadIdx.x == kTeller) bulk_stores_read();
+    if (threadIdx.x == kTeller && pending != nullptr) announce(pending);  // while the rows come
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) x.a[i] = {decay_of(x.a[i].x), decay_of(x.a[i].y)};
@@ -272,7 +272,6 @@ __global__ void __launch_bounds__(kThreads, 8) intra_kernel(const Problem p) {
           put_half(shared.record + Record::kQ, g + 8, g + 8, shared.other_q[5][e][lane] + mine[5][e]);
         }
       }
-      if (threadIdx.x == kTeller && pending != nullptr) announce(pending);  // while the other warp solves
     }
     if (own.last < kChunk) __threadfence();  // last_t, before the record is announced
     fence_shared_for_copy();
@@ -313,9 +312,12 @@ void launch_plan(Device& dev, const Problem& p, int slots) {
 
 void launch_intra(Device& dev, const Problem& p) {
   allow_shared_memory(intra_kernel, sizeof(Shared));
+  PERIGEE_CUDA(cudaFuncSetAttribute(intra_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
   const int64_t items = static_cast<int64_t>(p.slot_end - p.slot_begin) * p.heads;
-  // All blocks stand on the chip at once with room for the scan beside them.
-  const int64_t blocks = int64_t{4} * dev.info().multiprocessors;
+  // All blocks stand on the chip at once: with room for the scan beside them where that has few blocks and is what takes
+  // the time, otherwise as many as do the work fastest.
+  const int64_t scan_blocks = static_cast<int64_t>(p.batch.slices) * p.heads * ((p.dv + 63) / 64);
+  const int64_t blocks = int64_t{scan_blocks <= dev.info().multiprocessors ? 2 : 6} * dev.info().multiprocessors;
   launch_dependent(intra_kernel, dim3(static_cast<unsigned>(items < blocks ? items : blocks)), dim3(kThreads),
                    sizeof(Shared), dev.stream(), p);
 }

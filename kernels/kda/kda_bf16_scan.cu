@@ -5,32 +5,45 @@
 namespace perigee::kernels::kda {
 namespace {
 
-// Four warps compute with many registers; a fifth fetches records. Registers move between groups of four warps, so there
-// are eight, of 128 at first.
+// Four warps compute, with many registers. Four others, with few, do what would make them wait: one fetches records and
+// v, one writes the output, two write the states that training keeps.
 constexpr int kWarps = 4, kThreads = 256;
-constexpr int kStages = 5;            // records in flight
-constexpr int kAhead = 6, kRing = 8;  // chunks of v in flight, per warp
+constexpr int kStages = 5;    // records in flight
+constexpr int kOutRing = 4;   // outputs of chunks on their way
+constexpr int kVPitch = 144;  // bytes between rows of v
 
 struct Shared {
   uint8_t record[kStages][Record::kPlace];
-  uint8_t v[kWarps][kRing][512];
-  uint8_t tile[kWarps][8][512];
-  uint8_t out[kWarps][2][512];
-  uint64_t full[kStages], empty[kStages];
+  uint8_t v[kStages][kChunk * kVPitch];
+  uint8_t states[8][kWarps][512];
+  uint8_t out[kOutRing][kWarps][512];
+  uint64_t full[kStages], empty[kStages], out_full[kOutRing], out_empty[kOutRing], states_full, states_empty;
 };
 
 __device__ __forceinline__ uint4 words(const uint8_t* p) { return *reinterpret_cast<const uint4*>(p); }
 
-// Lane 0 copies the records of chunks [begin, end) into the ring; all lanes look which are ready.
-__device__ __forceinline__ void fetch(const Problem& p, Shared& shared, int base, int head, int begin, int end, int lane) {
-  int ready = begin, stage = 0;
+// What the warps of a block know of their work.
+struct Task {
+  DeviceSlice slice;
+  int index, head, part;  // slice, head, and which 64 value channels
+  int begin, end;         // chunks
+  int tiles;              // of sixteen value channels, of the 64
+  uint8_t* state;         // of the head, or null
+};
+
+// The records of the chunks and their rows of v into the ring; all lanes look which are ready.
+__device__ __forceinline__ void fetch(const Problem& p, Shared& shared, const Task& task, int lane) {
+  const int base = slot_base(task.slice, task.index), end = task.end;
+  const int64_t stride = static_cast<int64_t>(p.heads) * p.dv;
+  const bf16* v = p.v + static_cast<int64_t>(task.head) * p.dv + 64 * task.part + 8 * (lane & 7);
+  int ready = task.begin, stage = 0;
   unsigned parity = 1;
-  for (int c = begin; c < end; ++c) {
+  for (int c = task.begin; c < end; ++c) {
     barrier_wait(&shared.empty[stage], parity);
     while (ready <= c) {
       unsigned mark = 0;
       if (ready + lane < end) {
-        const unsigned* at = p.ready + static_cast<int64_t>(base + ready + lane) * p.heads + head;
+        const unsigned* at = p.ready + static_cast<int64_t>(base + ready + lane) * p.heads + task.head;
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(mark) : "l"(at) : "memory");
       }
       const unsigned missing = ~__ballot_sync(0xffffffffu, mark == 1);
@@ -38,35 +51,78 @@ __device__ __forceinline__ void fetch(const Problem& p, Shared& shared, int base
       __syncwarp();
       fence_global_for_copy();
     }
+    const ChunkRows own(task.slice, c);
     if (lane == 0) {
       barrier_expect(&shared.full[stage], Record::kBytes);
-      const int64_t place = static_cast<int64_t>(base + c - p.slot_begin) * p.heads + head;
+      const int64_t place = static_cast<int64_t>(base + c - p.slot_begin) * p.heads + task.head;
       bulk_load(shared.record[stage], p.records + place * Record::kBytes, Record::kBytes, &shared.full[stage]);
     }
     __syncwarp();
+    // Rows that are not there are zero: T multiplies them by zero. Eight lanes to a row.
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = 4 * i + (lane >> 3);
+      const bool any = row < own.last && (lane & 7) < 2 * task.tiles;
+      const void* from = any ? v + (own.row0 + row) * stride : p.v;
+      if (any && row < own.first) from = task.state + StateLayout::kX + (row * kDim + 64 * task.part + 8 * (lane & 7)) * 2;
+      copy16(shared.v[stage] + row * kVPitch + (lane & 7) * 16, from, any);
+    }
+    copies_arrive(&shared.full[stage]);
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
 }
 
-// The rows of a chunk that stays open, into the state.
-__device__ __forceinline__ void keep_rows(const Problem& p, const ChunkRows& own, uint8_t* state, const float* last_t,
-                                          int head, int lane) {
-  for (int i = own.first; i < own.last; ++i) {
-    const int64_t at = (own.row0 + i) * p.heads * p.dk + head * p.dk + 4 * lane;
-    if (4 * lane < p.dk) {
-      *(reinterpret_cast<uint2*>(state + StateLayout::kKeys) + i * 32 + lane) = *reinterpret_cast<const uint2*>(p.k + at);
-      *(reinterpret_cast<float4*>(state + StateLayout::kGates) + i * 32 + lane) = *reinterpret_cast<const float4*>(p.g + at);
+// Eight lanes write the 64 values of a row, four rows at a time.
+__device__ __forceinline__ void write_out(const Problem& p, Shared& shared, const Task& task, int lane) {
+  const int64_t stride = static_cast<int64_t>(p.heads) * p.dv;
+  const int piece = lane & 7, tile = piece >> 1;
+  bf16* out = p.out + static_cast<int64_t>(task.head) * p.dv + 64 * task.part + 8 * piece;
+  for (int n = 0; n < task.end - task.begin; ++n) {
+    const ChunkRows own(task.slice, task.begin + n);
+    barrier_wait(&shared.out_full[n % kOutRing], n / kOutRing & 1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = 4 * i + (lane >> 3);
+      if (row >= own.first && row < own.last && tile < task.tiles)
+        *reinterpret_cast<uint4*>(out + (own.row0 + row) * stride) = words(shared.out[n % kOutRing][tile] + tile_piece(row, piece & 1));
     }
-    if (lane < 16) *(reinterpret_cast<float*>(state + StateLayout::kT) + 16 * i + lane) = last_t[16 * i + lane];
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.out_empty[n % kOutRing]);
   }
 }
 
-// Rows of 16 elements of a tile in shared memory, row r to to + r * stride where use(r).
-template <class Use>
-__device__ __forceinline__ void copy_tile(const uint8_t* tile, int lane, bf16* to, int64_t stride, const Use& use) {
-  const int row = lane >> 1, half = lane & 1;
-  if (use(row)) *reinterpret_cast<uint4*>(to + row * stride + 8 * half) = words(tile + tile_piece(row, half));
+// S at the start of each chunk, every other four rows of it by either warp.
+__device__ __forceinline__ void write_states(const Problem& p, Shared& shared, const Task& task, int which, int lane) {
+  const int piece = lane & 7, tile = piece >> 1;
+  for (int n = 0; n < task.end - task.begin; ++n) {
+    const int64_t slot = kda_chunk_slot(task.slice.begin, task.index, task.begin + n);
+    bf16* to = p.chunk_states + (slot * p.heads + task.head) * p.dk * p.dv + 64 * task.part + 8 * piece;
+    barrier_wait(&shared.states_full, n & 1);
+#pragma unroll 4
+    for (int i = which; i < 32; i += 2) {
+      const int row = 4 * i + (lane >> 3);
+      if (row < p.dk && tile < task.tiles)
+        *reinterpret_cast<uint4*>(to + row * p.dv) = words(shared.states[row >> 4][tile] + tile_piece(row & 15, piece & 1));
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&shared.states_empty);
+  }
 }
+
+// The rows of a chunk that stays open, into the state.
+__device__ __forceinline__ void keep_rows(const Problem& p, const Task& task, int lane) {
+  const ChunkRows own(task.slice, chunk_count(task.slice) - 1);
+  const float* last_t = p.last_t + (static_cast<int64_t>(task.index) * p.heads + task.head) * 256;
+  for (int i = own.first; i < own.last; ++i) {
+    const int64_t at = ((own.row0 + i) * p.heads + task.head) * p.dk + 4 * lane;
+    if (4 * lane < p.dk) {
+      *(reinterpret_cast<uint2*>(task.state + StateLayout::kKeys) + i * 32 + lane) = *reinterpret_cast<const uint2*>(p.k + at);
+      *(reinterpret_cast<float4*>(task.state + StateLayout::kGates) + i * 32 + lane) = *reinterpret_cast<const float4*>(p.g + at);
+    }
+    if (lane < 16) *(reinterpret_cast<float*>(task.state + StateLayout::kT) + 16 * i + lane) = last_t[16 * i + lane];
+  }
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void more_registers() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -80,32 +136,18 @@ __device__ __forceinline__ void fewer_registers() {
 #endif
 }
 
-__device__ __forceinline__ void scan(const Problem& p, Shared& shared, const DeviceSlice& slice, int index, int head, int m,
-                                     int begin, int end, uint8_t* state, int warp, int lane) {
-  const bool active = 16 * m < p.dv;  // all four warps take part in products
-  const int t = lane & 3, chunks = chunk_count(slice);
-  const int64_t row_stride = static_cast<int64_t>(p.heads) * p.dv;
-  const int64_t column = static_cast<int64_t>(head) * p.dv + 16 * m;
-  uint8_t(*const v_ring)[512] = shared.v[warp];
-  const auto prefetch = [&](int c) {
-    if (c < end && active) {
-      const ChunkRows own(slice, c);
-      const int row = lane >> 1, half = lane & 1;
-      const bool any = row < own.last;
-      const void* from = any ? p.v + (own.row0 + row) * row_stride + column + 8 * half : p.v;
-      if (row < own.first) from = state + StateLayout::kX + (row * kDim + 16 * m + 8 * half) * 2;
-      copy16(v_ring[c % kRing] + tile_piece(row, half), from, any);
-    }
-    copies_commit();
-  };
-  for (int i = 0; i < kAhead; ++i) prefetch(begin + i);
+__device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Task& task, int warp, int lane) {
+  const int begin = task.begin, end = task.end, chunks = chunk_count(task.slice), t = lane & 3;
+  const int m = kWarps * task.part + warp;  // the sixteen value channels of this warp
+  const bool active = warp < task.tiles;    // all four warps take part in products
+  uint8_t* const state = task.state;
 
   C4 s[16];
   if ((begin == 0 && state == nullptr) || !active) {
 #pragma unroll
     for (int i = 0; i < 16; ++i) s[i] = {};
   } else {
-    const uint8_t* from = (begin == 0 ? state : p.carry[0] + static_cast<int64_t>(head) * 65536) + (m * 8 * 32 + lane) * 16;
+    const uint8_t* from = (begin == 0 ? state : p.carry[0] + static_cast<int64_t>(task.head) * 65536) + (m * 8 * 32 + lane) * 16;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint4 high = words(from + StateLayout::kHigh + i * 512), low = words(from + StateLayout::kLow + i * 512);
@@ -115,20 +157,17 @@ __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Dev
   }
   int stage = 0;
   unsigned parity = 0;
-  unsigned packed[4];  // the last chunk's output, written while the next one's first products run
-  bf16* out = p.out + ChunkRows(slice, begin).row0 * row_stride + column;
-  const auto write_out = [&](int c) {
-    uint8_t* tile = shared.out[warp][c & 1];
-    tile_store_transposed(tile, lane, packed);
+  // This lane's address in the tiles that matrices are moved by; of v, a row of the tile is a row of the stage.
+  const unsigned v_lane = shared_address(shared.v) + ((lane >> 4) * 8 + (lane & 7)) * kVPitch + 32 * warp + (lane >> 3 & 1) * 16;
+  unsigned packed[4];  // the last chunk's output, handed over while the next one's first products run
+  const auto hand_over = [&](int n) {
+    barrier_wait(&shared.out_empty[n % kOutRing], (n / kOutRing & 1) ^ 1);
+    tile_store_transposed(shared.out[n % kOutRing][warp], lane, packed);
     __syncwarp();
-    const ChunkRows own(slice, c);
-    copy_tile(tile, lane, out, row_stride, [&](int row) { return active && row >= own.first && row < own.last; });
-    out += kChunk * row_stride;
+    if (lane == 0) barrier_arrive(&shared.out_full[n % kOutRing]);
   };
 
   for (int c = begin; c < end; ++c) {
-    const ChunkRows own(slice, c);
-    const bool closes = own.last == kChunk;  // otherwise the record says that S does not change
     // (Gamma . K) S and (Gamma . Q) S in two chains, of the lower and the upper half of the channels.
     A4 high[8];
 #pragma unroll
@@ -138,6 +177,8 @@ __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Dev
     C4 lower[4], upper[4];  // two tiles of eight tokens for K, two for Q
     barrier_wait(&shared.full[stage], parity);
     const uint8_t* record = shared.record[stage];
+    unsigned v[4];
+    load_matrices_transposed(v, v_lane + stage * (kChunk * kVPitch));
     const uint64_t kq = operand_at(record + Record::kGammaKQ, 16, 1024, true);
     pin(lower), pin(upper);
     wgmma_begin();
@@ -147,27 +188,20 @@ __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Dev
       wgmma32(upper, high[i + 4], kq + 256 + 2 * i, i > 0);
     }
     wgmma_commit();
-    // Meanwhile: the last chunk's output, this one's v, and the decay of S.
-    if (c > begin) write_out(c - 1);
-    unsigned v[4];
-    copies_wait<kAhead - 1>();
-    __syncwarp();
-    load_matrices_transposed(v, tile_lane_address(v_ring[c % kRing], lane));
-    prefetch(c + kAhead);
+    // Meanwhile the last chunk's output, and the decay of S.
+    if (c > begin) hand_over(c - 1 - begin);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float4 d = *reinterpret_cast<const float4*>(record + Record::kGamma + i * 64 + t * 16);
       s[2 * i] = {s[2 * i].x[0] * d.x, s[2 * i].x[1] * d.y, s[2 * i].x[2] * d.x, s[2 * i].x[3] * d.y};
       s[2 * i + 1] = {s[2 * i + 1].x[0] * d.z, s[2 * i + 1].x[1] * d.w, s[2 * i + 1].x[2] * d.z, s[2 * i + 1].x[3] * d.w};
     }
-    if (p.chunk_states != nullptr && active) {
-      bf16* to = p.chunk_states + (kda_chunk_slot(slice.begin, index, c) * p.heads + head) * p.dk * p.dv + 16 * m;
+    if (p.chunk_states != nullptr) {
+      barrier_wait(&shared.states_empty, (c - begin & 1) ^ 1);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) tile_store_transposed(shared.tile[warp][i], lane, high[i].x);
+      for (int i = 0; i < 8; ++i) tile_store_transposed(shared.states[i][warp], lane, high[i].x);
       __syncwarp();
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (16 * i < p.dk) copy_tile(shared.tile[warp][i], lane, to + 16 * i * p.dv, p.dv, [](int) { return true; });
+      if (lane == 0) barrier_arrive(&shared.states_full);
     }
     wgmma_wait<0>();
     pin(lower), pin(upper);
@@ -202,18 +236,23 @@ __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Dev
     if (lane == 0) barrier_arrive(&shared.empty[used]);
     packed[0] = pack(o[0].x[0], o[0].x[1]), packed[1] = pack(o[0].x[2], o[0].x[3]);
     packed[2] = pack(o[1].x[0], o[1].x[1]), packed[3] = pack(o[1].x[2], o[1].x[3]);
-    if (!closes && state != nullptr && active) {
-      tile_store_transposed(shared.tile[warp][0], lane, x.x);
-      __syncwarp();
-      copy_tile(shared.tile[warp][0], lane, reinterpret_cast<bf16*>(state + StateLayout::kX) + 16 * m, kDim,
-                [&](int row) { return row >= own.first && row < own.last; });
+    if (c == chunks - 1 && state != nullptr && active) {
+      // X of an open chunk's rows: lane (g, t) has the value channels g and g + 8 of rows 2 t, 2 t + 1 and those + 8.
+      const ChunkRows own(task.slice, c);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const int row = 2 * t + (e & 1) + (e >> 2) * 8;
+        const uint16_t value = static_cast<uint16_t>(x.x[e >> 1] >> (16 * (e & 1)));
+        if (own.last < kChunk && row >= own.first && row < own.last)
+          reinterpret_cast<uint16_t*>(state + StateLayout::kX)[row * kDim + 16 * m + (lane >> 2) + (e >> 1 & 1) * 8] = value;
+      }
     }
   }
-  write_out(end - 1);
+  hand_over(end - 1 - begin);
   // S, when any chunk was closed, goes on: to the state, or to the next segment.
-  const bool closed = ChunkRows(slice, begin).last == kChunk;
+  const bool closed = ChunkRows(task.slice, begin).last == kChunk;
   if (active && (closed || begin > 0) && (end < chunks || state != nullptr)) {
-    uint8_t* to = (end < chunks ? p.carry[1] + static_cast<int64_t>(head) * 65536 : state) + (m * 8 * 32 + lane) * 16;
+    uint8_t* to = (end < chunks ? p.carry[1] + static_cast<int64_t>(task.head) * 65536 : state) + (m * 8 * 32 + lane) * 16;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const C4 &a = s[2 * i], &b = s[2 * i + 1];
@@ -225,37 +264,44 @@ __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Dev
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 2) scan_kernel(const Problem p, int parts) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// 112 registers a thread at the start, so that four blocks of the first kernel, with 144, fit beside this one; then four
+// warps give of theirs to the others.
+__global__ void __maxnreg__(112) scan_kernel(const Problem p, int parts) {
+#if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  __trap();  // compiled without wgmma: for an architecture other than sm_90a
+#else
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  const int part = blockIdx.x % parts, head = blockIdx.x / parts % p.heads, index = blockIdx.x / parts / p.heads;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const DeviceSlice slice = p.batch.slice[index];
-  const int base = slot_base(slice, index), chunks = chunk_count(slice);
-  const int begin = max(0, p.slot_begin - base), end = min(chunks, p.slot_end - base);
-  if (begin < end) {
+  Task task;
+  task.part = blockIdx.x % parts, task.head = blockIdx.x / parts % p.heads, task.index = blockIdx.x / parts / p.heads;
+  task.slice = p.batch.slice[task.index];
+  const int base = slot_base(task.slice, task.index), chunks = chunk_count(task.slice);
+  task.begin = max(0, p.slot_begin - base), task.end = min(chunks, p.slot_end - base);
+  if (task.begin < task.end) {
+    task.tiles = min(kWarps, p.dv / 16 - kWarps * task.part);
+    task.state = p.batch.recurrent == nullptr ? nullptr : p.state(task.index, task.head);
     if (threadIdx.x == 0) {
-      for (int i = 0; i < kStages; ++i) {
-        barrier_init(&shared.full[i], 1);
-        barrier_init(&shared.empty[i], kWarps);
-      }
+      for (int i = 0; i < kStages; ++i) barrier_init(&shared.full[i], 1 + 32), barrier_init(&shared.empty[i], kWarps);
+      for (int i = 0; i < kOutRing; ++i) barrier_init(&shared.out_full[i], kWarps), barrier_init(&shared.out_empty[i], 1);
+      barrier_init(&shared.states_full, kWarps), barrier_init(&shared.states_empty, 2);
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
-    uint8_t* const state = p.batch.recurrent == nullptr ? nullptr : p.state(index, head);
-    const int m = kWarps * part + warp;  // the sixteen value channels of this warp
     if (warp >= kWarps) {
       fewer_registers<40>();
       if (warp == kWarps) {
-        fetch(p, shared, base, head, begin, end, lane);
-        const ChunkRows own(slice, chunks - 1);
-        if (end == chunks && own.last < kChunk && state != nullptr && part == 0)
-          keep_rows(p, own, state, p.last_t + (static_cast<int64_t>(index) * p.heads + head) * 256, head, lane);
+        fetch(p, shared, task, lane);
+        if (task.end == chunks && task.state != nullptr && task.part == 0 && ChunkRows(task.slice, chunks - 1).last < kChunk)
+          keep_rows(p, task, lane);
+      } else if (warp == kWarps + 1) {
+        write_out(p, shared, task, lane);
+      } else if (p.chunk_states != nullptr) {
+        write_states(p, shared, task, warp - kWarps - 2, lane);
       }
     } else {
-      more_registers<216>();
-      scan(p, shared, slice, index, head, m, begin, end, state, warp, lane);
+      more_registers<184>();
+      scan(p, shared, task, warp, lane);
     }
   }
   wait_for_previous();
@@ -265,10 +311,14 @@ __global__ void __launch_bounds__(kThreads, 2) scan_kernel(const Problem p, int 
 }  // namespace
 
 void launch_scan(Device& dev, const Problem& p) {
-  allow_shared_memory(scan_kernel, sizeof(Shared));
   const int parts = (p.dv + 16 * kWarps - 1) / (16 * kWarps);
   const unsigned blocks = static_cast<unsigned>(p.batch.slices) * static_cast<unsigned>(p.heads * parts);
-  launch_dependent(scan_kernel, dim3(blocks), dim3(kThreads), sizeof(Shared), dev.stream(), p, parts);
+  // Where there are few blocks each gets a multiprocessor of its own: with more than half of the shared memory no second
+  // one fits beside it, but three blocks of the first kernel do.
+  const int bytes = blocks <= static_cast<unsigned>(dev.info().multiprocessors) ? 118 * 1024 : static_cast<int>(sizeof(Shared));
+  allow_shared_memory(scan_kernel, bytes);
+  PERIGEE_CUDA(cudaFuncSetAttribute(scan_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
+  launch_dependent(scan_kernel, dim3(blocks), dim3(kThreads), bytes, dev.stream(), p, parts);
 }
 
 }  // namespace perigee::kernels::kda
