@@ -26,7 +26,7 @@ const char* bound_name(Bound b) {
 }
 
 void print_header() {
-  fmt::print("{:<18} {:>9} {:<11} {:>9} {:>6} {:>5}  {:<16} {}\n", "figure", "value", "unit", "limit",
+  fmt::print("{:<28} {:>9} {:<11} {:>9} {:>6} {:>9}  {:<16} {}\n", "figure", "value", "unit", "limit",
              "share", "aim", "ceiling", "what");
 }
 
@@ -38,13 +38,18 @@ void print_line(const Figure& f) {
   const std::string ceiling = f.bound == Bound::kFma      ? fmt::format("{:.0f} GFLOP/s", f.ceiling * 1e-9)
                               : f.bound == Bound::kMemory ? fmt::format("{:.1f} GB/s", f.ceiling * 1e-9)
                                                           : "-";
-  fmt::print("{:<18} {:>9} {:<11} {:>9} {:>6} {:>5}  {:<16} {}\n", f.name, number(f.value), f.unit,
+  fmt::print("{:<28} {:>9} {:<11} {:>9} {:>6} {:>9}  {:<16} {}\n", f.name, number(f.value), f.unit,
              bound ? number(f.limit) : "-", bound ? fmt::format("{:.0f} %", f.share * 100) : "-",
-             f.aim > 0 ? fmt::format("{:.0f} %", f.aim * 100) : "-", ceiling, f.note);
+             f.target > 0 ? number(f.target)
+             : f.aim > 0  ? fmt::format("{:.0f} %", f.aim * 100)
+                          : "-",
+             ceiling, f.note);
   std::fflush(stdout);
 }
 
 nlohmann::json to_json(const bench::Report& r, const bench::Options& o) {
+  const std::string command = fmt::format("perigee bench {}{}--model {} --seconds {} --json", fmt::join(o.what, ","),
+                                          o.what.empty() ? "" : " ", o.model, o.seconds);
   nlohmann::json figures = nlohmann::json::array();
   for (const Figure& f : r.figures) {
     nlohmann::json j = {{"name", f.name},
@@ -59,12 +64,20 @@ nlohmann::json to_json(const bench::Report& r, const bench::Options& o) {
       j["ceiling"] = f.ceiling;
       j["limit"] = f.limit;
       j["share"] = f.share;
+      j["floor_s"] = f.work / f.ceiling;                            // what a unit takes at the ceiling
+      j["ratio"] = f.time ? f.value / f.limit : f.limit / f.value;  // what it took, to that
     }
     if (f.aim > 0) j["aim"] = f.aim;
+    if (f.target > 0) {
+      j["target"] = f.target;
+      j["met"] = f.time ? f.value <= f.target : f.value >= f.target;
+    }
     figures.push_back(std::move(j));
   }
   return {
-      {"device", {{"cpu", r.cpu}, {"simd", r.simd}, {"processors", r.processors}, {"threads", r.threads}}},
+      {"command", command},
+      {"device",
+       {{"cpu", r.cpu}, {"simd", r.simd}, {"processors", r.processors}, {"threads", r.threads}, {"gpu", r.gpu}}},
       {"commit", r.commit},
       {"configuration", {{"model", o.model}, {"seconds", o.seconds}, {"what", o.what}}},
       {"ceilings", {{"fma_gflops", r.fma_gflops}, {"memory_read_gbs", r.memory_gbs}}},
@@ -85,7 +98,8 @@ void add_bench(Program& program) {
   command
       .positional(
           "what", o->what,
-          "figures or their families, commas between them: decode, prefill, train, tiny, kda, store, bus, gpu; "
+          "figures or their families, commas between them: decode, prefill, train, tiny, kda, store, bus, gpu "
+          "(gpu-kda, gpu-mla, gpu-train, gpu-exact, gpu-decode, gpu-prefill, gpu-context); "
           "all without it",
           false)
       .option("--seconds", o->bench.seconds, "S", "measure each figure at least this long")
@@ -96,6 +110,7 @@ void add_bench(Program& program) {
       .flag("--json", o->json, "print one JSON object")
       .example("bench")
       .example("bench decode,prefill --seconds 5")
+      .example("bench gpu-kda,gpu-mla,gpu-train")
       .example("bench gpu --model configs/model/kimi-linear-48b.json")
       .example("bench --json > bench.json");
   command.action([o] {

@@ -30,12 +30,14 @@ struct Figure {
   double limit = 0;    // ceiling / work: the value at 100 %
   double share = 0;    // median of value / limit, turn by turn
   double aim = 0;      // the share we want; 0: none
+  bool time = false;   // value and limit are times: less is better, limit = work / ceiling, share = limit / value
+  double target = 0;   // the value asked for, in `unit`: at least, of a time at most; 0: none
   int turns = 0;
   std::string note;
 };
 
 struct Report {
-  std::string cpu, simd, commit;
+  std::string cpu, simd, commit, gpu;  // gpu: empty where no figure used one
   int processors = 0, threads = 0;
   double fma_gflops = 0, memory_gbs = 0;  // medians over the whole run
   std::vector<Figure> figures;

@@ -5,39 +5,25 @@
 
 #include "base/error.h"
 #include "base/random.h"
-#include "bench/rig.h"
+#include "bench/gpu.h"
 #include "bench/work.h"
-#include "kernels/device/device.h"
 #include "policy/device/backend.h"
 #include "policy/device/initialize.h"
 #include "policy/device/scorer.h"
 #include "policy/engine/engine.h"
 
 namespace perigee::bench {
-namespace {
 
 using namespace policy;
 using kernels::Device;
 
-// Multiply-adds counted twice: what a large bf16 product reached on one H200 (docs/performance.md), for want of a
-// library's product in this program.
-constexpr double kMatrixRate = 790e12;
+Gpu::Gpu(const ModelConfig& config, const std::function<int64_t(const ParamLayout&)>& scratch_bytes)
+    : layout(config, kernels::Dtype::kBf16, MatrixForm::kTiles), device(0, scratch_bytes(layout)) {
+  weights = static_cast<std::byte*>(device.allocate(layout.weight_bytes()));
+  device_initialize(device, layout, 1, weights);
+  device.synchronize();
+}
 
-struct Gpu {
-  ParamLayout layout;
-  Device device;
-  std::byte* weights;
-
-  Gpu(const ModelConfig& config, int64_t rows)
-      : layout(config, kernels::Dtype::kBf16, MatrixForm::kTiles), device(0, device_score_scratch_bytes(layout, rows)) {
-    weights = static_cast<std::byte*>(device.allocate(layout.weight_bytes()));
-    device_initialize(device, layout, 1, weights);
-    device.synchronize();
-  }
-  ~Gpu() { device.release(weights); }
-};
-
-// Bytes read and written per second by a copy of 4 GB.
 double copy_rate(Device& device) {
   constexpr int64_t kBytes = int64_t{4} << 30;
   void *from = device.allocate(kBytes), *to = device.allocate(kBytes);
@@ -63,8 +49,66 @@ std::vector<int32_t> random_tokens(const ModelConfig& c, int64_t n, uint64_t see
   return tokens;
 }
 
+std::vector<double> replays(Device& device, int64_t count, int turns,
+                            const std::function<void(int64_t)>& work) {
+  const kernels::DeviceGraph graph(device, [&] {
+    for (int64_t i = 0; i < count; ++i) work(i);
+  });
+  std::vector<double> seconds;
+  for (int t = -2; t < turns; ++t) {
+    device.synchronize();
+    const double t0 = now_s();
+    graph.launch(device);
+    device.synchronize();
+    if (t >= 0) seconds.push_back((now_s() - t0) / static_cast<double>(count));
+  }
+  return seconds;
+}
+
+Figure rate_figure(const std::string& name, const std::string& unit, Bound bound, double work, double ceiling,
+                   double aim, std::vector<double> values, const std::string& note) {
+  std::sort(values.begin(), values.end());
+  Figure f;
+  f.name = name;
+  f.unit = unit;
+  f.value = median(values);
+  f.low = values[values.size() / 4];
+  f.high = values[values.size() * 3 / 4];
+  f.bound = bound;
+  f.work = work;
+  f.ceiling = ceiling;
+  f.limit = work > 0 ? ceiling / work : 0;
+  f.share = f.limit > 0 ? f.value / f.limit : 0;
+  f.aim = aim;
+  f.turns = static_cast<int>(values.size());
+  f.note = note;
+  return f;
+}
+
+Figure time_figure(const std::string& name, const std::string& unit, Bound bound, double work, double ceiling,
+                   double target, std::vector<double> seconds, const std::string& note) {
+  const double scale = unit == "us" ? 1e6 : 1e3;
+  for (double& s : seconds) s *= scale;
+  Figure f = rate_figure(name, unit, bound, work, ceiling, 0, std::move(seconds), note);
+  f.time = true;
+  f.limit = bound == Bound::kNone ? 0 : scale * work / ceiling;
+  f.share = f.value > 0 ? f.limit / f.value : 0;
+  f.target = target;
+  return f;
+}
+
+Figure plain_figure(const std::string& name, const std::string& unit, double value, double target,
+                    const std::string& note) {
+  Figure f = rate_figure(name, unit, Bound::kNone, 0, 0, 0, {value}, note);
+  f.target = target;
+  return f;
+}
+
+namespace {
+
 // Prompts of their own for every member: each token then chooses its own experts, as different texts do.
-std::vector<GenerationGroup> singles(const ModelConfig& c, int64_t members, int64_t prompt, int64_t new_tokens) {
+std::vector<GenerationGroup> singles(const ModelConfig& c, int64_t members, int64_t prompt,
+                                     int64_t new_tokens) {
   std::vector<GenerationGroup> groups;
   for (int64_t i = 0; i < members; ++i) {
     GenerationGroup g;
@@ -82,30 +126,16 @@ std::vector<GenerationGroup> singles(const ModelConfig& c, int64_t members, int6
 EngineConfig engine_config(const Gpu& gpu, int64_t members, int64_t tokens) {
   EngineConfig e;
   const StateLayout state = device_state_layout(gpu.layout);
-  e.memory_bytes = 2 * members * (state.recurrent_bytes() + (state.blocks_for(tokens) + 2) * state.block_bytes());
+  e.memory_bytes =
+      2 * members * (state.recurrent_bytes() + (state.blocks_for(tokens) + 2) * state.block_bytes());
   e.max_running = members;
   e.prefill_chunk = 8192;
   return e;
 }
 
-Figure figure_of(const std::string& name, const std::string& unit, Bound bound, double work, double ceiling, double aim,
-                 std::vector<double> values, const std::string& note) {
-  std::sort(values.begin(), values.end());
-  Figure f;
-  f.name = name;
-  f.unit = unit;
-  f.value = median(values);
-  f.low = values[values.size() / 4];
-  f.high = values[values.size() * 3 / 4];
-  f.bound = bound;
-  f.work = work;
-  f.ceiling = ceiling;
-  f.limit = work > 0 ? ceiling / work : 0;
-  f.share = f.limit > 0 ? f.value / f.limit : 0;
-  f.aim = aim;
-  f.turns = static_cast<int>(values.size());
-  f.note = note;
-  return f;
+// configs/model/kimi-linear-48b.json, which the targets of decoding are for.
+bool is_48b(const ModelConfig& c) {
+  return c.num_layers == 27 && c.hidden_size == 2304 && c.num_experts == 256;
 }
 
 void decode(Rig& rig, Gpu& gpu, double copy, int64_t batch) {
@@ -129,10 +159,15 @@ void decode(Rig& rig, Gpu& gpu, double copy, int64_t batch) {
     if (static_cast<int64_t>(out.size()) != batch) break;
     rates.push_back(static_cast<double>(batch) / seconds);
   }
-  const double bytes = decode_step_bytes(gpu.layout, device_state_layout(gpu.layout), batch, kPrompt + kSteps / 2);
-  const Figure f = figure_of(name, "tokens/s", Bound::kMemory, bytes / static_cast<double>(batch), copy, 0, rates,
-                             fmt::format("batch {}: {:.2f} ms per step, floor {:.2f}", batch,
-                                         1e3 * static_cast<double>(batch) / median(rates), 1e3 * bytes / copy));
+  const double bytes =
+      decode_step_bytes(gpu.layout, device_state_layout(gpu.layout), batch, kPrompt + kSteps / 2);
+  Figure f = rate_figure(name, "tokens/s", Bound::kMemory, bytes / static_cast<double>(batch), copy, 0, rates,
+                         fmt::format("batch {}: {:.2f} ms per step, floor {:.2f}", batch,
+                                     1e3 * static_cast<double>(batch) / median(rates), 1e3 * bytes / copy));
+  if (is_48b(c)) {  // a step of at most 2, 29, 40 ms
+    const double step_s = batch == 1 ? 2e-3 : batch == 64 ? 29e-3 : batch == 256 ? 40e-3 : 0;
+    if (step_s > 0) f.target = static_cast<double>(batch) / step_s;
+  }
   rig.report(f);
 }
 
@@ -159,8 +194,9 @@ void prefill(Rig& rig, Gpu& gpu, int64_t tokens) {
     if (i > 0) rates.push_back(static_cast<double>(tokens) / (now_s() - t0));
   }
   const double flops = prefill_flops(gpu.layout, tokens) / static_cast<double>(tokens);
-  rig.report(figure_of(name, "tokens/s", Bound::kFma, flops, kMatrixRate, 0.45, rates,
-                       fmt::format("{} tokens in {:.3f} s", tokens, static_cast<double>(tokens) / median(rates))));
+  rig.report(
+      rate_figure(name, "tokens/s", Bound::kFma, flops, kMatrixRate, 0.45, rates,
+                  fmt::format("{} tokens in {:.3f} s", tokens, static_cast<double>(tokens) / median(rates))));
 }
 
 // Tokens generated in batches that grow and shrink, scored by the learner's forward pass.
@@ -219,37 +255,55 @@ void exact(Rig& rig, Gpu& gpu) {
       }
     }
   }
-  rig.report(figure_of("gpu-exact", "differ", Bound::kNone, 0, 0, 0, {static_cast<double>(differ)},
-                       fmt::format("of {} tokens, batch 1 to 256: engine against learner; largest difference {:.2g}",
-                                   tokens, largest)));
+  rig.report(rate_figure(
+      "gpu-exact", "differ", Bound::kNone, 0, 0, 0, {static_cast<double>(differ)},
+      fmt::format("of {} tokens, batch 1 to 256: engine against learner; largest difference {:.2g}", tokens,
+                  largest)));
 }
 
 }  // namespace
 
 std::vector<std::string> gpu_figure_names() {
-  return {"gpu-copy", "gpu-exact", "gpu-decode-1", "gpu-decode-16", "gpu-decode-64", "gpu-decode-256",
-          "gpu-prefill-8192", "gpu-prefill-32768"};
+  std::vector<std::string> names = {"gpu-copy"};
+  for (std::string& name : gpu_kernel_figure_names()) names.push_back(std::move(name));
+  for (const char* name : {"gpu-train", "gpu-exact", "gpu-decode-1", "gpu-decode-16", "gpu-decode-64",
+                           "gpu-decode-256", "gpu-prefill-8192", "gpu-prefill-32768"})
+    names.emplace_back(name);
+  for (std::string& name : gpu_context_figure_names()) names.push_back(std::move(name));
+  return names;
 }
 
 void bench_gpu(Rig& rig) {
-  const std::vector<std::string> names = gpu_figure_names();
-  if (std::none_of(names.begin(), names.end(), [&](const std::string& n) { return rig.wants(n); })) return;
+  const auto wants_any = [&](const std::vector<std::string>& names) {
+    return std::any_of(names.begin(), names.end(), [&](const std::string& n) { return rig.wants(n); });
+  };
+  if (!wants_any(gpu_figure_names())) return;
   if (Device::count() == 0) {
     if (rig.options().what.empty()) return;
     throw_environment("{}: the gpu figures need one", Device::why_none());
   }
-  const ModelConfig config = load_model_config(rig.options().model);
-  const double t0 = now_s();
-  Gpu gpu(config, 8192);
-  const double ready = now_s() - t0;
-  const double copy = copy_rate(gpu.device);
-  if (rig.wants("gpu-copy"))
-    rig.report(figure_of("gpu-copy", "GB/s", Bound::kNone, 0, 0, 0, {copy * 1e-9},
-                         fmt::format("{}; {:.1f} GB of weights made in {:.1f} s", gpu.device.info().name,
-                                     static_cast<double>(gpu.layout.weight_bytes()) * 1e-9, ready)));
-  exact(rig, gpu);
-  for (int64_t batch : {1, 16, 64, 256}) decode(rig, gpu, copy, batch);
-  for (int64_t tokens : {8192, 32768}) prefill(rig, gpu, tokens);
+  double copy = 0;
+  {
+    Device device(0, 1 << 20);
+    copy = copy_rate(device);
+    rig.used_gpu(device.info().name);
+    if (rig.wants("gpu-copy"))
+      rig.report(plain_figure("gpu-copy", "GB/s", copy * 1e-9, 0,
+                              fmt::format("{}, read and written", device.info().name)));
+  }
+  bench_gpu_kda(rig, copy);
+  bench_gpu_mla(rig, copy);
+  bench_gpu_train(rig);
+  if (wants_any({"gpu-exact", "gpu-decode-1", "gpu-decode-16", "gpu-decode-64", "gpu-decode-256",
+                 "gpu-prefill-8192", "gpu-prefill-32768"})) {
+    constexpr int64_t kRows = 8192;
+    Gpu gpu(load_model_config(rig.options().model),
+            [](const ParamLayout& layout) { return device_score_scratch_bytes(layout, kRows); });
+    exact(rig, gpu);
+    for (int64_t batch : {1, 16, 64, 256}) decode(rig, gpu, copy, batch);
+    for (int64_t tokens : {8192, 32768}) prefill(rig, gpu, tokens);
+  }
+  bench_gpu_context(rig, copy);
 }
 
 }  // namespace perigee::bench

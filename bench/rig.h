@@ -47,6 +47,7 @@ class Rig {
 
   // A figure measured beside a ceiling of its own.
   void report(const Figure& figure);
+  void used_gpu(const std::string& name) { report_.gpu = name; }
 
   // One measurement each, some tens of milliseconds: FLOP/s and bytes/s.
   double fma_rate();

@@ -31,6 +31,16 @@ void for_each_matrix(const ParamLayout& layout, Visit&& visit) {
 
 }  // namespace
 
+double active_elements(const ParamLayout& layout) {
+  const ModelConfig& c = layout.config();
+  const double chosen = c.num_experts > 0 ? static_cast<double>(c.experts_per_token) / static_cast<double>(c.num_experts) : 0;
+  double elements = 0;
+  for_each_matrix(layout, [&](const ParamSpec& p, bool expert) {
+    elements += static_cast<double>(p.n * p.k) * (expert ? chosen : 1.0);
+  });
+  return elements;
+}
+
 double decode_step_bytes(const ParamLayout& layout, const StateLayout& state, int64_t batch, int64_t depth) {
   const ModelConfig& c = layout.config();
   const double missed = c.num_experts > 0 ? std::pow(1.0 - static_cast<double>(c.experts_per_token) /

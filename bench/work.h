@@ -6,6 +6,9 @@
 
 namespace perigee::bench {
 
+// Elements of the matrices that one token is multiplied by; of the experts, as far as they are chosen.
+double active_elements(const policy::ParamLayout& layout);
+
 // What one decoding step of `batch` sequences, each `depth` tokens long and each of its own text, has to move: every
 // matrix that some token needs, once (of the experts those that at least one of `batch` random choices hits, in the
 // mean), the read of all states and latents, and a sixteenth of the states written.

@@ -1,0 +1,70 @@
+// A step of full-parameter training on a GPU.
+#include <algorithm>
+
+#include "base/error.h"
+#include "bench/gpu.h"
+#include "bench/work.h"
+#include "policy/device/learn.h"
+#include "policy/learn/trainer.h"
+
+namespace perigee::bench {
+
+using namespace policy;
+
+void bench_gpu_train(Rig& rig) {
+  if (!rig.wants("gpu-train")) return;
+  constexpr int64_t kSequences = 32, kLength = 1024, kPrompt = 64, kRows = kSequences * kLength;
+  const ModelConfig config = load_model_config(rig.options().model);
+  const auto scratch = [](const ParamLayout& l) { return device_learn_scratch_bytes(l, kRows, false); };
+  {
+    // Weights (three times: in use, next, and the bench's own), masters, moments and the gradient.
+    const ParamLayout layout(config, kernels::Dtype::kBf16, MatrixForm::kTiles);
+    const double need =
+        static_cast<double>(3 * layout.weight_bytes() + 16 * layout.elements() + scratch(layout));
+    const double have = static_cast<double>(kernels::Device(0, 1 << 20).info().free_bytes);
+    if (need > have) {
+      const auto& what = rig.options().what;
+      if (std::find(what.begin(), what.end(), "gpu-train") == what.end()) return;
+      throw_environment("gpu-train: full-parameter training of {} takes {:.0f} GB, and {:.0f} are free",
+                        rig.options().model, need * 1e-9, have * 1e-9);
+    }
+  }
+  Gpu gpu(config, scratch);
+  std::vector<std::byte> weights(static_cast<size_t>(gpu.layout.weight_bytes())), next(weights.size());
+  gpu.device.copy_out(weights.data(), gpu.weights, gpu.layout.weight_bytes());
+
+  std::vector<TrainSequence> batch;
+  for (int64_t i = 0; i < kSequences; ++i) {
+    TrainSequence s;
+    s.tokens = random_tokens(config, kLength, static_cast<uint64_t>(i));
+    s.mask.assign(s.tokens.size(), 1);
+    std::fill_n(s.mask.begin(), kPrompt, uint8_t{0});
+    s.mu.assign(s.tokens.size(), 0);
+    s.advantage = i % 2 == 0 ? 1.0f : -1.0f;
+    batch.push_back(std::move(s));
+  }
+  TrainerConfig trainer_config;
+  trainer_config.schedule.lr = 1e-6;
+  trainer_config.micro_batch_tokens = kRows;
+  Trainer trainer(device_learn_backend(gpu.device, gpu.layout, false), gpu.layout, trainer_config);
+  // On-policy, as the sampler would have reported it.
+  const std::vector<float> logprobs = trainer.logprobs(weights.data(), batch);
+  for (int64_t i = 0; i < kSequences; ++i)
+    std::copy_n(logprobs.begin() + i * kLength, kLength, batch[static_cast<size_t>(i)].mu.begin());
+
+  std::vector<double> rates;
+  StepMetrics metrics;
+  for (int turn = -2; turn < 8; ++turn) {
+    const double t0 = now_s();
+    metrics = trainer.step(weights.data(), next.data(), batch);
+    if (turn >= 0) rates.push_back(static_cast<double>(kRows) / (now_s() - t0));
+  }
+  PERIGEE_CHECK(metrics.mismatch_max == 0, "the learner differs from itself by {}", metrics.mismatch_max);
+  rig.report(rate_figure(
+      "gpu-train", "tokens/s", Bound::kFma, 6 * active_elements(gpu.layout), kMatrixRate, 0, rates,
+      fmt::format("{} sequences of {} tokens, AdamW: {:.0f} ms a step, weights to and from the host "
+                  "included",
+                  kSequences, kLength, 1e3 * static_cast<double>(kRows) / median(rates))));
+}
+
+}  // namespace perigee::bench
