@@ -196,6 +196,11 @@ int verify(const Options& o) {
   const RunPlace place = find_run(o.run);
   const rollout::RunConfig config = rollout::run_config_of(place.directory.string());
   const auto layout = rollout::make_layout(config);
+  // float32 has the same bits on a GPU and on the CPU, so such a run is verified anywhere.
+  if (layout->matrices() == policy::MatrixForm::kTiles)
+    throw_input("{}: computed in bfloat16 on a GPU, with sums that the CPU does not repeat; verify reads float32 runs and "
+                "bfloat16 runs of the CPU (`perigee bench gpu-exact` compares sampler and learner on the GPU)",
+                place.directory.string());
   const auto tokenizer = rollout::make_tokenizer(config, layout->config());
   const rollout::RunTasks tasks(config, layout->config(), *tokenizer);
   StoreReader store(place.store());
