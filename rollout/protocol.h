@@ -102,6 +102,12 @@ std::optional<Stepped> decode_stepped(const BusMessage& message);
 Json sampling_to_json(const kernels::SamplingParams& params);
 std::optional<kernels::SamplingParams> sampling_from_json(const Json& value, float temperature);
 
+// logit_bias as an object from token ids to what is added: {"257": -5, "12": "-inf"}; the list is by ascending token,
+// each at most once. REQUIRES of the way to JSON that no token is there twice. nullopt: of another form.
+using LogitBias = std::vector<std::pair<int32_t, float>>;
+Json logit_bias_to_json(const LogitBias& bias);
+std::optional<LogitBias> logit_bias_from_json(const Json& value);
+
 // The field as T, or nullopt when absent or of another type (numbers: out of T's range).
 template <class T>
 std::optional<T> field(const Json& header, const char* key) {

@@ -76,6 +76,7 @@ std::string new_run_dir(const RunConfig& config) {
 void check_everything(const RunConfig& config) {
   const auto layout = make_layout(config);
   check_device(config, *layout);
+  config.rollout.sampling.validate(layout->config().vocab_size);
   const auto tokenizer = make_tokenizer(config, layout->config());
   const RunTasks tasks(config, layout->config(), *tokenizer);
   const auto rubric = reward::Rubric::parse(config.reward, "reward");

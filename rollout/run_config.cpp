@@ -6,6 +6,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "base/json.h"
+#include "rollout/protocol.h"
 
 namespace perigee::rollout {
 namespace {
@@ -16,6 +17,7 @@ constexpr double kMany = 1e12;
 struct Raw {
   std::string advantage = "auto";
   double kv_mib = 1024;
+  nlohmann::json logit_bias = nlohmann::json::object();
 };
 
 void describe_start(Schema& s, RunConfig& c) {
@@ -81,6 +83,11 @@ void describe_generation(Schema& s, RunConfig& c, Raw& raw) {
           Range{-1e3, 1e3});
   s.field("rollout.frequency_penalty", &p.frequency_penalty, "the same for each time it was generated; 0: off",
           Range{-1e3, 1e3});
+  s.field("rollout.logit_bias", &raw.logit_bias,
+          "what is added to the logits of tokens, by id: `{\"257\": -5, \"12\": \"-inf\"}`; `-inf`: never this token",
+          [](const nlohmann::json& v) {
+            return logit_bias_from_json(v) ? std::string() : "expected an object from token ids to numbers or \"-inf\"";
+          });
   s.field("rollout.lease_seconds", &c.rollout.lease_seconds, "a worker silent for so long loses its work to another",
           Range{0.1, 86400});
 
@@ -195,6 +202,7 @@ void check(const Schema& schema, RunConfig& c, const Raw& raw, const std::string
     if (t->schedule.min_lr > t->schedule.lr) fail(warm ? "warmup.min_lr is above warmup.lr" : "learn.min_lr is above learn.lr");
     t->schedule.total_steps = warm ? c.warmup.steps : c.learn.steps * c.learn.trainer.minibatches;
   }
+  c.rollout.sampling.logit_bias = logit_bias_from_json(raw.logit_bias).value();  // its form was checked when it was set
   c.engine.memory_bytes = static_cast<int64_t>(raw.kv_mib * 1048576.0);
   c.effective = schema.dump();
 }

@@ -80,6 +80,19 @@ TEST(RunConfig, SamplingOfTheFileReachesTheSampler) {
   EXPECT_THROW(with({}, {"rollout.repetition_penalty=0"}), Error);
 }
 
+TEST(RunConfig, LogitBiasOfTheFileReachesTheSampler) {
+  const nlohmann::json file = {{"rollout", {{"logit_bias", {{"257", -5}, {"12", "-inf"}}}}}};
+  const auto c = with(file, {"rollout.logit_bias.30=0.5"});
+  const LogitBias wanted = {{12, -std::numeric_limits<float>::infinity()}, {30, 0.5f}, {257, -5.0f}};
+  EXPECT_EQ(c.rollout.sampling.logit_bias, wanted);
+  EXPECT_EQ(sampling_from_json(sampling_to_json(c.rollout.sampling), 1)->logit_bias, wanted);
+  EXPECT_EQ(parse_run_config(nlohmann::json::parse(c.effective.dump()), "stored").rollout.sampling.logit_bias, wanted);
+  EXPECT_TRUE(with({}).rollout.sampling.logit_bias.empty());
+  for (const char* bad : {"rollout.logit_bias.x=1", "rollout.logit_bias.7=\"much\"", "rollout.logit_bias=[[7,1]]",
+                          "rollout.logit_bias=3", "rollout.logit_bias.07=1"})
+    EXPECT_THROW(with({}, {bad}), Error) << bad;
+}
+
 TEST(RunConfig, TaskFilesAreKeptAsAbsolutePaths) {
   const TempDir dir;
   nlohmann::json value = least();

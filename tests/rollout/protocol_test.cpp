@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <functional>
+#include <limits>
 
 #include "base/random.h"
 
@@ -102,6 +103,20 @@ TEST(Protocol, EverythingComesBackAsItWent) {
   p.min_p = 0.1f;
   EXPECT_EQ(*sampling_from_json(sampling_to_json(p), 0.5f), p);
   EXPECT_FALSE(sampling_from_json({{"top_q", 1}}, 1));
+}
+
+TEST(Protocol, LogitBiasComesBackAsItWas) {
+  kernels::SamplingParams p;
+  p.logit_bias = {{2, 0.1f}, {10, -std::numeric_limits<float>::infinity()}, {257, -5}};
+  const Json sent = Json::parse(sampling_to_json(p).dump());  // as text, which has no infinity
+  EXPECT_EQ(sent, Json::parse(R"({"logit_bias": {"2": 0.10000000149011612, "10": "-inf", "257": -5.0}})"));
+  EXPECT_EQ(*sampling_from_json(sent, 1), p);
+  EXPECT_EQ(*logit_bias_from_json(Json::object()), LogitBias{});
+  for (const char* bad : {"3", "[]", "null", R"([[1, 2]])", R"({"x": 1})", R"({"-1": 1})", R"({"07": 1})", R"({"7 ": 1})",
+                          R"({"99999999999": 1})", R"({"7": "inf"})", R"({"7": null})", R"({"7": 1e39})", R"({"": 1})"}) {
+    EXPECT_FALSE(logit_bias_from_json(Json::parse(bad))) << bad;
+    EXPECT_FALSE(sampling_from_json({{"logit_bias", Json::parse(bad)}}, 1)) << bad;
+  }
 }
 
 // Any field replaced by something else, removed, or a frame cut: nullopt or a value, never an exception or a crash.

@@ -323,6 +323,7 @@ TEST(Run, AnImpossibleConfigurationWritesNothing) {
   refuse({{"learn", {{"stepz", 3}}}}, "learn.steps");
   refuse({{"rollout", {{"max_new_tokens", 600}}}}, "max_new_tokens");
   refuse({{"rollout", {{"mode", "fast"}}}}, "rollout.mode");
+  refuse({{"rollout", {{"logit_bias", {{"99999", 1}}}}}}, "logit_bias names token 99999");
   refuse({{"run", {{"numerics", "fast"}}}}, "exact");
   refuse({{"model", {{"path", "/tmp"}}}}, "model.path");
   refuse({{"model", {{"config", {{"vocab_size", 270}}}}}}, "vocab_size");
