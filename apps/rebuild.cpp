@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "base/hash.h"
+#include "rollout/batch.h"
 #include "rollout/checkpoints.h"
 
 namespace perigee::apps {
@@ -42,40 +43,15 @@ Rebuilder::Rebuilder(kernels::Context& ctx, const rollout::RunConfig& config,
   }
 }
 
-// As the hub sends it to the learner (rollout/schedule.cpp): the same tokens in the same order.
-policy::TrainSequence Rebuilder::sequence(const TrainItem& item) {
-  const EpisodeRecord e = store_.episode(item.episode_id);
-  policy::TrainSequence s;
-  s.tokens = e.spec.prompt;
-  s.mask.assign(s.tokens.size(), 0);
-  s.mu.assign(s.tokens.size(), 0.0f);
-  for (const Segment& segment : e.segments) {
-    s.tokens.insert(s.tokens.end(), segment.tokens.begin(), segment.tokens.end());
-    s.mu.insert(s.mu.end(), segment.logprobs.begin(), segment.logprobs.end());
-    if (segment.mask.empty()) s.mask.resize(s.tokens.size(), 1);
-    s.mask.insert(s.mask.end(), segment.mask.begin(), segment.mask.end());
-  }
-  s.temperature = e.spec.temperature > 0 ? e.spec.temperature : 1.0f;
-  s.advantage = static_cast<float>(item.advantage);
-  return s;
-}
-
-// What the learner learnt from to make this version (rollout/learner.cpp).
+// What the learner learnt from to make this version.
 std::vector<policy::TrainSequence> Rebuilder::batch_for(const PolicyVersion& version) {
-  std::vector<policy::TrainSequence> batch;
-  const auto examples = [&](int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) batch.push_back(tasks_.worked_example(first + i));
-  };
-  if (version.phase == "warmup") {
-    examples((version.step - 1) * config_.warmup.batch, config_.warmup.batch);
-    return batch;
-  }
+  if (version.phase == "warmup") return rollout::warmup_examples(config_, tasks_, version.step);
   const auto it = batches_.find(version.version);
   if (it == batches_.end())
     throw_environment("{}: the store has no batch for version {}", run_dir_, version.version);
-  for (const TrainItem& item : it->second.items) batch.push_back(sequence(item));
-  examples(config_.warmup.steps * config_.warmup.batch + (it->second.step - 1) * config_.learn.ptx_batch,
-           config_.learn.ptx_batch);
+  std::vector<policy::TrainSequence> batch = rollout::episode_sequences(store_, it->second);
+  for (policy::TrainSequence& example : rollout::ptx_examples(config_, tasks_, it->second.step))
+    batch.push_back(std::move(example));
   return batch;
 }
 

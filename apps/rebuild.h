@@ -33,7 +33,6 @@ class Rebuilder {
   Rebuilt run(uint32_t first, uint32_t last, const std::function<void(uint32_t, const std::byte*)>& visit);
 
  private:
-  policy::TrainSequence sequence(const TrainItem& item);
   std::vector<policy::TrainSequence> batch_for(const PolicyVersion& version);
 
   kernels::Context& ctx_;

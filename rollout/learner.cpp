@@ -8,6 +8,7 @@
 #include <set>
 
 #include "base/hash.h"
+#include "rollout/batch.h"
 #include "rollout/checkpoints.h"
 #include "rollout/compute.h"
 #include "rollout/roles.h"
@@ -221,21 +222,13 @@ class Learner {
 
   void warm(int64_t number) {
     const auto start = std::chrono::steady_clock::now();
-    std::vector<policy::TrainSequence> batch;
-    const int64_t n = role_.config.warmup.batch;
-    for (int64_t i = 0; i < n; ++i) batch.push_back(tasks_.worked_example((number - 1) * n + i));
-    const auto metrics = step(trainer("warmup"), batch, nullptr);
+    const auto metrics = step(trainer("warmup"), warmup_examples(role_.config, tasks_, number), nullptr);
     report("warmup", number, metrics, seconds_since(start));
   }
 
   void train(TrainRequest& request) {
     const auto start = std::chrono::steady_clock::now();
-    const int64_t n = role_.config.learn.ptx_batch;
-    for (int64_t i = 0; i < n; ++i) {
-      // Beyond the examples of the warm-up, so that they are new.
-      const int64_t first = role_.config.warmup.steps * role_.config.warmup.batch + (request.step - 1) * n;
-      request.batch.push_back(tasks_.worked_example(first + i));
-    }
+    for (auto& example : ptx_examples(role_.config, tasks_, request.step)) request.batch.push_back(std::move(example));
     auto& rl = trainer("rl");
     const auto metrics = step(rl, request.batch, reference_.get());
     report("rl", request.step, metrics, seconds_since(start));

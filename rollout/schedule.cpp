@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "base/random.h"
+#include "rollout/batch.h"
 
 namespace perigee::rollout {
 namespace {
@@ -401,22 +402,7 @@ BusMessage Schedule::train_message(const TrainBatch& batch, bool publish) {
   request.version_before = batch.version_before;
   request.version_after = batch.version_after;
   request.publish = publish;
-  for (const TrainItem& item : batch.items) {
-    const EpisodeRecord e = store_.episode(item.episode_id);
-    policy::TrainSequence s;
-    s.tokens = e.spec.prompt;
-    s.mask.assign(s.tokens.size(), 0);
-    s.mu.assign(s.tokens.size(), 0.0f);
-    for (const Segment& segment : e.segments) {
-      s.tokens.insert(s.tokens.end(), segment.tokens.begin(), segment.tokens.end());
-      s.mu.insert(s.mu.end(), segment.logprobs.begin(), segment.logprobs.end());
-      if (segment.mask.empty()) s.mask.resize(s.tokens.size(), 1);
-      s.mask.insert(s.mask.end(), segment.mask.begin(), segment.mask.end());
-    }
-    s.temperature = e.spec.temperature > 0 ? e.spec.temperature : 1.0f;
-    s.advantage = static_cast<float>(item.advantage);
-    request.batch.push_back(std::move(s));
-  }
+  request.batch = episode_sequences(store_, batch);
   BusMessage message = encode(request);
   for (const auto& frame : message.frames)
     if (static_cast<int64_t>(frame.size()) > config_.bus.max_message_mib << 20)
