@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include "apps/commands.h"
+#include "apps/commit.h"
 #include "apps/output.h"
 #include "apps/run_argument.h"
 #include "apps/shipped.h"
@@ -21,6 +22,7 @@ struct Options {
     rollout::TrainOptions t;
     t.in_process = in_process;
     t.quiet = quiet;
+    t.code_version = kCommit;
     if (json) t.out = stderr;  // standard output is for the result
     return t;
   }

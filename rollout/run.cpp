@@ -104,7 +104,7 @@ void wait_for_former_hub(const std::string& run_dir) {
 }
 
 // Makes the store or opens it; the run in it is "running" from here on unless it is finished. Returns its state.
-std::string open_run(const RunConfig& config, const std::string& run_dir) {
+std::string open_run(const RunConfig& config, const std::string& run_dir, const std::string& code_version) {
   Store store(join(run_dir, kStore));
   auto transaction = store.begin();
   std::string state = "running";
@@ -112,6 +112,7 @@ std::string open_run(const RunConfig& config, const std::string& run_dir) {
     RunRecord record;
     record.id = config.run.name;
     record.config = config.effective.dump();
+    record.code_version = code_version;
     store.create_run(record);
   } else {
     state = store.run(config.run.name).state;
@@ -168,7 +169,7 @@ RunOutcome train(RunConfig config, const TrainOptions& options) {
   RunLock lock(config.run.dir);
   // The configuration first: a run that was killed between the two can be gone on with.
   write_file_atomic(join(config.run.dir, kConfig), config.effective.dump(2) + "\n");
-  open_run(config, config.run.dir);
+  open_run(config, config.run.dir, options.code_version);
   return supervised(config, config.run.dir, config.run.name, options);
 }
 
@@ -177,7 +178,7 @@ RunOutcome resume(const std::string& run_dir, const TrainOptions& options) {
   RunLock lock(run_dir);
   const std::string dir = fs::absolute(run_dir).lexically_normal().string();
   wait_for_former_hub(dir);
-  if (open_run(config, dir) == "finished") return read_outcome(dir);
+  if (open_run(config, dir, options.code_version) == "finished") return read_outcome(dir);
   return supervised(config, dir, config.run.name, options);
 }
 

@@ -13,6 +13,7 @@ namespace perigee::rollout {
 struct TrainOptions {
   bool in_process = false;  // roles as threads
   std::string program;      // what role processes execute ("PROGRAM role NAME ..."); empty: this one
+  std::string code_version;  // what the store says of the program that made the run: the commit it was built from
   bool quiet = false;
   std::FILE* out = stdout;  // progress
   bool handle_signals = true;  // SIGINT and SIGTERM stop the run in order; a second one at once

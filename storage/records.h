@@ -17,7 +17,7 @@ struct RunRecord {
   std::string config = "{}";      // the whole configuration, JSON: with code_version, all that makes the run
   std::string state = "running";  // running | finished | stopped | failed
   std::string parent;             // id of the run that it goes on from; empty when none
-  std::string code_version;
+  std::string code_version;           // the commit that the program was built from
 };
 
 struct PolicyVersion {
@@ -25,7 +25,7 @@ struct PolicyVersion {
   std::string phase = "rl";  // which steps count: "warmup" or "rl"
   int64_t step = 0;          // the last step of that phase that is inside; 0 for none
   std::string weights_hash;  // hex
-  std::string checkpoint;    // path in the run directory; empty when only the hash is kept
+  std::string checkpoint;    // path in the run directory, while it is kept; else empty
   int64_t created_us = 0;
 };
 

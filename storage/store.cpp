@@ -214,6 +214,9 @@ void Store::record_checkpoint(std::string_view run_id, const Checkpoint& c) {
       .with(run, c.version, c.phase, c.step, c.path, c.weights_hash, c.optimizer_hash, c.bytes,
             or_now(c.created_us))
       .run();
+  db_->query("UPDATE policy_versions SET checkpoint = ? WHERE run = ? AND version = ?")
+      .with(c.path, run, c.version)
+      .run();
   write.done();
 }
 
@@ -222,6 +225,7 @@ void Store::forget_checkpoint(std::string_view run_id, uint32_t version) {
   const int64_t run = run_number(run_id);
   write.begin();
   db_->query("UPDATE checkpoints SET kept = 0 WHERE run = ? AND version = ?").with(run, version).run();
+  db_->query("UPDATE policy_versions SET checkpoint = NULL WHERE run = ? AND version = ?").with(run, version).run();
   write.done();
 }
 

@@ -1,6 +1,8 @@
 // A small run from beginning to end through the program, and what its other commands say of it.
 #include <filesystem>
+#include <map>
 
+#include "storage/store.h"
 #include "tests/apps/run_program.h"
 
 namespace perigee {
@@ -116,6 +118,16 @@ TEST_F(WholeRun, VerifySeesOtherWeights) {
   EXPECT_GT(said.json()["largest_difference"], 0.0);
   EXPECT_GT(said.json()["versions_with_other_hash"], 0);
   EXPECT_GT(said.json()["worst"]["episode"], 0);
+}
+
+TEST_F(WholeRun, StoreKnowsTheProgramAndTheCheckpoints) {
+  StoreReader store(directory() + "/store.sqlite");
+  const RunRecord run = store.run("small");
+  EXPECT_FALSE(run.code_version.empty());
+  std::map<uint32_t, std::string> kept;
+  for (const Checkpoint& c : store.checkpoints("small")) kept[c.version] = c.path;
+  EXPECT_EQ(kept.size(), 2u);
+  for (const PolicyVersion& v : store.versions("small")) EXPECT_EQ(v.checkpoint, kept[v.version]) << v.version;
 }
 
 TEST_F(WholeRun, EvaluatesItsNewestCheckpoint) {
