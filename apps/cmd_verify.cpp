@@ -240,6 +240,8 @@ int verify(const Options& o) {
         fmt::print(stderr, "\r\033[Kversion {} of {}, {} tokens", version, last, verifier.tally().tokens);
     });
     if (live) fmt::print(stderr, "\r\033[K");
+    for (const std::string& line : rebuilt.damaged)
+      fmt::print(stderr, "perigee: warning: {}; an older one served\n", printable_line(line));
   }
   const Tally& t = verifier.tally();
   const bool good = t.differ == 0 && unordered == 0 && rebuilt.other_hash == 0;
@@ -250,6 +252,7 @@ int verify(const Options& o) {
                           {"differ", t.differ},
                           {"versions", rebuilt.versions},
                           {"versions_with_other_hash", rebuilt.other_hash},
+                          {"damaged_checkpoints", rebuilt.damaged.size()},
                           {"attempts_over_several_versions", spanning},
                           {"unordered_attempts", unordered},
                           {"exact", good}};

@@ -60,6 +60,9 @@ Rebuilt Rebuilder::run(uint32_t first, uint32_t last,
   std::map<uint32_t, PolicyVersion> versions;
   for (PolicyVersion& v : store_.versions(run_id_)) versions.emplace(v.version, std::move(v));
   Arena current(layout_.weight_bytes()), next(layout_.weight_bytes());
+  const auto hash_of = [&](const std::byte* weights) {
+    return hash128(weights, static_cast<size_t>(layout_.weight_bytes())).hex();
+  };
   std::vector<std::byte> reference;
   std::optional<policy::Trainer> trainer;
   std::string phase;
@@ -74,28 +77,43 @@ Rebuilt Rebuilder::run(uint32_t first, uint32_t last,
     phase = name;
   };
 
-  std::optional<Checkpoint> from;
   // With a KL term only the start of reinforcement learning or what comes before it tells the reference.
-  for (const Checkpoint& c : store_.checkpoints(run_id_))
-    if (c.version <= first && (c.phase == "warmup" || c.step == 0 || config_.learn.trainer.loss.kl_coef == 0))
-      from = c;
+  std::vector<Checkpoint> checkpoints = store_.checkpoints(run_id_);
+  std::erase_if(checkpoints, [&](const Checkpoint& c) {
+    return c.version > first ||
+           (c.phase != "warmup" && c.step != 0 && config_.learn.trainer.loss.kl_coef != 0);
+  });
+  Rebuilt rebuilt;
   uint32_t version = 0;
-  if (from) {
-    const std::string directory = (std::filesystem::path(run_dir_) / from->path).string();
-    rollout::load_checkpoint_weights(directory, layout_, current.data());
-    enter(from->phase);
-    rollout::load_checkpoint_state(directory, from->optimizer_hash, *trainer);
-    version = from->version;
-  } else {
+  bool loaded = false;
+  for (auto c = checkpoints.rbegin(); c != checkpoints.rend() && !loaded; ++c) {
+    const std::string directory = (std::filesystem::path(run_dir_) / c->path).string();
+    try {
+      rollout::load_checkpoint_weights(directory, layout_, current.data());
+      const std::string hash = hash_of(current.data());
+      if (hash != c->weights_hash)
+        throw_environment("{}: the weights have hash {}, not {}: they are damaged", directory, hash,
+                          c->weights_hash);
+      enter(c->phase);
+      rollout::load_checkpoint_state(directory, c->optimizer_hash, *trainer);
+      version = c->version;
+      loaded = true;
+    } catch (const Error& e) {
+      // An older one leads to the same weights, by more steps.
+      rebuilt.damaged.emplace_back(e.what());
+      trainer.reset();
+      reference.clear();
+    }
+  }
+  if (!loaded) {
     const std::vector<float> flat = rollout::initial_weights(config_, layout_);
     layout_.flat_to_weights(flat.data(), current.data());
   }
 
-  Rebuilt rebuilt;
   for (;; ++version) {
     const auto known = versions.find(version);
     if (known != versions.end() && !known->second.weights_hash.empty()) {
-      const std::string hash = hash128(current.data(), static_cast<size_t>(layout_.weight_bytes())).hex();
+      const std::string hash = hash_of(current.data());
       if (hash != known->second.weights_hash && rebuilt.other_hash++ == 0) rebuilt.first_other = version;
     }
     ++rebuilt.versions;

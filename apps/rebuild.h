@@ -19,6 +19,7 @@ struct Rebuilt {
   int64_t versions = 0;      // visited or passed on the way
   int64_t other_hash = 0;    // with another hash than the run recorded
   uint32_t first_other = 0;  // the first of those
+  std::vector<std::string> damaged;  // checkpoints that were passed over: a line each
 };
 
 class Rebuilder {
@@ -28,7 +29,7 @@ class Rebuilder {
             const rollout::RunTasks& tasks, StoreQueries& store, std::string run_id, std::string run_dir);
 
   // Calls visit(version, weights) for each version from first to last, ascending. Starts from the newest
-  // checkpoint before `first`, or the run's first weights. ERRORS (environment): what the store or a
+  // checkpoint before `first` that is as the store says, or the run's first weights. ERRORS (environment): what the store or a
   // checkpoint lacks.
   Rebuilt run(uint32_t first, uint32_t last, const std::function<void(uint32_t, const std::byte*)>& visit);
 

@@ -120,6 +120,37 @@ TEST_F(WholeRun, VerifySeesOtherWeights) {
   EXPECT_GT(said.json()["worst"]["episode"], 0);
 }
 
+// Flips one bit in the middle of a file, or leaves its first half only.
+void damage(const std::string& path, bool cut) {
+  std::string bytes = slurp(path);
+  ASSERT_GT(bytes.size(), 1000u) << path;
+  bytes[bytes.size() / 2] ^= 1;
+  spill(path, cut ? bytes.substr(0, bytes.size() / 2) : bytes);
+}
+
+// Weights come from the next older checkpoint, in the end from the first weights, and are the same.
+TEST_F(WholeRun, VerifyGetsByWithoutADamagedCheckpoint) {
+  const std::string dir = *place_ / "damaged";
+  const Said trained = run_perigee({"train", *place_ / "run.json", "--set", "run.dir=" + dir, "--set",
+                                    "checkpoint.keep=10", "--set", "warmup.eval_every=1", "--in-process", "--json"});
+  ASSERT_EQ(trained.code, 0) << trained.err;
+  const auto verify = [&](int64_t damaged) {
+    const Said said = run_perigee({"verify", dir, "--json"});
+    const nlohmann::json out = said.json();
+    EXPECT_EQ(said.code, 0) << said.out << said.err;
+    EXPECT_EQ(out["differ"], 0);
+    EXPECT_EQ(out["versions_with_other_hash"], 0);
+    EXPECT_EQ(out["damaged_checkpoints"], damaged) << said.err;
+    EXPECT_EQ(std::count(said.err.begin(), said.err.end(), '\n'), damaged) << said.err;
+    return out["versions"].get<int64_t>();
+  };
+  const int64_t versions = verify(0);
+  damage(dir + "/checkpoints/v00000002/model.safetensors", false);
+  EXPECT_EQ(verify(1), versions + 1);
+  damage(dir + "/checkpoints/v00000001/optimizer.bin", true);
+  EXPECT_EQ(verify(2), versions + 2);
+}
+
 TEST_F(WholeRun, StoreKnowsTheProgramAndTheCheckpoints) {
   StoreReader store(directory() + "/store.sqlite");
   const RunRecord run = store.run("small");
