@@ -2,8 +2,7 @@
 #pragma once
 #include <memory>
 
-#include "kernels/context.h"
-#include "kernels/device/device.h"
+#include "policy/device/backend.h"
 #include "policy/engine/backend.h"
 #include "policy/learn/backend.h"
 #include "rollout/run_config.h"
