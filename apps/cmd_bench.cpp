@@ -26,7 +26,7 @@ const char* bound_name(Bound b) {
 }
 
 void print_header() {
-  fmt::print("{:<28} {:>9} {:<11} {:>9} {:>6} {:>9}  {:<16} {}\n", "figure", "value", "unit", "limit",
+  fmt::print("{:<34} {:>9} {:<11} {:>9} {:>6} {:>9}  {:<16} {}\n", "figure", "value", "unit", "limit",
              "share", "aim", "ceiling", "what");
 }
 
@@ -38,7 +38,7 @@ void print_line(const Figure& f) {
   const std::string ceiling = f.bound == Bound::kFma      ? fmt::format("{:.0f} GFLOP/s", f.ceiling * 1e-9)
                               : f.bound == Bound::kMemory ? fmt::format("{:.1f} GB/s", f.ceiling * 1e-9)
                                                           : "-";
-  fmt::print("{:<28} {:>9} {:<11} {:>9} {:>6} {:>9}  {:<16} {}\n", f.name, number(f.value), f.unit,
+  fmt::print("{:<34} {:>9} {:<11} {:>9} {:>6} {:>9}  {:<16} {}\n", f.name, number(f.value), f.unit,
              bound ? number(f.limit) : "-", bound ? fmt::format("{:.0f} %", f.share * 100) : "-",
              f.target > 0 ? number(f.target)
              : f.aim > 0  ? fmt::format("{:.0f} %", f.aim * 100)

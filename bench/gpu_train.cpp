@@ -1,10 +1,13 @@
 // A step of full-parameter training on a GPU.
 #include <algorithm>
+#include <memory>
+#include <utility>
 
 #include "base/error.h"
 #include "bench/gpu.h"
 #include "bench/work.h"
 #include "policy/device/learn.h"
+#include "policy/learn/backend.h"
 #include "policy/learn/trainer.h"
 
 namespace perigee::bench {
@@ -46,7 +49,9 @@ void bench_gpu_train(Rig& rig) {
   TrainerConfig trainer_config;
   trainer_config.schedule.lr = 1e-6;
   trainer_config.micro_batch_tokens = kRows;
-  Trainer trainer(device_learn_backend(gpu.device, gpu.layout, false), gpu.layout, trainer_config);
+  std::unique_ptr<LearnBackend> made = device_learn_backend(gpu.device, gpu.layout, false);
+  LearnBackend& backend = *made;
+  Trainer trainer(std::move(made), gpu.layout, trainer_config);
   // On-policy, as the sampler would have reported it.
   const std::vector<float> logprobs = trainer.logprobs(weights.data(), batch);
   for (int64_t i = 0; i < kSequences; ++i)
@@ -60,11 +65,41 @@ void bench_gpu_train(Rig& rig) {
     if (turn >= 0) rates.push_back(static_cast<double>(kRows) / (now_s() - t0));
   }
   PERIGEE_CHECK(metrics.mismatch_max == 0, "the learner differs from itself by {}", metrics.mismatch_max);
+
+  // What of it are the weights' way to the device and back, and what the passes alone.
+  double t0 = now_s();
+  backend.set_weights(weights.data());
+  const double in_s = now_s() - t0;
+  t0 = now_s();
+  gpu.device.copy_out(next.data(), gpu.weights, gpu.layout.weight_bytes());
+  const double out_s = now_s() - t0;
+  std::vector<const TrainSequence*> sequences;
+  for (const TrainSequence& s : batch) sequences.push_back(&s);
+  const std::vector<MicroBatch> micro = pack(sequences, kRows, false);
+  std::vector<double> pass_rates, forward_s;
+  for (int turn = -1; turn < 8; ++turn) {
+    backend.zero_gradient();
+    backend.gradient_sum_of_squares();  // waits
+    t0 = now_s();
+    for (const MicroBatch& m : micro) {
+      backend.forward(m, true);
+      if (turn >= 0) forward_s.push_back(now_s() - t0);
+      const std::vector<float> dlogprob(static_cast<size_t>(m.entries()), -1.0f / static_cast<float>(kRows));
+      backend.backward(m, dlogprob.data(), nullptr);
+    }
+    gpu.device.synchronize();
+    if (turn >= 0) pass_rates.push_back(static_cast<double>(kRows) / (now_s() - t0));
+  }
+  const double flops = 6 * active_elements(gpu.layout);
   rig.report(rate_figure(
-      "gpu-train", "tokens/s", Bound::kFma, 6 * active_elements(gpu.layout), kMatrixRate, 0, rates,
-      fmt::format("{} sequences of {} tokens, AdamW: {:.0f} ms a step, weights to and from the host "
-                  "included",
-                  kSequences, kLength, 1e3 * static_cast<double>(kRows) / median(rates))));
+      "gpu-train", "tokens/s", Bound::kFma, flops, kMatrixRate, 0, rates,
+      fmt::format(
+          "{} sequences of {} tokens, AdamW: {:.0f} ms a step; weights from the host {:.0f}, to it {:.0f}",
+          kSequences, kLength, 1e3 * static_cast<double>(kRows) / median(rates), 1e3 * in_s, 1e3 * out_s)));
+  rig.report(rate_figure(
+      "gpu-train-passes", "tokens/s", Bound::kFma, flops, kMatrixRate, 0, pass_rates,
+      fmt::format("the same, forward and backward alone: {:.0f} ms, of which forward {:.0f}",
+                  1e3 * static_cast<double>(kRows) / median(pass_rates), 1e3 * median(forward_s))));
 }
 
 }  // namespace perigee::bench
