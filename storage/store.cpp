@@ -225,7 +225,9 @@ void Store::forget_checkpoint(std::string_view run_id, uint32_t version) {
   const int64_t run = run_number(run_id);
   write.begin();
   db_->query("UPDATE checkpoints SET kept = 0 WHERE run = ? AND version = ?").with(run, version).run();
-  db_->query("UPDATE policy_versions SET checkpoint = NULL WHERE run = ? AND version = ?").with(run, version).run();
+  db_->query("UPDATE policy_versions SET checkpoint = NULL WHERE run = ? AND version = ?")
+      .with(run, version)
+      .run();
   write.done();
 }
 

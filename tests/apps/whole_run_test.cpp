@@ -131,8 +131,9 @@ void damage(const std::string& path, bool cut) {
 // Weights come from the next older checkpoint, in the end from the first weights, and are the same.
 TEST_F(WholeRun, VerifyGetsByWithoutADamagedCheckpoint) {
   const std::string dir = *place_ / "damaged";
-  const Said trained = run_perigee({"train", *place_ / "run.json", "--set", "run.dir=" + dir, "--set",
-                                    "checkpoint.keep=10", "--set", "warmup.eval_every=1", "--in-process", "--json"});
+  const Said trained =
+      run_perigee({"train", *place_ / "run.json", "--set", "run.dir=" + dir, "--set", "checkpoint.keep=10",
+                   "--set", "warmup.eval_every=1", "--in-process", "--json"});
   ASSERT_EQ(trained.code, 0) << trained.err;
   const auto verify = [&](int64_t damaged) {
     const Said said = run_perigee({"verify", dir, "--json"});
@@ -158,7 +159,8 @@ TEST_F(WholeRun, StoreKnowsTheProgramAndTheCheckpoints) {
   std::map<uint32_t, std::string> kept;
   for (const Checkpoint& c : store.checkpoints("small")) kept[c.version] = c.path;
   EXPECT_EQ(kept.size(), 2u);
-  for (const PolicyVersion& v : store.versions("small")) EXPECT_EQ(v.checkpoint, kept[v.version]) << v.version;
+  for (const PolicyVersion& v : store.versions("small"))
+    EXPECT_EQ(v.checkpoint, kept[v.version]) << v.version;
 }
 
 TEST_F(WholeRun, EvaluatesItsNewestCheckpoint) {
