@@ -7,6 +7,7 @@ namespace {
 template <class Word>
 __global__ void pieces(std::byte* to, int64_t ld_to, const std::byte* from, int64_t ld_from, int64_t words, int64_t all) {
   const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  wait_for_previous();
   if (i >= all) return;
   const int64_t row = i / words, word = i % words;
   reinterpret_cast<Word*>(to + row * ld_to)[word] = reinterpret_cast<const Word*>(from + row * ld_from)[word];
@@ -16,9 +17,8 @@ template <class Word>
 void launch(cudaStream_t stream, void* to, int64_t ld_to, const void* from, int64_t ld_from, int64_t width,
             int64_t rows) {
   const int64_t words = width / static_cast<int64_t>(sizeof(Word));
-  pieces<Word><<<blocks_for(rows * words, 256), 256, 0, stream>>>(
-      static_cast<std::byte*>(to), ld_to, static_cast<const std::byte*>(from), ld_from, words, rows * words);
-  PERIGEE_LAUNCHED();
+  launch_dependent(pieces<Word>, dim3(blocks_for(rows * words, 256)), dim3(256), 0, stream, static_cast<std::byte*>(to),
+                   ld_to, static_cast<const std::byte*>(from), ld_from, words, rows * words);
 }
 
 }  // namespace

@@ -25,6 +25,8 @@ inline unsigned blocks_for(int64_t n, int64_t per_block) { return static_cast<un
 // as every block of that one has called let_next_start() or ended. It calls wait_for_previous() in every thread before
 // it touches global memory: that returns when all kernels before have ended and their writes are visible. Before it a
 // kernel may compute and may prefetch into L2 (no value is read, so nothing can be stale), and nothing else.
+// It calls let_next_start() after that wait: before it, products two launches on would lie beside those still running,
+// two of their blocks on some multiprocessors and none on others (docs/kernels/model.md).
 template <class... Parameters, class... Arguments>
 void launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                       const Arguments&... arguments) {

@@ -1,17 +1,12 @@
 #include "kernels/device/elementwise.cuh"
+#include "kernels/kda/gate.cuh"
 #include "kernels/kda/gate_device.h"
-#include "kernels/device/short_math.cuh"
 
 namespace perigee::kernels {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kHeld = 4;
-
-// rate is exp(a_log).
-__device__ __forceinline__ float log_decay(float rate, float x, float lower_bound) {
-  return lower_bound == 0.0f ? -rate * math::short_softplus(x) : lower_bound * math::short_sigmoid(rate * x);
-}
 
 // A thread takes four columns of kRows rows; d % 4 == 0 keeps them in one head and aligned.
 template <int kRows>

@@ -1,7 +1,11 @@
 // Decoding: one row of each sequence, a block per sequence and head, by the same products as the prefill with only the
 // columns of this row filled. S is read as its plane of 16 bits; the other plane is read, and both are written, when the
 // row closes a chunk.
+#include "kernels/conv/short_conv_head.cuh"
+#include "kernels/kda/gate.cuh"
 #include "kernels/kda/kda_bf16.cuh"
+#include "kernels/kda/kda_layer_device.h"
+#include "kernels/norm/gated_norm.cuh"
 
 namespace perigee::kernels::kda {
 namespace {
@@ -19,6 +23,9 @@ struct __align__(16) Shared {
   uint8_t x[8][512];        // a tile per warp
   float t[kChunk][kChunk];  // rows before i
   float a[kChunk], q[kChunk];
+  // Of the row, in a kernel that does what comes before and after as well.
+  bf16 row_q[kDim], row_k[kDim], row_v[kDim], row_o[kDim];
+  float row_g[kDim];
 };
 
 __device__ __forceinline__ bf16 narrow(float x) { return from_float<bf16>(x); }
@@ -26,12 +33,24 @@ __device__ __forceinline__ unsigned pair_at(const bf16* row, int element) {
   return *reinterpret_cast<const unsigned*>(row + element);
 }
 
-__global__ void __launch_bounds__(kThreads, 3) decode_kernel(const Problem p) {
+// kLayer: q, k, v, g and beta are made here from what `layer` names, and o goes through the gated norm: the operations of
+// conv_forward, kda_gate_forward and gated_rms_norm_forward in their order, for heads of 128 channels.
+template <bool kLayer>
+__global__ void __launch_bounds__(kThreads, kLayer ? 2 : 3) decode_kernel(const Problem p, const KdaDecodeLayer layer) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   __shared__ Shared shared;
   const int head = blockIdx.x % p.heads, index = blockIdx.x / p.heads;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  if constexpr (kLayer) {
+    // The state is wanted in L2; the host wrote the batch, so its entries may be read.
+    const uint8_t* const far = p.state(index, head) + threadIdx.x * 128;
+    prefetch_l2(far + StateLayout::kHigh);
+    if (threadIdx.x < (StateLayout::kBytes - StateLayout::kKeys) / 128) prefetch_l2(far + StateLayout::kKeys);
+    if (threadIdx.x < 48) prefetch_l2(layer.taps + 4 * ((threadIdx.x / 16 * p.heads + head) * kDim + threadIdx.x % 16 * 8));
+    if (threadIdx.x < 4) prefetch_l2(layer.dt_bias + head * kDim + threadIdx.x * 32);
+  }
   wait_for_previous();
+  if constexpr (kLayer) let_next_start();
   const DeviceSlice slice = p.batch.slice[index];
   if (slice.count == 0) return;
   uint8_t* const state = p.state(index, head);
@@ -56,10 +75,36 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const Problem p) {
            state + StateLayout::kX + (tile_row * kDim + 16 * warp + 8 * half) * 2, tile_row < i);
     copies_commit();
   }
-  const float beta = p.beta[row * p.heads + head];
+  float beta;
   float v[2] = {};
   const int64_t value = (row * p.heads + head) * p.dv + 16 * warp + g;
-  if (active) v[0] = to_float(p.v[value]), v[1] = to_float(p.v[value + 8]);
+  if constexpr (kLayer) {
+    if (warp < 3) {
+      const conv::Arguments c = {p.heads, kDim, layer.taps, p.batch, layer.window_offset, layer.q_scale};
+      conv::Head<bf16, true, 4> one(c, int64_t{warp} * p.heads + head, nullptr, nullptr, nullptr);
+      const int64_t all = int64_t{3} * p.heads * kDim;
+      bf16* const window = reinterpret_cast<bf16*>(p.batch.recurrent[index] + layer.window_offset) + one.channel0;
+      float x[4];
+      conv::History<4> history;
+      one.load(layer.qkv + row * all + one.channel0, x);
+#pragma unroll
+      for (int n = 0; n < 3; ++n) one.load(window + n * all, history.x[n]);
+      one.write(warp == 0 ? shared.row_q : warp == 1 ? shared.row_k : shared.row_v, history, x);
+      history.push(x);
+#pragma unroll
+      for (int n = 0; n < 3; ++n) one.store(window + n * all, history.x[n]);
+    } else if (warp >= 4) {
+      const int channel = threadIdx.x - 128;
+      const float f = layer.f[(row * p.heads + head) * kDim + channel] + layer.dt_bias[head * kDim + channel];
+      shared.row_g[channel] = log_decay(math::exp(layer.a_log[head]), f, 0.0f);
+    }
+    beta = math::short_sigmoid(layer.b[row * p.heads + head]);
+    __syncthreads();
+    v[0] = to_float(shared.row_v[16 * warp + g]), v[1] = to_float(shared.row_v[16 * warp + g + 8]);
+  } else {
+    beta = p.beta[row * p.heads + head];
+    if (active) v[0] = to_float(p.v[value]), v[1] = to_float(p.v[value + 8]);
+  }
 
   if (threadIdx.x < kDim) {
     const int channel = threadIdx.x;
@@ -78,7 +123,8 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const Problem p) {
     }
     bf16 k_i = {0}, q_i = {0};
     float g_i = 0.0f;
-    if (inside) k_i = p.k[at], q_i = p.q[at], g_i = p.g[at];
+    if constexpr (kLayer) k_i = shared.row_k[channel], q_i = shared.row_q[channel], g_i = shared.row_g[channel];
+    else if (inside) k_i = p.k[at], q_i = p.q[at], g_i = p.g[at];
     if (!closes && inside) {
       reinterpret_cast<bf16*>(state + StateLayout::kKeys)[i * kDim + channel] = k_i;
       reinterpret_cast<float*>(state + StateLayout::kGates)[i * kDim + channel] = g_i;
@@ -219,7 +265,18 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const Problem p) {
   const A4 u = {pack(uc[0].x[0], uc[0].x[1]), pack(uc[0].x[2], uc[0].x[3]), pack(uc[1].x[0], uc[1].x[1]), pack(uc[1].x[2], uc[1].x[3])};
   C4 o = {0.0f, sum[0].x[1] + sum[1].x[1], 0.0f, sum[0].x[3] + sum[1].x[3]};
   mma(o, u, g == 1 ? pack(shared.q[2 * t], shared.q[2 * t + 1]) : 0u, g == 1 ? pack(shared.q[2 * t + 8], shared.q[2 * t + 9]) : 0u);
-  if (t == 0) {
+  if constexpr (kLayer) {
+    if (t == 0) {
+      shared.row_o[16 * warp + g] = narrow(o.x[1]);
+      shared.row_o[16 * warp + g + 8] = narrow(o.x[3]);
+    }
+    __syncthreads();
+    if (threadIdx.x < 16) {
+      const int c = static_cast<int>(threadIdx.x) * 8;
+      gated_norm_vector(shared.row_o + c, layer.gate + (row * p.heads + head) * kDim + c, layer.norm_w + c, true, kDim, layer.eps,
+                        p.out + (row * p.heads + head) * kDim + c);
+    }
+  } else if (t == 0) {
     p.out[value] = narrow(o.x[1]);
     p.out[value + 8] = narrow(o.x[3]);
   }
@@ -251,7 +308,29 @@ __global__ void __launch_bounds__(kThreads, 3) decode_kernel(const Problem p) {
 }  // namespace
 
 void launch_decode(Device& dev, const Problem& p) {
-  launch_dependent(decode_kernel, dim3(static_cast<unsigned>(p.batch.slices * p.heads)), dim3(kThreads), 0, dev.stream(), p);
+  launch_dependent(decode_kernel<false>, dim3(static_cast<unsigned>(p.batch.slices * p.heads)), dim3(kThreads), 0,
+                   dev.stream(), p, KdaDecodeLayer{});
 }
 
 }  // namespace perigee::kernels::kda
+
+namespace perigee::kernels {
+
+bool kda_decode_layer(Device& dev, const KdaShape& shape, const KdaDecodeLayer& layer, const DeviceBatch& batch,
+                      int64_t state_offset, bf16* out) {
+  if (batch.max_count != 1 || batch.training() || shape.dk != kda::kDim || shape.dv != kda::kDim) return false;
+  // One round of blocks: beyond that each thread's work counts more than the launches.
+  if (batch.slices * shape.heads > 2 * dev.info().multiprocessors || dev.info().capability != 90) return false;
+  if (batch.slices == 0) return true;
+  PERIGEE_CHECK(state_offset % 256 == 0 && layer.window_offset % 16 == 0);
+  kda::Problem p = {};
+  p.heads = static_cast<int>(shape.heads), p.dk = static_cast<int>(shape.dk), p.dv = static_cast<int>(shape.dv);
+  p.batch = batch, p.state_offset = state_offset, p.out = out;
+  KdaDecodeLayer a = layer;
+  a.q_scale = 1.0f / __builtin_sqrtf(static_cast<float>(shape.dk));
+  launch_dependent(kda::decode_kernel<true>, dim3(static_cast<unsigned>(batch.slices * shape.heads)), dim3(kda::kThreads), 0,
+                   dev.stream(), p, a);
+  return true;
+}
+
+}  // namespace perigee::kernels

@@ -16,6 +16,8 @@ template <class T>
 __global__ void __launch_bounds__(16 * kRows)
     store_rows(int latent, int width, const float* kv, const float* norm_w, float eps, DeviceBatch batch,
                int64_t page_offset, T* c) {
+  wait_for_previous();
+  let_next_start();
   const DeviceSlice s = batch.slice[blockIdx.y];
   const int lane = static_cast<int>(threadIdx.x % 16),
             columns = sizeof(T) == 2 ? static_cast<int>(tiles_across(width) * kTile) : width;
@@ -66,10 +68,9 @@ void latent_store(Device& device, const MlaShape& shape, const float* kv, const 
   PERIGEE_CHECK(!batch.training() || c != nullptr, "training keeps the rows in c");
   if (batch.slices == 0 || batch.max_count == 0) return;
   const int64_t across = std::clamp<int64_t>(8192 / batch.slices, 1, (batch.max_count + kRows - 1) / kRows);
-  store_rows<T><<<dim3(static_cast<unsigned>(across), static_cast<unsigned>(batch.slices)), 16 * kRows, 0,
-                  device.stream()>>>(static_cast<int>(shape.latent), static_cast<int>(shape.width()), kv,
-                                     norm_w, eps, batch, page_offset, c);
-  PERIGEE_LAUNCHED();
+  launch_dependent(store_rows<T>, dim3(static_cast<unsigned>(across), static_cast<unsigned>(batch.slices)),
+                   dim3(16 * kRows), 0, device.stream(), static_cast<int>(shape.latent),
+                   static_cast<int>(shape.width()), kv, norm_w, eps, batch, page_offset, c);
 }
 
 template void latent_store(Device&, const MlaShape&, const float*, const float*, float, const DeviceBatch&,

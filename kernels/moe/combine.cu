@@ -1,6 +1,7 @@
 // Rows of experts' outputs added to the residual stream, and rows copied to experts. A thread holds eight columns.
 #include "kernels/device/elementwise.cuh"
 #include "kernels/moe/moe_device.h"
+#include "kernels/norm/rms_block.cuh"
 
 namespace perigee::kernels {
 namespace {
@@ -82,6 +83,29 @@ __global__ void combine(int top_k, int64_t d, bool vectors, const T* expert_out,
   store_columns(x + row * d + c, d - c, vectors, residual);
 }
 
+// A block has a row, so that it can norm it too.
+__global__ void combine_norm(int top_k, int64_t d, const bf16* expert_out, const int32_t* slot, const float* weights,
+                             const bf16* shared, float* x, const float* norm_w, float eps, bf16* y) {
+  __shared__ float memory[32][1];
+  const int64_t row = blockIdx.x, c = threadIdx.x * int64_t{kHeld};
+  const bool mine = c < d;
+  if (threadIdx.x % 4 == 0 && mine) prefetch_l2(norm_w + c);
+  wait_for_previous();
+  let_next_start();
+  float residual[kHeld] = {}, own[kHeld] = {}, sum[kHeld], weight[kHeld] = {};
+  if (mine) {
+    load_vector(x + row * d + c, residual);
+    if (shared != nullptr) load_vector(shared + row * d + c, own);
+    load_vector(norm_w + c, weight);
+    sum_choices<bf16, true>(top_k, d, c, true, expert_out, slot + row * top_k, weights + row * top_k, sum);
+#pragma unroll
+    for (int j = 0; j < kHeld; ++j) residual[j] = residual[j] + (own[j] + sum[j]);
+    store_vector(x + row * d + c, residual);
+  }
+  rms_norm_by_block(residual, weight, d, eps, memory);
+  if (mine) store_vector(y + row * d + c, residual);
+}
+
 template <class T>
 __global__ void gather_backward(int top_k, int64_t d, bool vectors, const T* ddispatched, const int32_t* slot, float* dx) {
   const int64_t row = blockIdx.x, c = (blockIdx.y * int64_t{kThreads} + threadIdx.x) * kHeld;
@@ -133,6 +157,25 @@ template void moe_combine(Device&, int64_t, int64_t, int64_t, const float*, cons
                           float*);
 template void moe_combine(Device&, int64_t, int64_t, int64_t, const bf16*, const int32_t*, const float*, const bf16*,
                           float*);
+
+template <class T>
+bool moe_combine_norm(Device& device, int64_t rows, int64_t top_k, int64_t d, const T* expert_out, const int32_t* slot,
+                      const float* weights, const T* shared, float* x, const float* norm_w, float eps, T* y) {
+  PERIGEE_CHECK(rows >= 0 && top_k > 0 && d > 0);
+  if constexpr (std::is_same_v<T, bf16>) {
+    if (d % kHeld == 0 && d <= kMostRowBlock) {
+      if (rows > 0)
+        launch_dependent(combine_norm, dim3(static_cast<unsigned>(rows)), dim3(row_threads(d)), 0, device.stream(),
+                         static_cast<int>(top_k), d, expert_out, slot, weights, shared, x, norm_w, eps, y);
+      return true;
+    }
+  }
+  return false;
+}
+template bool moe_combine_norm(Device&, int64_t, int64_t, int64_t, const float*, const int32_t*, const float*,
+                               const float*, float*, const float*, float, float*);
+template bool moe_combine_norm(Device&, int64_t, int64_t, int64_t, const bf16*, const int32_t*, const float*, const bf16*,
+                               float*, const float*, float, bf16*);
 
 template <class T>
 void moe_gather(Device& device, int64_t slots, int64_t d, const T* x, const int32_t* source, T* dispatched) {

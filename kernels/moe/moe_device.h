@@ -49,6 +49,11 @@ void moe_gather_backward(Device& device, int64_t rows, int64_t top_k, int64_t d,
 template <class T>
 void moe_combine(Device& device, int64_t rows, int64_t top_k, int64_t d, const T* expert_out, const int32_t* slot,
                  const float* weights, const T* shared, float* x);
+// The same, and y = rms_norm_forward(x) with norm_w and eps (norm_device.h), in one launch and with the same bits. False,
+// and nothing done, where there is no such kernel: for T = float, and unless d is a multiple of 8 up to 8192.
+template <class T>
+bool moe_combine_norm(Device& device, int64_t rows, int64_t top_k, int64_t d, const T* expert_out, const int32_t* slot,
+                      const float* weights, const T* shared, float* x, const float* norm_w, float eps, T* y);
 // dx f32 [rows, d], the gradient of the sum -> dexpert_out T [slots, d], dweights f32 [rows, top_k] (0 for padding) and
 // dshared T [rows, d] (null: not wanted), all overwritten.
 template <class T>

@@ -8,6 +8,7 @@
 
 #include "kernels/device/launch.cuh"
 #include "kernels/gemm/gemm_device_grad.h"
+#include "kernels/norm/rms_block.cuh"
 
 namespace perigee::kernels {
 namespace {
@@ -59,16 +60,25 @@ template <int kTiles, int kParts>
 struct Few {
   static constexpr int kWarps = kParts > 1 ? 9 : 12, kRows = 16 * kTiles, kSums = kRows * kFewExperts;
 };
-template <int kTiles, int kParts>
+// kNorm: h is made here, from x, by every block for itself; one of them writes it.
+constexpr int kNormRows = 4;
+struct Norm {
+  const float *x, *w;
+  float eps;
+  bf16* h;
+};
+template <int kTiles, int kParts, bool kNorm>
 __global__ void __launch_bounds__(32 * Few<kTiles, kParts>::kWarps)
-    few_rows(int64_t rows, int64_t experts, int64_t d, const bf16* h, const float* panels, float* logits) {
+    few_rows(int64_t rows, int64_t experts, int64_t d, const bf16* h, const float* panels, float* logits,
+             const Norm norm) {
   using Sizes = Few<kTiles, kParts>;
-  extern __shared__ float sums[];
+  extern __shared__ __align__(16) float sums[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, q = lane % 4, g = lane / 4;
   const int part = static_cast<int>(blockIdx.x) % kParts;
   const int64_t e0 = int64_t{blockIdx.x} / kParts * kFewExperts, row0 = int64_t{blockIdx.y} * Sizes::kRows;
   const int pieces = static_cast<int>((d + kPiece - 1) / kPiece), inputs = static_cast<int>(d) - 8 * q;
-  const bf16* const h0 = h + (row0 + g) * d + 8 * q;
+  bf16* const own = reinterpret_cast<bf16*>(sums + pieces * Sizes::kSums);  // h, when it is made here
+  const bf16* const h0 = (kNorm ? own : h) + (row0 + g) * d + 8 * q;
   // The last panel's experts beyond the last are there, and zero.
   const float* const w0 = panels + ((e0 + g) / 16 * d + 8 * q) * 16 + (e0 + g) % 16;
   unsigned sums_at = static_cast<unsigned>(__cvta_generic_to_shared(sums));
@@ -79,15 +89,50 @@ __global__ void __launch_bounds__(32 * Few<kTiles, kParts>::kWarps)
   }
   bool begun = kParts == 1;
 #endif
-  for (int piece = part * Sizes::kWarps + warp; piece < pieces; piece += kParts * Sizes::kWarps) {
-    float w[4][4];
+  float w[4][4];
+  const auto read_weights = [&](int piece) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int at = piece * kPiece + i / 8 * 32;
+      w[i / 4][i % 4] = at < inputs ? w0[(at + i % 8) * 16] : 0.0f;
+    }
+  };
+  const int first = part * Sizes::kWarps + warp;
+  read_weights(first);  // ahead of what makes h
+  if constexpr (kNorm) {
+    const int64_t c = threadIdx.x * int64_t{8};
+    if (threadIdx.x % 4 == 0 && c < d) prefetch_l2(norm.w + c);
+  }
+  wait_for_previous();
+  let_next_start();
+  if constexpr (kNorm) {
+    __shared__ float memory[kNormRows][32][1];
+    const int64_t c = threadIdx.x * int64_t{8};
+    const bool mine = c < d;
+    float v[kNormRows][8] = {}, weight[8] = {};
+    if (mine) {
+      load_vector(norm.w + c, weight);
+#pragma unroll
+      for (int r = 0; r < kNormRows; ++r)
+        if (r < rows) load_vector(norm.x + r * d + c, v[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < kNormRows; ++r) {
+      if (r >= rows) break;
+      rms_norm_by_block(v[r], weight, d, norm.eps, memory[r]);
+      if (!mine) continue;
+      store_vector(own + r * d + c, v[r]);
+      if (blockIdx.x == 0) store_vector(norm.h + r * d + c, v[r]);
+    }
+    __syncthreads();
+  }
+  for (int piece = first; piece < pieces; piece += kParts * Sizes::kWarps) {
+    if (piece != first) read_weights(piece);
     uint4 a[kTiles][2][2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = piece * kPiece + half * 32;
       const bool there = at < inputs;  // inputs are a multiple of eight
-#pragma unroll
-      for (int i = 0; i < 8; ++i) w[half * 2 + i / 4][i % 4] = there ? w0[(at + i) * 16] : 0.0f;
 #pragma unroll
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
@@ -295,25 +340,27 @@ __global__ void __launch_bounds__(Many<kRows, kBlockPairs>::kThreads, 1)
       }
 }
 
-template <int kTiles, int kParts>
+template <int kTiles, int kParts, bool kNorm = false>
 void launch_few(Device& device, int64_t rows, int64_t experts, int64_t d, const bf16* h, const float* panels,
-                float* logits) {
+                float* logits, const Norm& norm = {}) {
   using Sizes = Few<kTiles, kParts>;
-  auto kernel = few_rows<kTiles, kParts>;
-  const int64_t bytes = (d + kPiece - 1) / kPiece * Sizes::kSums * 4;
+  auto kernel = few_rows<kTiles, kParts, kNorm>;
+  const int64_t bytes = (d + kPiece - 1) / kPiece * Sizes::kSums * 4 + (kNorm ? rows * d * 2 : 0);
   PERIGEE_CHECK(bytes <= 220 * 1024);
   allow_shared_memory(kernel, static_cast<int>(bytes));
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kParts, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = kParts, attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(blocks_for(experts, kFewExperts) * kParts, blocks_for(rows, Sizes::kRows));
   config.blockDim = dim3(32 * Sizes::kWarps);
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = device.stream();
-  config.attrs = &cluster;
-  config.numAttrs = kParts > 1 ? 1 : 0;
-  PERIGEE_CUDA(cudaLaunchKernelEx(&config, kernel, rows, experts, d, h, panels, logits));
+  config.attrs = attributes;
+  config.numAttrs = kParts > 1 ? 2 : 1;
+  PERIGEE_CUDA(cudaLaunchKernelEx(&config, kernel, rows, experts, d, h, panels, logits, norm));
 }
 
 template <int kRows, int kBlockPairs>
@@ -396,6 +443,23 @@ void router_logits<bf16>(Device& device, int64_t rows, int64_t experts, int64_t 
   PERIGEE_LAUNCHED();
   if (rows < kLargeRows) launch_many<64, 4>(device, rows, experts, d, pairs, h, split, logits);
   else launch_many<128, 8>(device, rows, experts, d, pairs, h, split, logits);
+}
+
+template <>
+bool norm_router_logits<float>(Device&, int64_t, int64_t, int64_t, const float*, const float*, float, const float*, float*,
+                               float*) {
+  return false;
+}
+template <>
+bool norm_router_logits<bf16>(Device& device, int64_t rows, int64_t experts, int64_t d, const float* x,
+                              const float* norm_w, float eps, const float* w_panels, bf16* h, float* logits) {
+  // The threads that norm a row are those of rms_norm_forward and more, which add nothing.
+  if (rows < 1 || rows > kNormRows || d % 8 != 0 || row_threads(d) > 32 * Few<1, 4>::kWarps ||
+      device.info().capability < 90)
+    return false;
+  PERIGEE_CHECK(experts > 0);
+  launch_few<1, 4, true>(device, rows, experts, d, nullptr, w_panels, logits, {x, norm_w, eps, h});
+  return true;
 }
 
 template <>

@@ -4,7 +4,7 @@
 // NUMERICS. float: the bits of matmul on the CPU. bf16: the weight is split exactly into three bfloat16 terms, whose
 // products with h are exact; pieces of 64 inputs are summed by the tensor cores (mma.m16n8k16, the smallest term first)
 // and the pieces are added in ascending order. Same bits for any number of rows and any place of a row.
-// REQUIRES (bf16) d a multiple of 8, h aligned to 16 bytes.
+// REQUIRES (bf16) d a multiple of 8, h aligned to 16 bytes. The weight is read ahead: see gemm_device.h.
 #pragma once
 #include "kernels/gemm/gemm_device.h"
 
@@ -15,6 +15,17 @@ namespace perigee::kernels {
 template <class T>
 void router_logits(Device& device, int64_t rows, int64_t experts, int64_t d, const T* h, const float* w_panels,
                    float* logits);
+// h = rms_norm_forward(x) with norm_w and eps (norm_device.h), then the same, in one launch and with the same bits. False,
+// and nothing done, where there is no such kernel: T = float, more than four rows, d above 2304 or not a multiple of 8.
+template <class T>
+bool norm_router_logits(Device& device, int64_t rows, int64_t experts, int64_t d, const float* x, const float* norm_w,
+                        float eps, const float* w_panels, T* h, float* logits);
+template <>
+bool norm_router_logits<float>(Device&, int64_t, int64_t, int64_t, const float*, const float*, float, const float*, float*,
+                               float*);
+template <>
+bool norm_router_logits<bf16>(Device&, int64_t, int64_t, int64_t, const float*, const float*, float, const float*, bf16*,
+                              float*);
 int64_t router_scratch_bytes(int64_t experts, int64_t d);
 
 // Gradients of the logits, each skipped when its pointer is null: dh [rows, d] stored as `store` says (kAct: T, else

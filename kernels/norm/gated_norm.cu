@@ -1,18 +1,13 @@
 // Sixteen lanes per head. In the CPU's order lane l holds channels l, l + 16, ...; for bf16 with heads of at most 128
 // channels it holds eight neighbours, read at once.
-#include "kernels/device/elementwise.cuh"
 #include "kernels/device/sum_blocks.cuh"
+#include "kernels/norm/gated_norm.cuh"
 #include "kernels/norm/norm_device.h"
 
 namespace perigee::kernels {
 namespace {
 
 constexpr int kThreads = 256;  // sixteen heads
-
-template <class T>
-__device__ __forceinline__ float inverse_of(float sum, int64_t d, float eps) {
-  return scale_over_root<T>(1.0f, __fdiv_rn(sum, static_cast<float>(d)) + eps);
-}
 
 template <class T>
 __global__ void forward_lanes(int64_t count, int64_t d, const T* x, const T* gate, const float* w, float eps, T* y) {
@@ -34,19 +29,7 @@ __global__ void __launch_bounds__(kThreads) forward_vector(int64_t count, int64_
   let_next_start();
   const int64_t i = (blockIdx.x * int64_t{kThreads} + threadIdx.x) / 16;
   if (i >= count) return;
-  float v[8] = {}, g[8] = {}, weight[8] = {};
-  if (c < d) {
-    load_vector(x + i * d + c, v);
-    load_vector(gate + i * d + c, g);
-    load_vector(w + c, weight);
-  }
-  float sum = 0.0f;
-#pragma unroll
-  for (int j = 0; j < 8; ++j) sum = math::fma(v[j], v[j], sum);
-  const float r = inverse_of<bf16>(math::reduce_add16(sum, half_warp_mask()), d, eps);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) v[j] = v[j] * r * weight[j] * sigmoid_for<bf16>(g[j]);
-  if (c < d) store_vector(y + i * d + c, v);
+  gated_norm_vector(x + i * d + c, gate + i * d + c, w + c, c < d, d, eps, y + i * d + c);
 }
 
 }  // namespace

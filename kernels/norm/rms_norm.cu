@@ -3,6 +3,7 @@
 #include "kernels/device/elementwise.cuh"
 #include "kernels/device/sum_blocks.cuh"
 #include "kernels/norm/norm_device.h"
+#include "kernels/norm/rms_block.cuh"
 
 namespace perigee::kernels {
 namespace {
@@ -28,28 +29,7 @@ __global__ void forward_lanes(int64_t rows, int64_t d, const X* x, int64_t ldx, 
   for (int64_t c = lane; c < d; c += 16) y[c] = from_float<T>(to_float(x[c]) * r * w[c]);
 }
 
-// Sum of one value per thread, in an order given by the block's size: every thread gets it. One barrier; `memory` is
-// not to be written again before the next one.
-template <int N>
-__device__ __forceinline__ void block_sums(float (&v)[N], float (*memory)[N]) {
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2)
-#pragma unroll
-    for (int i = 0; i < N; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], offset);
-  if (threadIdx.x % 32 == 0)
-#pragma unroll
-    for (int i = 0; i < N; ++i) memory[threadIdx.x / 32][i] = v[i];
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < N; ++i) v[i] = 0.0f;
-  for (int warp = 0; warp < blockDim.x / 32; ++warp)
-#pragma unroll
-    for (int i = 0; i < N; ++i) v[i] += memory[warp][i];
-}
-
-constexpr int64_t kMostForward = 8 * 1024, kMostBackward = 8 * 512;  // d that a block holds
-
-inline unsigned row_threads(int64_t d) { return static_cast<unsigned>((d / 8 + 31) / 32 * 32); }
+constexpr int64_t kMostForward = kMostRowBlock, kMostBackward = 8 * 512;  // d that a block holds
 
 // A block takes rows blockIdx.x, + gridDim.x, ...; the next row is read before the sum of this one is known.
 template <class T, class X>
@@ -69,15 +49,10 @@ __global__ void forward_block(int64_t rows, int64_t d, const X* x, int64_t ldx, 
   }
   int buffer = 0;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, buffer ^= 1) {
-    float v[8], sum[1] = {0.0f};
+    float v[8];
     next.get(v);
     if (mine && row + gridDim.x < rows) next.load(x + (row + gridDim.x) * ldx + c);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum[0] = math::fma(v[i], v[i], sum[0]);
-    block_sums(sum, memory[buffer]);
-    const float r = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum[0], static_cast<float>(d)) + eps));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) v[i] = v[i] * r * weight[i];
+    rms_norm_by_block(v, weight, d, eps, memory[buffer]);
     if (mine) store_vector(y + row * ldy + c, v);
   }
 }

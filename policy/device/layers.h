@@ -45,9 +45,9 @@ struct KdaActivations {
   T *gate = nullptr, *o = nullptr, *normed = nullptr;  // [rows, Hd]
   T* chunk_states = nullptr;                         // training
 };
-// x: the residual stream, added to; null: only the activations are wanted again.
+// x: the residual stream, added to; null: only the activations are wanted again. h: null, or norm(in) already made.
 template <class T>
-void kda_half_forward(const Pass& pass, int64_t layer, KdaActivations<T>& a, const float* in, float* x);
+void kda_half_forward(const Pass& pass, int64_t layer, KdaActivations<T>& a, const float* in, float* x, T* h = nullptr);
 // in: the residual stream as it entered the half. dy [rows, D]: its gradient as it left; dx [rows, D]: the same in
 // float32, to which the half adds its own part. gradient: flat, accumulated.
 template <class T>
@@ -66,7 +66,7 @@ struct MlaActivations {
   T* o = nullptr;         // [rows, H * v]
 };
 template <class T>
-void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, const float* in, float* x);
+void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, const float* in, float* x, T* h = nullptr);
 template <class T>
 void mla_half_backward(const Pass& pass, int64_t layer, const float* in, const MlaActivations<T>& a, const T* dy, float* dx,
                        float* gradient);
@@ -80,8 +80,16 @@ struct FeedForwardActivations {
   int32_t *chosen = nullptr, *source = nullptr, *slot = nullptr, *offsets = nullptr;
   T *expert_gate_up = nullptr, *expert_inner = nullptr, *expert_out = nullptr;  // [slots, 2Ie], [slots, Ie], [slots, D]
 };
+// The norm that comes after a half, which the half may do along with its own last launch.
 template <class T>
-void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivations<T>& a, const float* in, float* x);
+struct NextNorm {
+  const float* weight = nullptr;
+  T* y = nullptr;  // [rows, D]
+  bool done = false;
+};
+template <class T>
+void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivations<T>& a, const float* in, float* x,
+                          NextNorm<T>* next = nullptr);
 // dy32 [rows, D] is dy before it was rounded to T.
 template <class T>
 void feed_forward_backward(const Pass& pass, int64_t layer, const float* in, const FeedForwardActivations<T>& a, const T* dy,

@@ -1,6 +1,7 @@
 #include "policy/device/layers.h"
 
 #include <array>
+#include <type_traits>
 #include <vector>
 
 #include "kernels/activation/swiglu_device.h"
@@ -8,6 +9,7 @@
 #include "kernels/gemm/gemm_device.h"
 #include "kernels/kda/gate_device.h"
 #include "kernels/kda/kda_device.h"
+#include "kernels/kda/kda_layer_device.h"
 #include "kernels/mla/mla_device.h"
 #include "kernels/moe/moe_device.h"
 #include "kernels/moe/router_device.h"
@@ -27,14 +29,14 @@ StateLayout state_layout(const ModelConfig& c) {
 }
 
 template <class T>
-void kda_half_forward(const Pass& pass, int64_t layer, KdaActivations<T>& a, const float* in, float* x) {
+void kda_half_forward(const Pass& pass, int64_t layer, KdaActivations<T>& a, const float* in, float* x, T* h) {
   const ModelConfig& c = pass.config;
   const LayerParams& p = pass.params(layer);
   const Weights& w = pass.weights;
   Device& dev = pass.device;
   const int64_t rows = pass.rows(), D = c.hidden_size, H = c.kda_heads, d = c.kda_head_dim, wide = H * d;
 
-  a.h = pass.take<T>(D);
+  a.h = h != nullptr ? h : pass.take<T>(D);
   a.qkv = pass.take<T>(3 * wide);
   a.f_low = pass.take<T>(d);
   a.gate_low = pass.take<T>(d);
@@ -50,7 +52,7 @@ void kda_half_forward(const Pass& pass, int64_t layer, KdaActivations<T>& a, con
   a.normed = pass.take<T>(wide);
   if (pass.training()) a.chunk_states = dev.scratch.take<T>(kda_chunk_slots(rows, pass.batch.slices) * H * d * d);
 
-  rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, a.h, D);
+  if (h == nullptr) rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, a.h, D);
   const std::array<DeviceMatmulTask<T>, 6> project = {{
       product<T>(pass, p.q, a.h, D, a.qkv, 3 * wide, Store::kAct),
       product<T>(pass, p.k, a.h, D, a.qkv + wide, 3 * wide, Store::kAct),
@@ -66,18 +68,28 @@ void kda_half_forward(const Pass& pass, int64_t layer, KdaActivations<T>& a, con
   }};
   matmul<T>(dev, widen);
   const int64_t window = pass.training() ? 0 : pass.state->conv_offset(layer);
+  const int64_t state = pass.training() ? 0 : pass.state->kda_offset(layer);
+  const auto finish = [&] {
+    if (x == nullptr) return;
+    const auto out = product<T>(pass, p.o, a.normed, wide, x, D, Store::kAddF32);
+    matmul<T>(dev, {&out, 1});
+  };
+  if constexpr (std::is_same_v<T, bf16>) {
+    KdaDecodeLayer between;
+    between.qkv = a.qkv, between.taps = w.vector(p.conv), between.window_offset = window;
+    between.f = a.f, between.b = a.b, between.a_log = w.vector(p.a_log), between.dt_bias = w.vector(p.dt_bias);
+    between.gate = a.gate, between.norm_w = w.vector(p.o_norm), between.eps = c.rms_norm_eps;
+    if (kda_decode_layer(dev, {H, d, d}, between, pass.batch, state, a.normed)) return finish();
+  }
   conv_forward<T>(dev, {H, d}, a.qkv, w.vector(p.conv), pass.batch, window, a.q, a.k, a.v);
   kda_gate_forward(dev, H, d, rows, a.f, a.b, w.vector(p.a_log), w.vector(p.dt_bias), a.g, a.beta);
-  const int64_t state = pass.training() ? 0 : pass.state->kda_offset(layer);
   kda_forward<T>(dev, {H, d, d}, a.q, a.k, a.v, a.g, a.beta, pass.batch, state, a.o, a.chunk_states);
   gated_rms_norm_forward<T>(dev, rows, H, d, a.o, a.gate, w.vector(p.o_norm), c.rms_norm_eps, a.normed);
-  if (x == nullptr) return;
-  const auto out = product<T>(pass, p.o, a.normed, wide, x, D, Store::kAddF32);
-  matmul<T>(dev, {&out, 1});
+  finish();
 }
 
 template <class T>
-void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, const float* in, float* x) {
+void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, const float* in, float* x, T* h) {
   const ModelConfig& c = pass.config;
   const LayerParams& p = pass.params(layer);
   const Weights& w = pass.weights;
@@ -87,7 +99,7 @@ void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, con
                 q_width = nope + rope;
   const MlaShape shape{H, latent, rope, 1.0f / __builtin_sqrtf(static_cast<float>(q_width))};
 
-  a.h = pass.take<T>(D);
+  a.h = h != nullptr ? h : pass.take<T>(D);
   a.q = pass.take<T>(H * q_width);
   a.kv = pass.take<float>(width);
   a.qa = pass.take<T>(H * width);
@@ -98,7 +110,7 @@ void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, con
     a.lse = pass.take<float>(H);
   }
 
-  rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, a.h, D);
+  if (h == nullptr) rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, a.h, D);
   const std::array<DeviceMatmulTask<T>, 2> project = {{
       product<T>(pass, p.q, a.h, D, a.q, H * q_width, Store::kAct),
       product<T>(pass, p.kv_a, a.h, D, a.kv, width, Store::kF32),
@@ -126,7 +138,8 @@ void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, con
 }
 
 template <class T>
-void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivations<T>& a, const float* in, float* x) {
+void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivations<T>& a, const float* in, float* x,
+                          NextNorm<T>* next) {
   const ModelConfig& c = pass.config;
   const LayerParams& p = pass.params(layer);
   const Weights& w = pass.weights;
@@ -137,8 +150,11 @@ void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivation
                 slots = rows * top_k;
 
   a.h = pass.take<T>(D);
-  rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.post_norm), c.rms_norm_eps, a.h, D);
+  const auto norm = [&] {
+    rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.post_norm), c.rms_norm_eps, a.h, D);
+  };
   if (!moe) {
+    norm();
     a.gate_up = pass.take<T>(2 * I);
     a.inner = pass.take<T>(I);
     const auto up = product<T>(pass, p.gate_up, a.h, D, a.gate_up, 2 * I, Store::kAct);
@@ -170,7 +186,11 @@ void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivation
   }
 
   const RouterShape router{E, top_k, c.expert_groups, c.topk_groups, c.renormalize, c.routed_scaling_factor};
-  router_logits<T>(dev, rows, E, D, a.h, w.vector(p.router), a.logits);
+  if (!norm_router_logits<T>(dev, rows, E, D, in, w.vector(p.post_norm), c.rms_norm_eps, w.vector(p.router), a.h,
+                             a.logits)) {
+    norm();
+    router_logits<T>(dev, rows, E, D, a.h, w.vector(p.router), a.logits);
+  }
   route_and_dispatch(dev, router, rows, a.logits, w.vector(p.router_bias), a.chosen, a.route_weights, a.offsets, a.source,
                      a.slot, pass.active);
   std::vector<DeviceMatmulTask<T>> beside;
@@ -184,6 +204,10 @@ void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivation
   down.settled = true;
   matmul_experts<T>(dev, down, beside);
   if (x == nullptr) return;  // expert_out itself is wanted: the router's gradient needs it
+  if (next != nullptr)
+    next->done = moe_combine_norm<T>(dev, rows, top_k, D, a.expert_out, a.slot, a.route_weights, shared, x, next->weight,
+                                     c.rms_norm_eps, next->y);
+  if (next != nullptr && next->done) return;
   moe_combine<T>(dev, rows, top_k, D, a.expert_out, a.slot, a.route_weights, shared, x);
 }
 
@@ -195,35 +219,45 @@ void forward(const Pass& pass, const int32_t* tokens, T* hidden) {
   DeviceScratch& scratch = pass.device.scratch;
   DeviceScratch::Mark mark(scratch);
   float* x = pass.take<float>(D);
+  T* const h = pass.take<T>(D);
   embedding_forward<T>(pass.device, rows, D, c.vocab_size,
                        static_cast<const T*>(pass.weights.table(pass.weights.layout->embed())), tokens, x);
+  bool normed = false;  // h is the norm of x that comes next
   for (int64_t layer = 0; layer < c.num_layers; ++layer) {
     {
       DeviceScratch::Mark half(scratch);
       if (c.is_kda(layer)) {
         KdaActivations<T> a;
-        kda_half_forward<T>(pass, layer, a, x, x);
+        kda_half_forward<T>(pass, layer, a, x, x, normed ? h : nullptr);
       } else {
         MlaActivations<T> a;
-        mla_half_forward<T>(pass, layer, a, x, x);
+        mla_half_forward<T>(pass, layer, a, x, x, normed ? h : nullptr);
       }
     }
     DeviceScratch::Mark half(scratch);
     FeedForwardActivations<T> a;
-    feed_forward_forward<T>(pass, layer, a, x, x);
+    const bool last = layer + 1 == c.num_layers;
+    NextNorm<T> next;
+    next.weight = pass.weights.vector(last ? pass.weights.layout->final_norm() : pass.params(layer + 1).input_norm);
+    next.y = last ? hidden : h;
+    feed_forward_forward<T>(pass, layer, a, x, x, &next);
+    normed = next.done;
   }
-  rms_norm_forward<T, float>(pass.device, rows, D, x, D, pass.weights.vector(pass.weights.layout->final_norm()),
-                             c.rms_norm_eps, hidden, D);
+  if (!normed)
+    rms_norm_forward<T, float>(pass.device, rows, D, x, D, pass.weights.vector(pass.weights.layout->final_norm()),
+                               c.rms_norm_eps, hidden, D);
 }
 
 template StateLayout state_layout<float>(const ModelConfig&);
 template StateLayout state_layout<bf16>(const ModelConfig&);
-template void kda_half_forward<float>(const Pass&, int64_t, KdaActivations<float>&, const float*, float*);
-template void kda_half_forward<bf16>(const Pass&, int64_t, KdaActivations<bf16>&, const float*, float*);
-template void mla_half_forward<float>(const Pass&, int64_t, MlaActivations<float>&, const float*, float*);
-template void mla_half_forward<bf16>(const Pass&, int64_t, MlaActivations<bf16>&, const float*, float*);
-template void feed_forward_forward<float>(const Pass&, int64_t, FeedForwardActivations<float>&, const float*, float*);
-template void feed_forward_forward<bf16>(const Pass&, int64_t, FeedForwardActivations<bf16>&, const float*, float*);
+template void kda_half_forward<float>(const Pass&, int64_t, KdaActivations<float>&, const float*, float*, float*);
+template void kda_half_forward<bf16>(const Pass&, int64_t, KdaActivations<bf16>&, const float*, float*, bf16*);
+template void mla_half_forward<float>(const Pass&, int64_t, MlaActivations<float>&, const float*, float*, float*);
+template void mla_half_forward<bf16>(const Pass&, int64_t, MlaActivations<bf16>&, const float*, float*, bf16*);
+template void feed_forward_forward<float>(const Pass&, int64_t, FeedForwardActivations<float>&, const float*, float*,
+                                          NextNorm<float>*);
+template void feed_forward_forward<bf16>(const Pass&, int64_t, FeedForwardActivations<bf16>&, const float*, float*,
+                                          NextNorm<bf16>*);
 template void forward<float>(const Pass&, const int32_t*, float*);
 template void forward<bf16>(const Pass&, const int32_t*, bf16*);
 

@@ -1,0 +1,31 @@
+// The gated RMSNorm of one head of at most 128 channels by sixteen lanes: gated_norm.cu, and kernels that go on from the
+// head's output.
+#pragma once
+#include "kernels/device/elementwise.cuh"
+
+namespace perigee::kernels {
+
+template <class T>
+__device__ __forceinline__ float inverse_of(float sum, int64_t d, float eps) {
+  return scale_over_root<T>(1.0f, __fdiv_rn(sum, static_cast<float>(d)) + eps);
+}
+
+// Pointers to this lane's eight channels, of which there are any when `mine`.
+__device__ __forceinline__ void gated_norm_vector(const bf16* x, const bf16* gate, const float* w, bool mine,
+                                                  int64_t d, float eps, bf16* y) {
+  float v[8] = {}, g[8] = {}, weight[8] = {};
+  if (mine) {
+    load_vector(x, v);
+    load_vector(gate, g);
+    load_vector(w, weight);
+  }
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) sum = math::fma(v[j], v[j], sum);
+  const float r = inverse_of<bf16>(math::reduce_add16(sum, half_warp_mask()), d, eps);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) v[j] = v[j] * r * weight[j] * sigmoid_for<bf16>(g[j]);
+  if (mine) store_vector(y, v);
+}
+
+}  // namespace perigee::kernels
