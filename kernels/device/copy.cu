@@ -8,6 +8,7 @@ template <class Word>
 __global__ void pieces(std::byte* to, int64_t ld_to, const std::byte* from, int64_t ld_from, int64_t words, int64_t all) {
   const int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
   wait_for_previous();
+  let_next_start();
   if (i >= all) return;
   const int64_t row = i / words, word = i % words;
   reinterpret_cast<Word*>(to + row * ld_to)[word] = reinterpret_cast<const Word*>(from + row * ld_from)[word];

@@ -98,7 +98,8 @@ class Device {
   void copy_out(void* host, const void* device, int64_t bytes);
   void copy(void* to, const void* from, int64_t bytes);
   void zero(void* memory, int64_t bytes);
-  // rows pieces of width bytes, ld_to and ld_from bytes apart. All sizes and addresses are multiples of 4.
+  // rows pieces of width bytes, ld_to and ld_from bytes apart. All sizes and addresses are multiples of 4. Not for
+  // weights: products read those ahead (kernels/gemm/gemm_device.h), as this launch lets its successor begin early.
   void copy_2d(void* to, int64_t ld_to, const void* from, int64_t ld_from, int64_t width, int64_t rows);
 
   DeviceScratch scratch;

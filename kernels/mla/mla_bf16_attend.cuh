@@ -560,6 +560,7 @@ __global__ void __launch_bounds__(kAttendThreads, 1) attend(const __grid_constan
     fence_async();
   }
   if (kDecode) cudaTriggerProgrammaticLaunchCompletion();
+  wait_for_previous();
   count_items<kDecode>(a, stats);
   const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x / 128), 0);
   if (group == 2) {

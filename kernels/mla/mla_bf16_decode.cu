@@ -88,8 +88,7 @@ void launch(Device& device, const AttendArgs& args, int64_t most_splits) {
   const int64_t items = int64_t{args.batch.slices} * args.groups * most_splits;
   const unsigned ctas = static_cast<unsigned>(std::min<int64_t>(items, device.info().multiprocessors));
   allow_shared_memory(attend<kHeads, VT>, kBytes);
-  attend<kHeads, VT><<<ctas, kAttendThreads, kBytes, device.stream()>>>(args);
-  PERIGEE_LAUNCHED();
+  launch_dependent(attend<kHeads, VT>, dim3(ctas), dim3(kAttendThreads), kBytes, device.stream(), args);
   if (most_splits == 1) return;
   // Its blocks may wait on the processors that have no split.
   cudaLaunchAttribute early = {};

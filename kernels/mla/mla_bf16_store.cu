@@ -60,6 +60,48 @@ __global__ void __launch_bounds__(16 * kRows)
   }
 }
 
+// Decoding: a row of each slice, a block each, whose threads wait once for all of the row. The sum is the one above, made
+// by every sixteen threads for themselves.
+constexpr int kDecodeThreads = 192, kFewSlices = 8, kPagesAhead = 8;
+template <class T>
+__global__ void __launch_bounds__(kDecodeThreads)
+    store_decoded(int latent, int width, const float* kv, const float* norm_w, float eps, DeviceBatch batch,
+                  int64_t page_offset, T* c) {
+  extern __shared__ float x[];
+  const int thread = static_cast<int>(threadIdx.x),
+            columns = sizeof(T) == 2 ? static_cast<int>(tiles_across(width) * kTile) : width;
+  for (int j = thread * 32; j < latent; j += kDecodeThreads * 32) prefetch_l2(norm_w + j);
+  const DeviceSlice s = batch.slice[blockIdx.x];
+  if (gridDim.x <= kFewSlices && s.count > 0) {
+    // The attention that follows waits for memory page after page: let the last of them come.
+    const int last = s.position / 64, bytes = columns * 64 * static_cast<int>(sizeof(T));
+    for (int p = last < kPagesAhead ? 0 : last - kPagesAhead + 1; p <= last; ++p) {
+      const std::byte* const from = batch.pages[int64_t{blockIdx.x} * batch.max_pages + p] + page_offset;
+      for (int at = thread * 128; at < bytes; at += kDecodeThreads * 128) prefetch_l2(from + at);
+    }
+  }
+  wait_for_previous();
+  let_next_start();
+  if (s.count == 0) return;
+  const int64_t row = s.begin;
+  for (int j = thread; j < width; j += kDecodeThreads) x[j] = kv[row * width + j];
+  T* const page =
+      reinterpret_cast<T*>(batch.pages[int64_t{blockIdx.x} * batch.max_pages + s.position / 64] + page_offset);
+  __syncthreads();
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int i = thread % 16; i < latent; i += 16) sum = math::fma(x[i], x[i], sum);
+  sum = math::reduce_add16(sum, 0xffffu << (thread % 32 / 16 * 16));
+  const float inverse = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum, static_cast<float>(latent)) + eps));
+#pragma unroll 4
+  for (int j = thread; j < columns; j += kDecodeThreads) {
+    const float y = j < latent ? x[j] * inverse * __ldg(norm_w + j) : j < width ? x[j] : 0.0f;
+    const T value = from_float<T>(y);
+    page[sizeof(T) == 2 ? tiled_index(width, s.position % 64, j) : int64_t{s.position % 64} * width + j] = value;
+    if (c != nullptr && j < width) c[row * width + j] = value;
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -67,6 +109,13 @@ void latent_store(Device& device, const MlaShape& shape, const float* kv, const 
                   const DeviceBatch& batch, int64_t page_offset, T* c) {
   PERIGEE_CHECK(!batch.training() || c != nullptr, "training keeps the rows in c");
   if (batch.slices == 0 || batch.max_count == 0) return;
+  if (batch.max_count == 1 && batch.pages != nullptr && shape.width() <= 4096) {
+    launch_dependent(store_decoded<T>, dim3(static_cast<unsigned>(batch.slices)), dim3(kDecodeThreads),
+                     static_cast<size_t>(shape.width()) * sizeof(float), device.stream(),
+                     static_cast<int>(shape.latent), static_cast<int>(shape.width()), kv, norm_w, eps, batch,
+                     page_offset, c);
+    return;
+  }
   const int64_t across = std::clamp<int64_t>(8192 / batch.slices, 1, (batch.max_count + kRows - 1) / kRows);
   launch_dependent(store_rows<T>, dim3(static_cast<unsigned>(across), static_cast<unsigned>(batch.slices)),
                    dim3(16 * kRows), 0, device.stream(), static_cast<int>(shape.latent),
