@@ -69,7 +69,7 @@ void add_rollouts(Program& program) {
   command.option("--step", o->step, "N", "only those opened for this step")
       .option("--min-reward", o->min_reward, "X", "only with at least this reward")
       .option("--max-reward", o->max_reward, "X", "only with at most this reward")
-      .option("--finish", o->finish, "WHY", "only those that ended so: stop, length, cancelled, error, none")
+      .option("--finish", o->finish, "WHY", "only those that ended so: stop, length, turns, time, cancelled, error, none")
       .option("--state", o->state, "STATE",
               "only in this state: open, leased, generated, rewarded, trained, dropped")
       .option("--task", o->task, "TEXT", "only tasks in whose prompt or answer this text stands")
@@ -90,7 +90,7 @@ void add_rollouts(Program& program) {
     if (!o->finish.empty()) {
       filter.finish = parse_finish(o->finish);
       if (!filter.finish)
-        throw_input("rollouts: --finish {}: one of stop, length, cancelled, error, none is expected",
+        throw_input("rollouts: --finish {}: one of stop, length, turns, time, cancelled, error, none is expected",
                     quote(o->finish));
     }
     if (!o->state.empty()) filter.state = parse_state(o->state);

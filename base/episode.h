@@ -19,16 +19,17 @@
 
 namespace perigee {
 
-// Why an episode ended. kNone: it has not.
-enum class FinishReason : uint8_t { kNone, kStop, kLength, kCancelled, kError };
+// Why an episode ended. kNone: it has not. kTurns and kTime: an agent took as many turns, or as long, as it may.
+enum class FinishReason : uint8_t { kNone, kStop, kLength, kCancelled, kError, kTurns, kTime };
+inline constexpr FinishReason kLastFinishReason = FinishReason::kTime;
 
 constexpr std::string_view finish_name(FinishReason finish) {
-  constexpr std::string_view names[] = {"none", "stop", "length", "cancelled", "error"};
+  constexpr std::string_view names[] = {"none", "stop", "length", "cancelled", "error", "turns", "time"};
   return names[static_cast<int>(finish)];
 }
 
 constexpr std::optional<FinishReason> parse_finish(std::string_view name) {
-  for (int i = 0; i <= static_cast<int>(FinishReason::kError); ++i)
+  for (int i = 0; i <= static_cast<int>(kLastFinishReason); ++i)
     if (finish_name(static_cast<FinishReason>(i)) == name) return static_cast<FinishReason>(i);
   return std::nullopt;
 }

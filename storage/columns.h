@@ -22,7 +22,7 @@ E parse_column(Database& db, std::string_view text, Name name, E last) {
       db.file().string(), text);
 }
 inline FinishReason finish_column(Database& db, std::string_view text) {
-  return parse_column(db, text, finish_name, FinishReason::kError);
+  return parse_column(db, text, finish_name, kLastFinishReason);
 }
 inline EpisodeState state_column(Database& db, std::string_view text) {
   return parse_column(db, text, state_name, EpisodeState::kDropped);

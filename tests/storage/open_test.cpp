@@ -103,6 +103,39 @@ TEST(Migrate, AnOlderVersionIsBroughtForwardWithItsData) {
   EXPECT_EQ(db.pragma("PRAGMA application_id"), storage::kApplicationId);
 }
 
+// What a released version left becomes what a new file is: the same tables, the old rows, the wider names, on the
+// connection that migrates and on one that was open before.
+TEST(Migrate, VersionOneLearnsTheFinishesOfAgents) {
+  TempDirectory dir;
+  const auto schema_of = [](Database& db) {
+    std::string all;
+    storage::Query q = db.query_once("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY name");
+    while (q.step()) all += q.str(0) + ";\n";
+    return all;
+  };
+  const auto episode = [](int member, const char* finish) {
+    return fmt::format("INSERT INTO episodes VALUES (NULL, 1, {}, 5, 8, 1.0, '{{}}', NULL, NULL, 'leased', 1, '{}', 0, 0, NULL, "
+                       "NULL, NULL, 1, NULL)", member, finish);
+  };
+  Database fresh(dir / "fresh", {.create = true}), old(dir / "old", {.create = true});
+  storage::migrate(fresh, storage::migrations());
+  storage::migrate(old, storage::migrations().first(1));
+  old.exec("INSERT INTO runs VALUES (1, 'r', 1, '{}', 'running', NULL, '')");
+  old.exec("INSERT INTO groups VALUES (1, 1, 0, 0, 0, '{}', x'', '', 'pending', NULL, 1)");
+  old.exec(episode(0, "length").c_str());
+  EXPECT_ANY_THROW(old.exec(episode(1, "turns").c_str()));
+  Database other(dir / "old", {});
+  EXPECT_EQ(other.pragma("SELECT count(*) FROM episodes"), 1);
+  storage::migrate(old, storage::migrations());
+  EXPECT_EQ(schema_of(old), schema_of(fresh));
+  EXPECT_EQ(old.pragma("SELECT finish = 'length' FROM episodes"), 1);
+  old.exec(episode(1, "turns").c_str());
+  other.exec(episode(2, "time").c_str());
+  EXPECT_ANY_THROW(old.exec(episode(3, "bored").c_str()));
+  EXPECT_ANY_THROW(old.exec("UPDATE sqlite_schema SET sql = 'x'"));  // defensive again
+  EXPECT_EQ(old.pragma("SELECT count(*) FROM pragma_integrity_check WHERE integrity_check <> 'ok'"), 0);
+}
+
 // A store whose version is one behind: the writer applies what is missing, the reader says who can.
 TEST(OpenStore, AStoreOfVersionZeroIsMigratedByTheWriterOnly) {
   TempDirectory dir;
