@@ -7,31 +7,10 @@
 
 #include "base/error.h"
 #include "base/random.h"
-#include "kernels/gemm/tiles.h"
 
 namespace perigee::policy {
-namespace {
-
-int64_t round_up(int64_t x, int64_t to) {
-  return (x + to - 1) / to * to;
-}
-
-bool in_panels(TensorForm form) {
-  return form == TensorForm::kPanels || form == TensorForm::kPanelsF32;
-}
-
-// Position of element (i, j) inside a tensor's elements.
-int64_t element_index(const ParamSpec& t, int64_t i, int64_t j) {
-  if (t.form == TensorForm::kTiles) return kernels::tiled_index(t.k, i, j);
-  if (in_panels(t.form)) return ((i / kernels::kPanel) * t.k + j) * kernels::kPanel + i % kernels::kPanel;
-  return i * t.k + j;
-}
-
-}  // namespace
-
 ParamLayout::ParamLayout(ModelConfig config, Dtype dtype, MatrixForm matrices)
-    : config_(std::move(config)), dtype_(dtype), matrices_(matrices) {
-  PERIGEE_CHECK(matrices == MatrixForm::kPanels || dtype == Dtype::kBf16);
+    : ArenaLayout(dtype, matrices), config_(std::move(config)) {
   const ModelConfig& c = config_;
   embed_ = add("embed", TensorForm::kTable, c.vocab_size, c.hidden_size);
   map("model.embed_tokens.weight", {c.vocab_size, c.hidden_size}, embed_);
@@ -54,24 +33,6 @@ ParamLayout::ParamLayout(ModelConfig config, Dtype dtype, MatrixForm matrices)
   map("model.norm.weight", {c.hidden_size}, final_norm_);
   head_ = add("head", TensorForm::kPanels, c.vocab_size, c.hidden_size);
   map("lm_head.weight", {c.vocab_size, c.hidden_size}, head_);
-}
-
-int ParamLayout::add(std::string name, TensorForm form, int64_t n, int64_t k, bool trained) {
-  ParamSpec t;
-  t.name = std::move(name);
-  t.form = form == TensorForm::kPanels && matrices_ == MatrixForm::kTiles ? TensorForm::kTiles : form;
-  t.n = n;
-  t.k = k;
-  t.trained = trained;
-  t.elements = t.form == TensorForm::kTiles ? kernels::tiled_elements(n, k)
-               : in_panels(form)            ? kernels::panel_elements(n, k)
-                                            : n * k;
-  t.element_offset = elements_;
-  t.byte_offset = weight_bytes_;
-  elements_ += round_up(t.elements, 16);
-  weight_bytes_ += round_up(t.elements * (t.in_dtype() ? kernels::dtype_bytes(dtype_) : 4), 64);
-  tensors_.push_back(std::move(t));
-  return static_cast<int>(tensors_.size()) - 1;
 }
 
 void ParamLayout::map(std::string name, std::vector<int64_t> shape, int tensor, int64_t row_offset,
@@ -186,12 +147,6 @@ void ParamLayout::add_feed_forward(int64_t i, LayerParams& p) {
   }
 }
 
-int64_t ParamLayout::parameter_count() const {
-  int64_t sum = 0;
-  for (const ParamSpec& t : tensors_) sum += t.n * t.k;
-  return sum;
-}
-
 namespace {
 
 // Calls visit(value index in the checkpoint tensor, element index in the flat arena) for every value.
@@ -206,10 +161,10 @@ void for_each_value(const ParamLayout& layout, const CheckpointTensor& t, Visit&
       const int64_t row0 = h * (nope + v);
       for (int64_t i = 0; i < nope; ++i)
         for (int64_t j = 0; j < latent; ++j)
-          visit((row0 + i) * latent + j, key.element_offset + element_index(key, j, i));
+          visit((row0 + i) * latent + j, key.element_offset + key.index(j, i));
       for (int64_t i = 0; i < v; ++i)
         for (int64_t j = 0; j < latent; ++j)
-          visit((row0 + nope + i) * latent + j, value.element_offset + element_index(value, i, j));
+          visit((row0 + nope + i) * latent + j, value.element_offset + value.index(i, j));
     }
     return;
   }
@@ -221,7 +176,7 @@ void for_each_value(const ParamLayout& layout, const CheckpointTensor& t, Visit&
                 count, spec.name);
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < spec.k; ++j)
-      visit(i * spec.k + j, spec.element_offset + element_index(spec, t.row_offset + i, j));
+      visit(i * spec.k + j, spec.element_offset + spec.index(t.row_offset + i, j));
 }
 
 }  // namespace
@@ -236,54 +191,13 @@ void ParamLayout::write_flat(float* flat, const CheckpointTensor& t, const float
 
 namespace {
 
-// kernels::to_bf16 of a whole array, without branches: the learner does it to every weight in every step.
-void narrow_to_bf16(const float* from, int64_t n, uint16_t* to) {
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t b;
-    std::memcpy(&b, from + i, sizeof b);
-    const uint32_t nearest = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16, nan = (b >> 16) | 0x40u;
-    to[i] = static_cast<uint16_t>((b & 0x7fffffffu) > 0x7f800000u ? nan : nearest);
-  }
-}
-
-}  // namespace
-
-void ParamLayout::flat_to_weights(const float* flat, std::byte* weights) const {
-  // The gaps between tensors too: the arena is hashed.
-  std::memset(weights, 0, static_cast<size_t>(weight_bytes_));
-  for (const ParamSpec& t : tensors_) {
-    const float* from = flat + t.element_offset;
-    if (dtype_ == Dtype::kBf16 && t.in_dtype()) {
-      auto* to = reinterpret_cast<uint16_t*>(weights + t.byte_offset);
-      narrow_to_bf16(from, t.elements, to);
-    } else {
-      std::memcpy(weights + t.byte_offset, from, static_cast<size_t>(t.elements) * 4);
-    }
-  }
-}
-
-void ParamLayout::weights_to_flat(const std::byte* weights, float* flat) const {
-  std::memset(flat, 0, static_cast<size_t>(elements_) * 4);
-  for (const ParamSpec& t : tensors_) {
-    float* to = flat + t.element_offset;
-    if (dtype_ == Dtype::kBf16 && t.in_dtype()) {
-      const auto* from = reinterpret_cast<const uint16_t*>(weights + t.byte_offset);
-      for (int64_t i = 0; i < t.elements; ++i) to[i] = kernels::from_bf16(from[i]);
-    } else {
-      std::memcpy(to, weights + t.byte_offset, static_cast<size_t>(t.elements) * 4);
-    }
-  }
-}
-
-namespace {
-
 // Fills tensor `index` (all n rows) from draw().
 template <class Draw>
 void fill(const ParamLayout& layout, int index, float* flat, Draw&& draw) {
   const ParamSpec& t = layout.tensor(index);
   for (int64_t i = 0; i < t.n; ++i)
     for (int64_t j = 0; j < t.k; ++j)
-      flat[t.element_offset + element_index(t, i, j)] = static_cast<float>(draw());
+      flat[t.element_offset + t.index(i, j)] = static_cast<float>(draw());
 }
 
 }  // namespace

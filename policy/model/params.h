@@ -1,8 +1,4 @@
-// Where every parameter of a model lies. One ParamLayout describes three arenas of the same model:
-//   weights    weight_bytes()  matrices and tables in `dtype`, vectors and router in float32 (byte_offset)
-//   flat f32   elements()      gradients, Adam moments, float32 masters: a float per element (element_offset)
-// Matrices lie in both as the device that multiplies them reads them: in panels (kernels/gemm/weight.h) for the CPU and
-// for float32 on a GPU, in tiles (kernels/gemm/tiles.h) for bfloat16 on a GPU. Padding elements are zero and stay zero.
+// The parameters of a model: which tensors they are, and where each lies in an arena (arena.h).
 //
 // Beside the checkpoint's tensors as they are, three are arranged for the kernels:
 //   gate_up     gate_proj over up_proj (w1 over w3), [2*I, D]
@@ -16,38 +12,10 @@
 #include <string>
 #include <vector>
 
-#include "kernels/gemm/weight.h"
+#include "policy/model/arena.h"
 #include "policy/model/config.h"
 
 namespace perigee::policy {
-
-using kernels::Dtype;
-
-enum class TensorForm {
-  kPanels,     // matrix in panels, in the layout's dtype
-  kTiles,      // matrix in tiles, bfloat16 (MatrixForm::kTiles)
-  kPanelsF32,  // matrix in panels, float32 whatever the dtype (the router)
-  kTable,      // row-major matrix, in the layout's dtype (the embedding)
-  kVector,     // float32, n values (k = 1) or [n, k] row-major
-};
-
-// Where a layout's matrices are multiplied.
-enum class MatrixForm {
-  kPanels,
-  kTiles,  // on a GPU; REQUIRES bfloat16
-};
-
-struct ParamSpec {
-  std::string name;  // "layers.3.q_proj"
-  TensorForm form;
-  int64_t n = 0, k = 1;
-  int64_t elements = 0;        // padding included
-  int64_t element_offset = 0;  // multiple of 16
-  int64_t byte_offset = 0;     // multiple of 64
-  bool trained = true;         // false: not changed by gradients (the router's bias)
-  // Whether a weights arena holds it in the layout's dtype; else in float32.
-  bool in_dtype() const { return form != TensorForm::kPanelsF32 && form != TensorForm::kVector; }
-};
 
 // Indices into ParamLayout::tensors(); -1 where a layer has no such tensor.
 struct LayerParams {
@@ -80,34 +48,22 @@ struct CheckpointTensor {
   bool f32_in_file = false;  // A_log, dt_bias and the router's bias stay float32 in bfloat16 checkpoints
 };
 
-class ParamLayout {
+class ParamLayout : public ArenaLayout {
  public:
   ParamLayout(ModelConfig config, Dtype dtype, MatrixForm matrices = MatrixForm::kPanels);
 
   const ModelConfig& config() const { return config_; }
-  Dtype dtype() const { return dtype_; }
-  MatrixForm matrices() const { return matrices_; }
-  const std::vector<ParamSpec>& tensors() const { return tensors_; }
-  const ParamSpec& tensor(int i) const { return tensors_[static_cast<size_t>(i)]; }
   const LayerParams& layer(int64_t i) const { return layers_[static_cast<size_t>(i)]; }
   const std::vector<CheckpointTensor>& checkpoint() const { return checkpoint_; }
   int embed() const { return embed_; }
   int head() const { return head_; }
   int final_norm() const { return final_norm_; }
 
-  int64_t elements() const { return elements_; }          // of a flat f32 arena, padding included
-  int64_t weight_bytes() const { return weight_bytes_; }  // of a weights arena
-  int64_t parameter_count() const;                        // without padding, as in the checkpoint
-
   // Float row-major values of a checkpoint tensor out of, or into, a flat f32 arena.
   void read_flat(const float* flat, const CheckpointTensor& t, float* values) const;
   void write_flat(float* flat, const CheckpointTensor& t, const float* values) const;
-  // A weights arena from a flat f32 arena (rounding to nearest even in bfloat16), and back (exact).
-  void flat_to_weights(const float* flat, std::byte* weights) const;
-  void weights_to_flat(const std::byte* weights, float* flat) const;
 
  private:
-  int add(std::string name, TensorForm form, int64_t n, int64_t k, bool trained = true);
   void map(std::string name, std::vector<int64_t> shape, int tensor, int64_t row_offset = 0,
            bool f32_in_file = false);
   void add_kda(int64_t i, LayerParams& p);
@@ -115,19 +71,19 @@ class ParamLayout {
   void add_feed_forward(int64_t i, LayerParams& p);
 
   ModelConfig config_;
-  Dtype dtype_;
-  MatrixForm matrices_;
-  std::vector<ParamSpec> tensors_;
   std::vector<LayerParams> layers_;
   std::vector<CheckpointTensor> checkpoint_;
   int embed_ = -1, head_ = -1, final_norm_ = -1;
-  int64_t elements_ = 0, weight_bytes_ = 0;
 };
 
-// A weights arena seen through its layout. Borrows both.
+class AdapterLayout;  // policy/model/adapter.h
+
+// A weights arena seen through its layout, and the adapters that are added to it, if any. Borrows all of them.
 struct Weights {
   const ParamLayout* layout = nullptr;
   const std::byte* data = nullptr;
+  const AdapterLayout* adapter = nullptr;  // null: none; then the model itself is what gradients are of
+  const std::byte* adapter_data = nullptr;
 
   kernels::Weight matrix(int i) const {
     const ParamSpec& t = layout->tensor(i);
