@@ -23,6 +23,7 @@ struct MatmulTask {
   int64_t rows;    // may be 0
   float* y;        // [rows, ldy], the first w.n of each row written
   int64_t ldy;
+  bool accumulate = false;  // y += instead of y =: the finished chain is added once. REQUIRES w.k <= 512
 };
 // y = x Wᵀ for every task. Tasks write disjoint memory; y does not alias x.
 void matmul(Context& ctx, std::span<const MatmulTask> tasks);

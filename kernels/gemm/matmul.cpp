@@ -19,7 +19,7 @@ void few_rows(const MatmulTask& t, int64_t panel, int64_t panel_end, int64_t row
     run_tile<Layout::kRowsApartStreamed, T>(
         rows, static_cast<int>(end - panel),
         {w + panel * k * kPanel, k * kPanel, t.x + row * t.ldx, t.ldx, k, t.y + row * t.ldy + panel * kPanel,
-         t.ldy, kPanel, last_lanes(end, t.w.n), Start::kZero});
+         t.ldy, kPanel, last_lanes(end, t.w.n), t.accumulate ? Start::kAddAtEnd : Start::kZero});
   }
 }
 
@@ -56,7 +56,10 @@ void many_rows(const MatmulTask& t, int64_t panel, int64_t panel_end, int64_t ro
         run_tile<Layout::kRowsApart, float>(
             static_cast<int>(tiles.end(i) - tiles.begin(i)), panels,
             {source, stride, t.x + r * t.ldx + j, t.ldx, depth, t.y + r * t.ldy + panel * kPanel, t.ldy,
-             kPanel, last_lanes(end, t.w.n), j == 0 ? Start::kZero : Start::kContinue});
+             kPanel, last_lanes(end, t.w.n),
+             j > 0          ? Start::kContinue
+             : t.accumulate ? Start::kAddAtEnd
+                            : Start::kZero});
       }
     }
   }
@@ -81,6 +84,7 @@ void matmul(Context& ctx, std::span<const MatmulTask> tasks) {
   for (const MatmulTask& t : tasks) {
     PERIGEE_CHECK(t.rows >= 0 && t.w.n >= 0 && t.w.k >= 0 && t.ldx >= t.w.k && t.ldy >= t.w.n,
                   "rows {} n {} k {} ldx {} ldy {}", t.rows, t.w.n, t.w.k, t.ldx, t.ldy);
+    PERIGEE_CHECK(!t.accumulate || t.w.k <= kDepthBlock, "a sum of {} in blocks is not added once", t.w.k);
   }
   for_pieces(
       ctx, static_cast<int64_t>(tasks.size()),

@@ -30,4 +30,11 @@ std::unique_ptr<Backend> device_backend(kernels::Device& device, const ParamLayo
 std::unique_ptr<Backend> device_backend(kernels::Device& device, const ParamLayout& layout, const EngineConfig& config,
                                         const std::byte* device_weights);
 
+// Adapters beside a frozen model. device_base: the weights arena of adapter.base(), in memory of this device (its own, or
+// another process's that it maps), not changed while the backend lives. set_weights copies an arena of the adapters' layout
+// from the host into the memory that the recorded graphs read: no graph is recorded again.
+std::unique_ptr<Backend> device_backend(kernels::Device& device, const AdapterLayout& adapter, const EngineConfig& config,
+                                        const std::byte* device_base);
+int64_t device_scratch_bytes(const AdapterLayout& adapter, int64_t rows);
+
 }  // namespace perigee::policy

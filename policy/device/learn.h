@@ -17,4 +17,11 @@ int64_t device_learn_scratch_bytes(const ParamLayout& layout, int64_t tokens, bo
 // device and layout outlive it. ERRORS (environment): too little memory, with the numbers.
 std::unique_ptr<LearnBackend> device_learn_backend(kernels::Device& device, const ParamLayout& layout, bool recompute);
 
+// Adapters beside a frozen model: gradient, moments, masters and weights are the adapters' alone. device_base: the weights
+// arena of adapter.base() in memory of this device (its own, or another process's that it maps), not changed while the
+// backend lives.
+std::unique_ptr<LearnBackend> device_learn_backend(kernels::Device& device, const AdapterLayout& adapter, bool recompute,
+                                                   const std::byte* device_base);
+int64_t device_learn_scratch_bytes(const AdapterLayout& adapter, int64_t tokens, bool recompute);
+
 }  // namespace perigee::policy

@@ -8,6 +8,7 @@
 #include "kernels/context.h"
 #include "kernels/sampling/sampling.h"
 #include "policy/memory/state_pool.h"
+#include "policy/model/adapter.h"
 
 namespace perigee::policy {
 
@@ -17,7 +18,8 @@ class Backend {
 
   // The memory of sequences, where the backend computes.
   virtual StatePool& pool() = 0;
-  // weights: an arena of the layout on the host, mapped until the next call returns (or the backend dies).
+  // weights: an arena of the layout on the host, mapped until the next call returns (or the backend dies). Of a backend
+  // with adapters: an arena of the adapters' layout; the model under them stays.
   virtual void set_weights(const std::byte* weights) = 0;
 
   // One forward pass; the slices' memory is advanced by their rows. Returns the logits of the last row of every slice
@@ -45,5 +47,10 @@ class Backend {
 
 // ctx and layout outlive it.
 std::unique_ptr<Backend> host_backend(kernels::Context& ctx, const ParamLayout& layout, int64_t memory_bytes);
+
+// With adapters beside a frozen model. base: the weights arena of adapter.base(), on the host; it, ctx and adapter outlive
+// the backend.
+std::unique_ptr<Backend> host_backend(kernels::Context& ctx, const AdapterLayout& adapter, const std::byte* base,
+                                      int64_t memory_bytes);
 
 }  // namespace perigee::policy

@@ -10,11 +10,13 @@ namespace {
 
 class HostBackend : public Backend {
  public:
-  HostBackend(kernels::Context& ctx, const ParamLayout& layout, int64_t memory_bytes)
-      : ctx_(ctx), layout_(layout), pool_(layout, memory_bytes) {}
+  HostBackend(kernels::Context& ctx, const Weights& weights, int64_t memory_bytes)
+      : ctx_(ctx), layout_(*weights.layout), pool_(layout_, memory_bytes), weights_(weights) {}
 
   StatePool& pool() override { return pool_; }
-  void set_weights(const std::byte* weights) override { weights_ = {&layout_, weights}; }
+  void set_weights(const std::byte* weights) override {
+    (weights_.adapter != nullptr ? weights_.adapter_data : weights_.data) = weights;
+  }
 
   const float* forward(std::span<const int32_t> tokens, std::span<const SequenceSlice> slices,
                        std::span<const uint8_t> wanted) override {
@@ -72,7 +74,12 @@ class HostBackend : public Backend {
 }  // namespace
 
 std::unique_ptr<Backend> host_backend(kernels::Context& ctx, const ParamLayout& layout, int64_t memory_bytes) {
-  return std::make_unique<HostBackend>(ctx, layout, memory_bytes);
+  return std::make_unique<HostBackend>(ctx, Weights{&layout}, memory_bytes);
+}
+
+std::unique_ptr<Backend> host_backend(kernels::Context& ctx, const AdapterLayout& adapter, const std::byte* base,
+                                      int64_t memory_bytes) {
+  return std::make_unique<HostBackend>(ctx, Weights{&adapter.base(), base, &adapter, nullptr}, memory_bytes);
 }
 
 }  // namespace perigee::policy

@@ -1,6 +1,9 @@
 // The arithmetic of a trainer: forward and backward of micro-batches, the gradient, the optimiser and its state. The
 // trainer decides what is computed; a backend computes it on the CPU (host_learn_backend) or on a GPU
 // (policy/device/learn.h). Weights arenas on this interface are host memory.
+//
+// What is trained is an ArenaLayout: all of a model (its ParamLayout), or adapters beside a frozen one (AdapterLayout).
+// Weights, gradient, moments and masters on this interface are arenas of that layout.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -10,7 +13,7 @@
 #include "kernels/context.h"
 #include "kernels/optim/optim.h"
 #include "policy/learn/packing.h"
-#include "policy/model/params.h"
+#include "policy/model/adapter.h"
 
 namespace perigee::policy {
 
@@ -40,7 +43,7 @@ class LearnBackend {
   virtual void read_gradient(float* flat) = 0;
 
   // One step from the weights given: update, then any number of additions to float32 vectors of the result, then finish
-  // writes it. What is not trained stays.
+  // writes it. What is not trained stays. add_to_vector: of a layout that is a whole model's.
   virtual void update(const kernels::AdamWParams& params, std::byte* weights_out) = 0;
   virtual void add_to_vector(int tensor, std::span<const float> change, std::byte* weights_out) = 0;
   virtual void finish(std::byte* weights_out) = 0;
@@ -54,11 +57,15 @@ class LearnBackend {
 // ctx and layout outlive it. recompute: TrainerConfig::recompute.
 std::unique_ptr<LearnBackend> host_learn_backend(kernels::Context& ctx, const ParamLayout& layout, bool recompute);
 
+// Adapters beside a frozen model. base: the weights arena of adapter.base(), on the host; it, ctx and adapter outlive it.
+std::unique_ptr<LearnBackend> host_learn_backend(kernels::Context& ctx, const AdapterLayout& adapter, const std::byte* base,
+                                                 bool recompute);
+
 // Stretches of the flat arenas that gradients change, in order and as long as can be.
 struct FlatRange {
   int64_t begin, count;
 };
-std::vector<FlatRange> trained_ranges(const ParamLayout& layout);
+std::vector<FlatRange> trained_ranges(const ArenaLayout& layout);
 
 inline float inv_temperature(const MicroBatch& b) { return b.temperature > 0 ? 1.0f / b.temperature : 1.0f; }
 

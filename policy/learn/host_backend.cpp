@@ -19,9 +19,12 @@ int64_t row_grain(int64_t width) {
 
 class HostLearnBackend : public LearnBackend {
  public:
-  HostLearnBackend(Context& ctx, const ParamLayout& layout, bool recompute)
-      : ctx_(ctx), layout_(layout), recompute_(recompute), trained_(trained_ranges(layout)) {
-    const auto n = static_cast<size_t>(layout.elements());
+  // base: null, or the frozen model's weights, of which `trained` are the adapters.
+  HostLearnBackend(Context& ctx, const ParamLayout& model, const ArenaLayout& trained, const AdapterLayout* adapter,
+                   const std::byte* base, bool recompute)
+      : ctx_(ctx), layout_(model), arena_(trained), recompute_(recompute), trained_(trained_ranges(trained)) {
+    weights_ = {&model, base, adapter, nullptr};
+    const auto n = static_cast<size_t>(trained.elements());
     m_.assign(n, 0);
     v_.assign(n, 0);
     gradient_.assign(n, 0);
@@ -29,7 +32,7 @@ class HostLearnBackend : public LearnBackend {
 
   void set_weights(const std::byte* weights) override {
     pass_.reset();
-    weights_ = {&layout_, weights};
+    (frozen() ? weights_.adapter_data : weights_.data) = weights;
   }
 
   Scores forward(const MicroBatch& b, bool keep) override {
@@ -64,7 +67,7 @@ class HostLearnBackend : public LearnBackend {
 
   void zero_gradient() override {
     // Half a gigabyte for a model of 136 M: all threads write it.
-    ctx_.parallel_for(layout_.elements(), int64_t{1} << 18, [&](int64_t begin, int64_t end) {
+    ctx_.parallel_for(arena_.elements(), int64_t{1} << 18, [&](int64_t begin, int64_t end) {
       std::fill(gradient_.begin() + begin, gradient_.begin() + end, 0.0f);
     });
   }
@@ -76,7 +79,7 @@ class HostLearnBackend : public LearnBackend {
     float* dhidden = ctx_.scratch.take<float>(rows * D);
     vocab_logprob_backward(ctx_, n, hidden_, D, weights_.matrix(layout_.head()), inv_temperature(b),
                            b.targets.data(), lse_, entropy_, dlogprob, dentropy, dentry, D,
-                           gradient_.data() + layout_.tensor(layout_.head()).element_offset);
+                           frozen() ? nullptr : gradient_.data() + layout_.tensor(layout_.head()).element_offset);
     std::memset(dhidden, 0, static_cast<size_t>(rows * D) * sizeof(float));
     ctx_.parallel_for(n, row_grain(D), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
@@ -86,21 +89,21 @@ class HostLearnBackend : public LearnBackend {
   }
 
   double gradient_sum_of_squares() override {
-    return sum_of_squares(ctx_, layout_.elements(), gradient_.data());
+    return sum_of_squares(ctx_, arena_.elements(), gradient_.data());
   }
   int64_t gradient_first_nonfinite() override {
-    return first_nonfinite(ctx_, layout_.elements(), gradient_.data());
+    return first_nonfinite(ctx_, arena_.elements(), gradient_.data());
   }
   void read_gradient(float* flat) override { std::copy(gradient_.begin(), gradient_.end(), flat); }
 
   void update(const AdamWParams& p, std::byte* weights_out) override {
     if (narrow() && masters_.empty()) {
-      masters_.resize(static_cast<size_t>(layout_.elements()));
-      layout_.weights_to_flat(weights_.data, masters_.data());
+      masters_.resize(static_cast<size_t>(arena_.elements()));
+      arena_.weights_to_flat(given(), masters_.data());
     }
     // In float32 the weights arena has the flat layout: it is its own master, read from one arena and written
     // to the other in one pass.
-    const float* from = narrow() ? masters_.data() : reinterpret_cast<const float*>(weights_.data);
+    const float* from = narrow() ? masters_.data() : reinterpret_cast<const float*>(given());
     float* to = next(weights_out);
     int64_t copied = 0;
     const auto keep_until = [&](int64_t end) {  // what is not trained stays
@@ -112,16 +115,16 @@ class HostLearnBackend : public LearnBackend {
       adamw_step(ctx_, p, r.count, from + r.begin, to + r.begin, gradient_.data() + r.begin, m_.data() + r.begin,
                  v_.data() + r.begin);
     }
-    keep_until(layout_.elements());
+    keep_until(arena_.elements());
   }
 
   void add_to_vector(int tensor, std::span<const float> change, std::byte* weights_out) override {
-    float* to = next(weights_out) + layout_.tensor(tensor).element_offset;
+    float* to = next(weights_out) + arena_.tensor(tensor).element_offset;
     for (size_t i = 0; i < change.size(); ++i) to[i] += change[i];
   }
 
   void finish(std::byte* weights_out) override {
-    if (narrow()) layout_.flat_to_weights(masters_.data(), weights_out);
+    if (narrow()) arena_.flat_to_weights(masters_.data(), weights_out);
   }
 
   bool has_masters() const override { return !masters_.empty(); }
@@ -131,7 +134,7 @@ class HostLearnBackend : public LearnBackend {
     if (masters != nullptr) std::copy(masters_.begin(), masters_.end(), masters);
   }
   void load_moments(const float* m, const float* v, const float* masters) override {
-    const auto n = static_cast<size_t>(layout_.elements());
+    const auto n = static_cast<size_t>(arena_.elements());
     m_.assign(m, m + n);
     v_.assign(v, v + n);
     masters_.clear();
@@ -139,13 +142,17 @@ class HostLearnBackend : public LearnBackend {
   }
 
  private:
-  bool narrow() const { return layout_.dtype() == Dtype::kBf16; }
+  bool frozen() const { return weights_.adapter != nullptr; }
+  bool narrow() const { return arena_.dtype() == Dtype::kBf16; }
+  // The arena that set_weights gave.
+  const std::byte* given() const { return frozen() ? weights_.adapter_data : weights_.data; }
   float* next(std::byte* weights_out) {
     return narrow() ? masters_.data() : reinterpret_cast<float*>(weights_out);
   }
 
   Context& ctx_;
-  const ParamLayout& layout_;
+  const ParamLayout& layout_;  // of the model
+  const ArenaLayout& arena_;   // of what is trained
   bool recompute_;
   std::vector<FlatRange> trained_;
   Weights weights_;
@@ -158,7 +165,7 @@ class HostLearnBackend : public LearnBackend {
 
 }  // namespace
 
-std::vector<FlatRange> trained_ranges(const ParamLayout& layout) {
+std::vector<FlatRange> trained_ranges(const ArenaLayout& layout) {
   std::vector<FlatRange> ranges;
   for (const ParamSpec& t : layout.tensors()) {
     if (!t.trained) continue;
@@ -173,7 +180,12 @@ std::vector<FlatRange> trained_ranges(const ParamLayout& layout) {
 }
 
 std::unique_ptr<LearnBackend> host_learn_backend(Context& ctx, const ParamLayout& layout, bool recompute) {
-  return std::make_unique<HostLearnBackend>(ctx, layout, recompute);
+  return std::make_unique<HostLearnBackend>(ctx, layout, layout, nullptr, nullptr, recompute);
+}
+
+std::unique_ptr<LearnBackend> host_learn_backend(Context& ctx, const AdapterLayout& adapter, const std::byte* base,
+                                                 bool recompute) {
+  return std::make_unique<HostLearnBackend>(ctx, adapter.base(), adapter, &adapter, base, recompute);
 }
 
 }  // namespace perigee::policy

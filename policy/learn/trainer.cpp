@@ -12,14 +12,18 @@ using namespace kernels;
 
 struct Trainer::Impl {
   std::unique_ptr<LearnBackend> backend;
-  const ParamLayout& layout;
+  const ParamLayout& model;
+  const ArenaLayout& layout;  // of what is trained: the model, or adapters beside it
   TrainerConfig config;
   ScheduleParams schedule;
   int64_t schedule_start = 0;
   int64_t steps = 0;
 
-  Impl(std::unique_ptr<LearnBackend> b, const ParamLayout& l, const TrainerConfig& t)
-      : backend(std::move(b)), layout(l), config(t), schedule(t.schedule) {}
+  Impl(std::unique_ptr<LearnBackend> b, const ParamLayout& m, const ArenaLayout& l, const TrainerConfig& t)
+      : backend(std::move(b)), model(m), layout(l), config(t), schedule(t.schedule) {
+    check_config(config.loss);
+    PERIGEE_CHECK(config.micro_batch_tokens > 0 && config.minibatches > 0);
+  }
 
   // Weight of the worked examples' own mean: all there is in a supervised step, learn.ptx_coef beside episodes. Decided
   // by the batch, not by a minibatch of it that happens to hold nothing else.
@@ -163,7 +167,7 @@ StepMetrics Trainer::Impl::metrics(const Totals& t) {
     throw_environment("NaN or infinity in the loss; weights and optimiser state are unchanged");
   require_finite_gradient();
   out.grad_norm = std::sqrt(backend->gradient_sum_of_squares());
-  const auto experts = static_cast<size_t>(std::max<int64_t>(layout.config().num_experts, 1));
+  const auto experts = static_cast<size_t>(std::max<int64_t>(model.config().num_experts, 1));
   for (size_t first = 0; first + experts <= t.expert_load.size(); first += experts) {
     int64_t sum = 0, most = 0;
     for (size_t e = first; e < first + experts; ++e) {
@@ -197,7 +201,7 @@ void Trainer::Impl::apply(std::byte* weights_out, const StepMetrics& metrics, co
 // Auxiliary-loss-free balancing (DeepSeek-V3, arXiv 2412.19437 section 2.1.2): an expert that got less than
 // its share is made a little easier to choose.
 void Trainer::Impl::balance_router(std::byte* weights_out, const std::vector<int64_t>& load) {
-  const ModelConfig& c = layout.config();
+  const ModelConfig& c = model.config();
   size_t first = 0;
   for (int64_t i = 0; i < c.num_layers; ++i) {
     if (!c.is_moe(i)) continue;
@@ -211,7 +215,7 @@ void Trainer::Impl::balance_router(std::byte* weights_out, const std::vector<int
       change[e] = static_cast<float>(config.router_bias_rate) *
                   static_cast<float>((difference > 0) - (difference < 0));
     }
-    backend->add_to_vector(layout.layer(i).router_bias, change, weights_out);
+    backend->add_to_vector(model.layer(i).router_bias, change, weights_out);
     first += experts;
   }
 }
@@ -220,9 +224,11 @@ Trainer::Trainer(Context& ctx, const ParamLayout& layout, const TrainerConfig& c
     : Trainer(host_learn_backend(ctx, layout, config.recompute), layout, config) {}
 
 Trainer::Trainer(std::unique_ptr<LearnBackend> backend, const ParamLayout& layout, const TrainerConfig& config)
-    : impl_(std::make_unique<Impl>(std::move(backend), layout, config)) {
-  check_config(config.loss);
-  PERIGEE_CHECK(config.micro_batch_tokens > 0 && config.minibatches > 0);
+    : impl_(std::make_unique<Impl>(std::move(backend), layout, layout, config)) {}
+
+Trainer::Trainer(std::unique_ptr<LearnBackend> backend, const AdapterLayout& adapter, const TrainerConfig& config)
+    : impl_(std::make_unique<Impl>(std::move(backend), adapter.base(), adapter, config)) {
+  PERIGEE_CHECK(config.router_bias_rate == 0, "the router of a frozen model");
 }
 Trainer::~Trainer() = default;
 

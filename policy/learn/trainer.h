@@ -10,7 +10,7 @@
 #include "kernels/context.h"
 #include "kernels/loss/loss.h"
 #include "kernels/optim/optim.h"
-#include "policy/model/params.h"
+#include "policy/model/adapter.h"
 
 namespace perigee::policy {
 
@@ -52,6 +52,9 @@ class Trainer {
   Trainer(kernels::Context& ctx, const ParamLayout& layout, const TrainerConfig& config);
   // On the backend's device (policy/learn/backend.h), which was made with config.recompute.
   Trainer(std::unique_ptr<LearnBackend> backend, const ParamLayout& layout, const TrainerConfig& config);
+  // Of adapters beside a frozen model, on the backend's device: arenas below (weights, reference, gradient, state) are
+  // those of the adapters; a reference of zeros is the model itself. REQUIRES config.router_bias_rate == 0.
+  Trainer(std::unique_ptr<LearnBackend> backend, const AdapterLayout& adapter, const TrainerConfig& config);
   ~Trainer();
 
   // A reinforcement-learning step (policy loss on the plain sequences, PTX on curated ones), or, when every

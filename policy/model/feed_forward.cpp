@@ -4,7 +4,7 @@
 
 #include "kernels/activation/swiglu.h"
 #include "kernels/norm/norm.h"
-#include "policy/model/layers.h"
+#include "policy/model/adapter_products.h"
 
 namespace perigee::policy {
 namespace {
@@ -34,6 +34,7 @@ void feed_forward_forward(const Pass& pass, int64_t layer, const float* x, FeedF
   const bool dense = p.gate_up >= 0;
 
   a.h = pass.take(D);
+  a.low.clear();
   rms_norm_forward(ctx, rows, D, x, D, w.vector(p.post_norm), c.rms_norm_eps, a.h, D);
   if (dense) {
     a.gate_up = pass.take(2 * I);
@@ -42,9 +43,11 @@ void feed_forward_forward(const Pass& pass, int64_t layer, const float* x, FeedF
   if (!moe) {
     const MatmulTask up{w.matrix(p.gate_up), a.h, D, rows, a.gate_up, 2 * I};
     matmul(ctx, {&up, 1});
+    add_adapters(pass, {{p.gate_up, a.h, D, a.gate_up, 2 * I}}, a.low);
     swiglu_forward(ctx, rows, I, a.gate_up, a.inner);
     const MatmulTask down{w.matrix(p.down), a.inner, I, rows, y, D};
     matmul(ctx, {&down, 1});
+    add_adapters(pass, {{p.down, a.inner, I, y, D}}, a.low);
     return;
   }
 
@@ -65,7 +68,6 @@ void feed_forward_forward(const Pass& pass, int64_t layer, const float* x, FeedF
   moe_dispatch(rows, c.experts_per_token, E, a.chosen, a.offsets, a.source, a.slot);
   moe_gather(ctx, slots, D, a.h, a.source, a.dispatched);
 
-  Scratch::Mark mark(ctx.scratch);
   auto* tasks = ctx.scratch.take<MatmulTask>(E + 1);
   size_t count = 0;
   for (int64_t e = 0; e < E; ++e) {
@@ -80,6 +82,7 @@ void feed_forward_forward(const Pass& pass, int64_t layer, const float* x, FeedF
   }
   if (dense) tasks[count++] = {w.matrix(p.gate_up), a.h, D, rows, a.gate_up, 2 * I};
   matmul(ctx, {tasks, count});
+  if (dense) add_adapters(pass, {{p.gate_up, a.h, D, a.gate_up, 2 * I}}, a.low);
   swiglu_forward(ctx, slots, Ie, a.expert_gate_up, a.expert_inner);
   if (dense) swiglu_forward(ctx, rows, I, a.gate_up, a.inner);
   count = 0;
@@ -99,6 +102,7 @@ void feed_forward_forward(const Pass& pass, int64_t layer, const float* x, FeedF
     std::memset(y, 0, static_cast<size_t>(rows * D) * sizeof(float));
   }
   matmul(ctx, {tasks, count});
+  if (dense) add_adapters(pass, {{p.down, a.inner, I, y, D}}, a.low);
   moe_combine(ctx, rows, c.experts_per_token, D, a.expert_out, a.slot, a.route_weights, y);
 }
 
@@ -120,12 +124,16 @@ void feed_forward_backward(const Pass& pass, int64_t layer, const float* x, cons
     float* dgate_up = pass.take(2 * I);
     const MatmulGradInputTask down{w.matrix(p.down), dy, D, rows, dinner, I, false};
     matmul_grad_input(ctx, {&down, 1});
+    adapters_backward(pass, {{p.down, dy, D, a.inner, I, dinner, I}}, a.low, gradient);
     swiglu_backward(ctx, rows, I, a.gate_up, dinner, dgate_up);
     const MatmulGradInputTask up{w.matrix(p.gate_up), dgate_up, 2 * I, rows, dh, D, false};
     matmul_grad_input(ctx, {&up, 1});
-    const MatmulGradWeightTask weights[2] = {{dy, D, a.inner, I, rows, grad(p.down), D, I},
-                                             {dgate_up, 2 * I, a.h, D, rows, grad(p.gate_up), 2 * I, D}};
-    matmul_grad_weight(ctx, weights);
+    adapters_backward(pass, {{p.gate_up, dgate_up, 2 * I, a.h, D, dh, D}}, a.low, gradient);
+    if (!pass.frozen()) {
+      const MatmulGradWeightTask weights[2] = {{dy, D, a.inner, I, rows, grad(p.down), D, I},
+                                               {dgate_up, 2 * I, a.h, D, rows, grad(p.gate_up), 2 * I, D}};
+      matmul_grad_weight(ctx, weights);
+    }
   } else {
     std::memset(dh, 0, static_cast<size_t>(rows * D) * sizeof(float));
   }
@@ -164,6 +172,7 @@ void feed_forward_backward(const Pass& pass, int64_t layer, const float* x, cons
                    ddispatched + first * D,
                    D,
                    false};
+      if (pass.frozen()) return;
       weights[2 * i] = {
           dout + first * D, D, a.expert_inner + first * Ie, Ie, n, grad(p.expert_down + e), D, Ie};
       weights[2 * i + 1] = {dgate_up + first * 2 * Ie,
@@ -176,8 +185,10 @@ void feed_forward_backward(const Pass& pass, int64_t layer, const float* x, cons
                             D};
     });
     matmul_grad_input(ctx, {inputs, count});
-    weights[2 * count] = {dlogits, E, a.h, D, rows, grad(p.router), E, D};
-    matmul_grad_weight(ctx, {weights, 2 * count + 1});
+    if (!pass.frozen()) {
+      weights[2 * count] = {dlogits, E, a.h, D, rows, grad(p.router), E, D};
+      matmul_grad_weight(ctx, {weights, 2 * count + 1});
+    }
     moe_gather_backward(ctx, rows, c.experts_per_token, D, ddispatched, a.slot, dh);
     const MatmulGradInputTask route{w.matrix(p.router), dlogits, E, rows, dh, D, true};
     matmul_grad_input(ctx, {&route, 1});

@@ -69,7 +69,8 @@ class TrainPass {
   const float* forward(std::span<const int32_t> tokens, std::span<const int64_t> lengths,
                        const LayerProbe& probe = {});
 
-  // dhidden [rows, hidden_size] -> gradient [layout.elements()], accumulated. Once per forward.
+  // dhidden [rows, hidden_size] -> gradient, accumulated: [layout.elements()], or with adapters [adapter.elements()] of
+  // theirs alone. Once per forward.
   void backward(const float* dhidden, float* gradient);
 
   // Tokens sent to each expert in the forward, [moe layers][experts] in layer order.

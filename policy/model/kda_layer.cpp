@@ -4,7 +4,7 @@
 
 #include "kernels/conv/short_conv.h"
 #include "kernels/norm/norm.h"
-#include "policy/model/layers.h"
+#include "policy/model/adapter_products.h"
 
 namespace perigee::policy {
 namespace {
@@ -79,6 +79,7 @@ void kda_half_forward(const Pass& pass, int64_t layer, const float* x, KdaActiva
   a.beta = pass.take(m.H);
   a.o = pass.take(m.wide);
   a.normed = pass.take(m.wide);
+  a.low.clear();
   if (pass.training()) a.chunk_states = ctx.scratch.take<float>(chunks_of(pass.slices) * m.H * m.d * m.d);
 
   rms_norm_forward(ctx, rows, m.D, x, m.D, w.vector(p.input_norm), m.eps, a.h, m.D);
@@ -91,30 +92,42 @@ void kda_half_forward(const Pass& pass, int64_t layer, const float* x, KdaActiva
       {w.matrix(p.b), a.h, m.D, rows, a.b, m.H},
   }};
   matmul(ctx, project);
+  add_adapters(pass,
+               {{p.q, a.h, m.D, a.qkv, 3 * m.wide},
+                 {p.k, a.h, m.D, a.qkv + m.wide, 3 * m.wide},
+                 {p.v, a.h, m.D, a.qkv + 2 * m.wide, 3 * m.wide},
+                 {p.f_a, a.h, m.D, a.f_low, m.d},
+                 {p.g_a, a.h, m.D, a.gate_low, m.d},
+                 {p.b, a.h, m.D, a.b, m.H}},
+               a.low);
   const std::array<MatmulTask, 2> widen = {{
       {w.matrix(p.f_b), a.f_low, m.d, rows, a.f, m.wide},
       {w.matrix(p.g_b), a.gate_low, m.d, rows, a.gate, m.wide},
   }};
   matmul(ctx, widen);
+  add_adapters(pass, {{p.f_b, a.f_low, m.d, a.f, m.wide}, {p.g_b, a.gate_low, m.d, a.gate, m.wide}}, a.low);
 
-  Scratch::Mark mark(ctx.scratch);
-  auto* kda = ctx.scratch.take<KdaSlice>(n);
-  auto* conv = ctx.scratch.take<ConvSlice>(n);
-  bind_state(pass, m, layer, kda, conv);
-  const float* conv_w = w.vector(p.conv);
-  float* const outputs[3] = {a.q, a.k, a.v};
-  for (int64_t part = 0; part < 3; ++part) {
-    short_conv_forward(ctx, m.wide, a.qkv + part * m.wide, 3 * m.wide, conv_w + part * m.wide * kConvWidth,
-                       {conv, static_cast<size_t>(n)}, outputs[part], m.wide);
-    for (int64_t i = 0; i < n; ++i) conv[i].window += m.wide;  // the window of the next part's channels
+  {
+    Scratch::Mark mark(ctx.scratch);
+    auto* kda = ctx.scratch.take<KdaSlice>(n);
+    auto* conv = ctx.scratch.take<ConvSlice>(n);
+    bind_state(pass, m, layer, kda, conv);
+    const float* conv_w = w.vector(p.conv);
+    float* const outputs[3] = {a.q, a.k, a.v};
+    for (int64_t part = 0; part < 3; ++part) {
+      short_conv_forward(ctx, m.wide, a.qkv + part * m.wide, 3 * m.wide, conv_w + part * m.wide * kConvWidth,
+                         {conv, static_cast<size_t>(n)}, outputs[part], m.wide);
+      for (int64_t i = 0; i < n; ++i) conv[i].window += m.wide;  // the window of the next part's channels
+    }
+    l2norm_forward(ctx, rows, m.H, m.d, m.q_scale(), a.q, a.qn);
+    l2norm_forward(ctx, rows, m.H, m.d, 1.0f, a.k, a.kn);
+    kda_gate_forward(ctx, m.shape, rows, a.f, a.b, w.vector(p.a_log), w.vector(p.dt_bias), a.g, a.beta);
+    kda_forward(ctx, m.shape, a.qn, a.kn, a.v, a.g, a.beta, {kda, static_cast<size_t>(n)}, a.o, a.chunk_states);
   }
-  l2norm_forward(ctx, rows, m.H, m.d, m.q_scale(), a.q, a.qn);
-  l2norm_forward(ctx, rows, m.H, m.d, 1.0f, a.k, a.kn);
-  kda_gate_forward(ctx, m.shape, rows, a.f, a.b, w.vector(p.a_log), w.vector(p.dt_bias), a.g, a.beta);
-  kda_forward(ctx, m.shape, a.qn, a.kn, a.v, a.g, a.beta, {kda, static_cast<size_t>(n)}, a.o, a.chunk_states);
   gated_rms_norm_forward(ctx, rows, m.H, m.d, a.o, a.gate, w.vector(p.o_norm), m.eps, a.normed);
   const MatmulTask out{w.matrix(p.o), a.normed, m.wide, rows, y, m.D};
   matmul(ctx, {&out, 1});
+  add_adapters(pass, {{p.o, a.normed, m.wide, y, m.D}}, a.low);
 }
 
 void kda_half_backward(const Pass& pass, int64_t layer, const float* x, const KdaActivations& a,
@@ -142,6 +155,7 @@ void kda_half_backward(const Pass& pass, int64_t layer, const float* x, const Kd
 
   const MatmulGradInputTask out_in{w.matrix(p.o), dy, m.D, rows, dnormed, m.wide, false};
   matmul_grad_input(ctx, {&out_in, 1});
+  adapters_backward(pass, {{p.o, dy, m.D, a.normed, m.wide, dnormed, m.wide}}, a.low, gradient);
   gated_rms_norm_backward(ctx, rows, m.H, m.d, a.o, a.gate, w.vector(p.o_norm), m.eps, dnormed, d_o, dgate,
                           grad(p.o_norm));
   kda_backward(ctx, m.shape, a.qn, a.kn, a.v, a.g, a.beta, a.chunk_states, pass.slices, d_o, dq, dk, dv, dg,
@@ -162,18 +176,23 @@ void kda_half_backward(const Pass& pass, int64_t layer, const float* x, const Kd
       {w.matrix(p.g_b), dgate, m.wide, rows, dgate_low, m.d, false},
   }};
   matmul_grad_input(ctx, narrow);
-  const std::array<MatmulGradWeightTask, 9> weights = {{
-      {dy, m.D, a.normed, m.wide, rows, grad(p.o), m.D, m.wide},
-      {dg, m.wide, a.f_low, m.d, rows, grad(p.f_b), m.wide, m.d},
-      {dgate, m.wide, a.gate_low, m.d, rows, grad(p.g_b), m.wide, m.d},
-      {dqkv, 3 * m.wide, a.h, m.D, rows, grad(p.q), m.wide, m.D},
-      {dqkv + m.wide, 3 * m.wide, a.h, m.D, rows, grad(p.k), m.wide, m.D},
-      {dqkv + 2 * m.wide, 3 * m.wide, a.h, m.D, rows, grad(p.v), m.wide, m.D},
-      {df_low, m.d, a.h, m.D, rows, grad(p.f_a), m.d, m.D},
-      {dgate_low, m.d, a.h, m.D, rows, grad(p.g_a), m.d, m.D},
-      {dbeta, m.H, a.h, m.D, rows, grad(p.b), m.H, m.D},
-  }};
-  matmul_grad_weight(ctx, weights);
+  adapters_backward(pass,
+                    {{p.f_b, dg, m.wide, a.f_low, m.d, df_low, m.d}, {p.g_b, dgate, m.wide, a.gate_low, m.d, dgate_low, m.d}},
+                    a.low, gradient);
+  if (!pass.frozen()) {
+    const std::array<MatmulGradWeightTask, 9> weights = {{
+        {dy, m.D, a.normed, m.wide, rows, grad(p.o), m.D, m.wide},
+        {dg, m.wide, a.f_low, m.d, rows, grad(p.f_b), m.wide, m.d},
+        {dgate, m.wide, a.gate_low, m.d, rows, grad(p.g_b), m.wide, m.d},
+        {dqkv, 3 * m.wide, a.h, m.D, rows, grad(p.q), m.wide, m.D},
+        {dqkv + m.wide, 3 * m.wide, a.h, m.D, rows, grad(p.k), m.wide, m.D},
+        {dqkv + 2 * m.wide, 3 * m.wide, a.h, m.D, rows, grad(p.v), m.wide, m.D},
+        {df_low, m.d, a.h, m.D, rows, grad(p.f_a), m.d, m.D},
+        {dgate_low, m.d, a.h, m.D, rows, grad(p.g_a), m.d, m.D},
+        {dbeta, m.H, a.h, m.D, rows, grad(p.b), m.H, m.D},
+    }};
+    matmul_grad_weight(ctx, weights);
+  }
   // Six products end in dh: one after the other, in this order.
   const std::array<MatmulGradInputTask, 6> project = {{
       {w.matrix(p.q), dqkv, 3 * m.wide, rows, dh, m.D, false},
@@ -183,7 +202,18 @@ void kda_half_backward(const Pass& pass, int64_t layer, const float* x, const Kd
       {w.matrix(p.g_a), dgate_low, m.d, rows, dh, m.D, true},
       {w.matrix(p.b), dbeta, m.H, rows, dh, m.D, true},
   }};
-  for (const MatmulGradInputTask& t : project) matmul_grad_input(ctx, {&t, 1});
+  const std::array<ProductGrad, 6> adapted = {{
+      {p.q, dqkv, 3 * m.wide, a.h, m.D, dh, m.D},
+      {p.k, dqkv + m.wide, 3 * m.wide, a.h, m.D, dh, m.D},
+      {p.v, dqkv + 2 * m.wide, 3 * m.wide, a.h, m.D, dh, m.D},
+      {p.f_a, df_low, m.d, a.h, m.D, dh, m.D},
+      {p.g_a, dgate_low, m.d, a.h, m.D, dh, m.D},
+      {p.b, dbeta, m.H, a.h, m.D, dh, m.D},
+  }};
+  for (size_t i = 0; i < project.size(); ++i) {
+    matmul_grad_input(ctx, {&project[i], 1});
+    adapters_backward(pass, {adapted[i]}, a.low, gradient);
+  }
   rms_norm_backward(ctx, rows, m.D, x, m.D, w.vector(p.input_norm), m.eps, dh, m.D, dx, m.D, true,
                     grad(p.input_norm));
 }

@@ -1,6 +1,7 @@
 // The halves of a layer, forward and backward, as forward.cpp and train_pass.cpp string them together.
 // Private to policy/model. Each half computes y = f(norm(x)); the caller adds y to the residual stream.
 //
+// gradient is a flat arena of what is trained: the model, or the adapters beside a frozen one (pass.frozen()).
 // Activation structs hold what the backward reads; their memory is ctx.scratch, released by whoever holds the
 // mark.
 #pragma once
@@ -11,6 +12,7 @@
 #include "kernels/moe/moe.h"
 #include "kernels/gemm/gemm.h"
 #include "policy/model/forward.h"
+#include "policy/model/low_rows.h"
 
 namespace perigee::policy {
 
@@ -27,6 +29,8 @@ struct Pass {
   std::span<const kernels::Slice> slices;    // both
 
   bool training() const { return state == nullptr; }
+  // Gradients are of the adapters alone.
+  bool frozen() const { return weights.adapter != nullptr; }
   const ParamLayout& layout() const { return *weights.layout; }
   float* take(int64_t width) const { return ctx.scratch.take<float>(rows * width); }
 };
@@ -41,6 +45,7 @@ struct KdaActivations {
   float *gate_low = nullptr, *gate = nullptr;          // [rows, d], [rows, Hd]
   float *o = nullptr, *normed = nullptr;               // [rows, Hd]
   float* chunk_states = nullptr;                       // training: S at every chunk's start
+  LowRows<float> low;
 };
 void kda_half_forward(const Pass& pass, int64_t layer, const float* x, KdaActivations& a, float* y);
 // dy [rows, D]; dx accumulated.
@@ -55,6 +60,7 @@ struct MlaActivations {
   float* qa = nullptr;                  // [rows, H * (latent + rope)] absorbed query
   float *ol = nullptr, *lse = nullptr;  // [rows, H * latent], [rows, H]
   float* o = nullptr;                   // [rows, H * v]
+  LowRows<float> low;
 };
 void mla_half_forward(const Pass& pass, int64_t layer, const float* x, MlaActivations& a, float* y);
 void mla_half_backward(const Pass& pass, int64_t layer, const float* x, const MlaActivations& a,
@@ -71,14 +77,16 @@ struct FeedForwardActivations {
   float* expert_gate_up = nullptr;  // [slots, 2I]
   float* expert_inner = nullptr;    // [slots, I]
   float* expert_out = nullptr;      // [slots, D]
+  LowRows<float> low;
 };
 void feed_forward_forward(const Pass& pass, int64_t layer, const float* x, FeedForwardActivations& a,
                           float* y);
 void feed_forward_backward(const Pass& pass, int64_t layer, const float* x, const FeedForwardActivations& a,
                            const float* dy, float* dx, float* gradient);
 
-// Flat gradient of a tensor.
+// Flat gradient of a tensor of the model. Of a frozen model (vectors only): memory that nobody reads.
 inline float* grad_of(const Pass& pass, int tensor, float* gradient) {
+  if (pass.frozen()) return pass.ctx.scratch.take<float>(pass.layout().tensor(tensor).elements);
   return gradient + pass.layout().tensor(tensor).element_offset;
 }
 

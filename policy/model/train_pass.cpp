@@ -126,8 +126,9 @@ void TrainPass::backward(const float* dhidden, float* gradient) {
       mla_half_backward(pass, layer, a.attention_input, a.mla, dy, dx, gradient);
     }
   }
-  embedding_backward(ctx_, rows, D, c.vocab_size, s.tokens.data(), dx,
-                     grad_of(pass, layout.embed(), gradient));
+  if (!pass.frozen())
+    embedding_backward(ctx_, rows, D, c.vocab_size, s.tokens.data(), dx,
+                       grad_of(pass, layout.embed(), gradient));
   s.last = nullptr;
 }
 

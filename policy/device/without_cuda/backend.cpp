@@ -22,6 +22,19 @@ std::unique_ptr<Backend> device_backend(Device&, const ParamLayout&, const Engin
   throw_environment("{}", Device::why_none());
 }
 
+std::unique_ptr<Backend> device_backend(Device&, const AdapterLayout&, const EngineConfig&, const std::byte*) {
+  throw_environment("{}", Device::why_none());
+}
+int64_t device_scratch_bytes(const AdapterLayout&, int64_t) {
+  return 0;
+}
+
+int64_t device_learn_scratch_bytes(const AdapterLayout&, int64_t, bool) {
+  return 0;
+}
+std::unique_ptr<LearnBackend> device_learn_backend(Device&, const AdapterLayout&, bool, const std::byte*) {
+  throw_environment("{}", Device::why_none());
+}
 int64_t device_learn_scratch_bytes(const ParamLayout&, int64_t, bool) {
   return 0;
 }

@@ -1,0 +1,74 @@
+#include "policy/model/adapter_products.h"
+
+#include <vector>
+
+#include "policy/model/adapter.h"
+
+namespace perigee::policy {
+namespace {
+
+using namespace kernels;
+
+Weight matrix(const Weights& w, int i) {
+  const ParamSpec& t = w.adapter->tensor(i);
+  return {w.adapter_data + t.byte_offset, w.adapter->dtype(), t.n, t.k};
+}
+
+void scale_rows(Context& ctx, int64_t n, float factor, float* x) {
+  ctx.parallel_for(n, 16384, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) x[i] *= factor;
+  });
+}
+
+// Calls use(product, adapter's number, adapter) for all adapters of the products' tensors.
+template <class Products, class Use>
+void each(const Pass& pass, const Products& products, Use&& use) {
+  if (!pass.frozen()) return;
+  for (const auto& p : products)
+    for (const AdapterLayout::Part& part : pass.weights.adapter->parts(p.tensor))
+      if (part.adapter >= 0) use(p, part.adapter, pass.weights.adapter->adapter(part.adapter));
+}
+
+}  // namespace
+
+void add_adapters(const Pass& pass, std::initializer_list<Product> products, LowRows<float>& low) {
+  std::vector<MatmulTask> down, up;
+  const int64_t rows = pass.rows;
+  each(pass, products, [&](const Product& p, int i, const AdapterLayout::Adapter& a) {
+    const int64_t rank = pass.weights.adapter->config().rank;
+    float* rows_of_it = pass.take(rank);
+    low.add(i, rows_of_it);
+    down.push_back({matrix(pass.weights, a.a), p.x, p.ldx, rows, rows_of_it, rank});
+    up.push_back({matrix(pass.weights, a.b), rows_of_it, rank, rows, p.y + a.row, p.ldy, true});
+  });
+  if (down.empty()) return;
+  matmul(pass.ctx, down);
+  for (const MatmulTask& t : down) scale_rows(pass.ctx, rows * t.w.n, pass.weights.adapter->scale(), t.y);
+  matmul(pass.ctx, up);
+}
+
+void adapters_backward(const Pass& pass, std::initializer_list<ProductGrad> products, const LowRows<float>& low, float* gradient) {
+  Scratch::Mark mark(pass.ctx.scratch);
+  std::vector<MatmulGradInputTask> up, down;
+  std::vector<MatmulGradWeightTask> weights;
+  const int64_t rows = pass.rows;
+  each(pass, products, [&](const ProductGrad& p, int i, const AdapterLayout::Adapter& a) {
+    const AdapterLayout& layout = *pass.weights.adapter;
+    const int64_t rank = layout.config().rank;
+    const auto grad = [&](int t) { return gradient + layout.tensor(t).element_offset; };
+    float* dlow = pass.take(rank);
+    up.push_back({matrix(pass.weights, a.b), p.dy + a.row, p.lddy, rows, dlow, rank, false});
+    down.push_back({matrix(pass.weights, a.a), dlow, rank, rows, p.dx, p.lddx, true});
+    weights.push_back({p.dy + a.row, p.lddy, low.of(i), rank, rows, grad(a.b), a.n, rank});
+    weights.push_back({dlow, rank, p.x, p.ldx, rows, grad(a.a), rank, a.k});
+  });
+  if (up.empty()) return;
+  matmul_grad_input(pass.ctx, up);
+  for (const MatmulGradInputTask& t : up)
+    scale_rows(pass.ctx, rows * t.lddx, pass.weights.adapter->scale(), t.dx);
+  matmul_grad_weight(pass.ctx, weights);
+  // They may end in the same dx: one after the other.
+  for (const MatmulGradInputTask& t : down) matmul_grad_input(pass.ctx, {&t, 1});
+}
+
+}  // namespace perigee::policy
