@@ -172,13 +172,13 @@ __global__ void __launch_bounds__(512) backward_block(int64_t rows, int64_t d, c
 
 template <class D, class X, class G>
 void rms_norm_backward(Device& device, int64_t rows, int64_t d, const X* x, int64_t ldx, const float* w, float eps,
-                       const D* dy, int64_t lddy, G* dx, int64_t lddx, bool accumulate, float* dw) {
+                       const D* dy, int64_t lddy, G* dx, int64_t lddx, bool accumulate, float* dw, RowSums sums) {
   PERIGEE_CHECK(rows >= 0 && d > 0 && ldx >= d && lddy >= d && lddx >= d);
   if (rows == 0) return;
   constexpr bool kFloat = std::is_same_v<D, float> && std::is_same_v<X, float>;
   DeviceScratch::Mark mark(device.scratch);
   cudaStream_t stream = device.stream();
-  if constexpr (!kFloat) {
+  if (!kFloat || sums == RowSums::kBlocks) {
     if (d % 8 == 0 && ldx % 8 == 0 && lddy % 8 == 0 && lddx % 8 == 0 && d <= kMostBackward) {
       const int blocks = static_cast<int>(rows < 2 * kSumBlocks ? rows : 2 * kSumBlocks);
       float* const partial = dw != nullptr ? device.scratch.take<float>(blocks * d) : nullptr;
@@ -202,12 +202,12 @@ void rms_norm_backward(Device& device, int64_t rows, int64_t d, const X* x, int6
   }
 }
 template void rms_norm_backward(Device&, int64_t, int64_t, const float*, int64_t, const float*, float, const float*,
-                                int64_t, float*, int64_t, bool, float*);
+                                int64_t, float*, int64_t, bool, float*, RowSums);
 template void rms_norm_backward(Device&, int64_t, int64_t, const float*, int64_t, const float*, float, const bf16*,
-                                int64_t, float*, int64_t, bool, float*);
+                                int64_t, float*, int64_t, bool, float*, RowSums);
 template void rms_norm_backward(Device&, int64_t, int64_t, const bf16*, int64_t, const float*, float, const bf16*,
-                                int64_t, bf16*, int64_t, bool, float*);
+                                int64_t, bf16*, int64_t, bool, float*, RowSums);
 template void rms_norm_backward(Device&, int64_t, int64_t, const bf16*, int64_t, const float*, float, const float*,
-                                int64_t, bf16*, int64_t, bool, float*);
+                                int64_t, bf16*, int64_t, bool, float*, RowSums);
 
 }  // namespace perigee::kernels

@@ -18,6 +18,10 @@ using namespace kernels;
 
 namespace {
 
+// The residual stream is float32 for both types; only float has bits to keep.
+template <class T>
+constexpr RowSums kRowSums = sizeof(T) == 4 ? RowSums::kCpu : RowSums::kBlocks;
+
 // Products that end in the same float32 dh, one after the other: the first stores, the others add.
 template <class T>
 void sum_of_grad_inputs(const Pass& pass, std::span<DeviceGradInputTask<T>> tasks) {
@@ -108,7 +112,7 @@ void kda_half_backward(const Pass& pass, int64_t layer, const float* in, const K
   }};
   sum_of_grad_inputs<T>(pass, project);
   rms_norm_backward<float, float, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, dh, D, dx, D, true,
-                                         grad(p.input_norm));
+                                         grad(p.input_norm), kRowSums<T>);
 }
 
 template <class T>
@@ -170,7 +174,7 @@ void mla_half_backward(const Pass& pass, int64_t layer, const float* in, const M
   }};
   sum_of_grad_inputs<T>(pass, project);
   rms_norm_backward<float, float, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, dh, D, dx, D, true,
-                                         grad(p.input_norm));
+                                         grad(p.input_norm), kRowSums<T>);
 }
 
 template <class T>
@@ -225,7 +229,7 @@ void feed_forward_backward(const Pass& pass, int64_t layer, const float* in, con
     router_grad<T>(dev, rows, E, D, a.h, w.vector(p.router), dlogits, dh, Store::kAddF32, grad(p.router));
   }
   rms_norm_backward<float, float, float>(dev, rows, D, in, D, w.vector(p.post_norm), c.rms_norm_eps, dh, D, dx, D, true,
-                                         grad(p.post_norm));
+                                         grad(p.post_norm), kRowSums<T>);
 }
 
 #define PERIGEE_INSTANTIATE(T)                                                                                      \

@@ -138,7 +138,8 @@ void TrainPass<T>::backward(const float* dhidden, float* gradient) {
     if constexpr (!std::is_same_v<T, float>) narrow(dev, rows * D, dx, dy);
   };
   rms_norm_backward<float, float, float>(dev, rows, D, s.last, D, s.weights.vector(layout.final_norm()), c.rms_norm_eps,
-                                         dhidden, D, dx, D, false, pass.gradient_of(layout.final_norm(), gradient));
+                                         dhidden, D, dx, D, false, pass.gradient_of(layout.final_norm(), gradient),
+                                         std::is_same_v<T, float> ? RowSums::kCpu : RowSums::kBlocks);
   for (int64_t layer = c.num_layers - 1; layer >= 0; --layer) {
     LayerActivations<T>& a = s.layers[static_cast<size_t>(layer)];
     {

@@ -79,16 +79,17 @@ void backward_near_the_cpu(Device& device, int64_t rows, int64_t d) {
     const DeviceArray<float> dev_dw(device, dw);
     rms_norm_backward(ctx, rows, d, x.data(), d, w.data(), kEps, dy.data(), d, dx.data(), d, accumulate, dw.data());
     rms_norm_backward(device, rows, d, dev_x.data(), d, dev_w, kEps, dev_dy.data(), d, dev_dx.data(), d, accumulate,
-                      dev_dw);
+                      dev_dw, RowSums::kBlocks);
     const double most = std::is_same_v<G, bf16> ? kOneRounding : 1e-6;
     EXPECT_LT(relative_error(dev_dx.get(), doubles(dx)), most) << d;
     EXPECT_LT(relative_error(dev_dw.get(), doubles(dw)), 2e-6) << rows << " x " << d;
   }
 }
 
-TEST_F(NormDevice, rms_norm_gradients_in_bf16_are_near_the_cpu) {
+TEST_F(NormDevice, rms_norm_gradients_by_blocks_are_near_the_cpu) {
   for (const int64_t d : {int64_t{8}, int64_t{33}, int64_t{512}, int64_t{2304}})
     for (const int64_t rows : {1, 1100}) {
+      backward_near_the_cpu<float, float, float>(device(), rows, d);
       backward_near_the_cpu<bf16, float, float>(device(), rows, d);
       backward_near_the_cpu<bf16, bf16, bf16>(device(), rows, d);
       backward_near_the_cpu<float, bf16, bf16>(device(), rows, d);
