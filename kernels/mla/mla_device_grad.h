@@ -19,8 +19,8 @@ namespace perigee::kernels {
 // float: the bits of the CPU's mla_backward. bf16: products on the tensor cores with float32 sums; the weights p and ds
 // are rounded to bf16 between the products. The same inputs give the same bits: every sum has one order, a function of
 // the shapes and of the slices' lengths.
-// REQUIRES (bf16) the arrays aligned to 16 bytes. Latent 512, rope 64 and a multiple of 32 heads on a device of
-// capability 9.0 go to the tensor cores; all else takes the float path's kernels, which are slow.
+// REQUIRES (bf16) the arrays aligned to 16 bytes. Latent 512 or 256, rope 64 and an even number of heads on a device
+// of capability 9.0 go to the tensor cores; all else takes the float path's kernels, which are slow.
 // ASYNC on the device's stream; takes mla_backward_scratch_bytes of scratch; may be captured into a graph.
 template <class T>
 void mla_backward(Device& device, const MlaShape& shape, const T* q, const T* c, const DeviceBatch& batch,

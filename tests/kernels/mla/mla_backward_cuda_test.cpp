@@ -137,6 +137,13 @@ TEST_F(MlaBackwardDevice, MoreHeads) {
   expect_float_path(PackedCase({64, 512, 64, 0.0721687824f}, {{70, 0, 70}, {33, 0, 33}}, 7));
 }
 
+// A tile of 32 streamed queries is of several tokens, or a token's heads of several tiles; the last tile is cut.
+TEST_F(MlaBackwardDevice, FewHeadsAndHalfTheLatent) {
+  expect_reference(PackedCase(shape_of(4, 256, 64), {{65, 0, 65}, {1, 0, 1}, {33, 0, 33}, {130, 0, 130}}, 8));
+  expect_reference(PackedCase(shape_of(12, 512, 64), {{47, 0, 47}, {0, 0, 0}, {66, 0, 66}}, 8));
+  expect_float_path(PackedCase(shape_of(6, 256, 64), {{63, 0, 63}, {1, 0, 1}, {577, 0, 577}, {33, 0, 33}}, 6));
+}
+
 TEST_F(MlaBackwardDevice, OtherShapes) {
   expect_reference(PackedCase(shape_of(3, 40, 8), {{65, 0, 65}, {1, 0, 1}, {33, 0, 33}, {130, 0, 130}}, 9));
   expect_reference(PackedCase(shape_of(2, 17, 0), {{70, 0, 70}}, 9));
@@ -144,17 +151,20 @@ TEST_F(MlaBackwardDevice, OtherShapes) {
 
 // A sequence's gradients do not depend on what it is packed with: in particular not on rows past its end.
 TEST_F(MlaBackwardDevice, PackedEqualsAlone) {
-  const PackedCase z(kModel, {{77, 0, 77}, {50, 0, 50}}, 11);
-  Inputs in = inputs(z);
-  const Gradients clean = backward(z, in);
-  const auto spoil = [](std::vector<bf16>& x, int64_t from) {
-    for (size_t i = static_cast<size_t>(from); i < x.size(); ++i) x[i].bits = 0x7fc0;
-  };
-  spoil(in.q, 77 * 32 * 576), spoil(in.c, 77 * 576), spoil(in.out, 77 * 32 * 512),
-      spoil(in.dout, 77 * 32 * 512);
-  const Gradients got = backward(z, in);
-  EXPECT_EQ(std::memcmp(got.dq.data(), clean.dq.data(), 77 * 32 * 576 * sizeof(bf16)), 0);
-  EXPECT_EQ(std::memcmp(got.dc.data(), clean.dc.data(), 77 * 576 * sizeof(float)), 0);
+  for (const MlaShape& shape : {kModel, shape_of(4, 256, 64)}) {
+    const PackedCase z(shape, {{77, 0, 77}, {50, 0, 50}}, 11);
+    const int64_t wide = 77 * shape.heads * shape.width(), values = 77 * shape.heads * shape.latent,
+                  row = 77 * shape.width();
+    Inputs in = inputs(z);
+    const Gradients clean = backward(z, in);
+    const auto spoil = [](std::vector<bf16>& x, int64_t from) {
+      for (size_t i = static_cast<size_t>(from); i < x.size(); ++i) x[i].bits = 0x7fc0;
+    };
+    spoil(in.q, wide), spoil(in.c, row), spoil(in.out, values), spoil(in.dout, values);
+    const Gradients got = backward(z, in);
+    EXPECT_EQ(std::memcmp(got.dq.data(), clean.dq.data(), static_cast<size_t>(wide) * sizeof(bf16)), 0);
+    EXPECT_EQ(std::memcmp(got.dc.data(), clean.dc.data(), static_cast<size_t>(row) * sizeof(float)), 0);
+  }
 }
 
 // Recorded once, replayed over other values.
