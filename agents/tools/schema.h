@@ -6,10 +6,10 @@
 //
 // A whole number is an integer however it is written: 1.0 is one. Lengths of texts count code points.
 #pragma once
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
+#include <vector>
 
 namespace perigee::agents {
 
@@ -31,7 +31,7 @@ class ArgumentSchema {
   struct Node;
   struct Compiler;
   struct Checker;
-  std::unique_ptr<Compiler> compiled_;
+  std::vector<Node> nodes_;  // [0]: the whole schema; others by index
 };
 
 }  // namespace perigee::agents

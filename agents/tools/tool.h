@@ -33,7 +33,10 @@ class Tool {
   virtual const std::string& name() const = 0;  // [A-Za-z0-9_-]{1,64}
   // {"type":"function","function":{"name":NAME,"description":TEXT,"parameters":SCHEMA}}; the same at every call.
   virtual nlohmann::ordered_json declaration() const = 0;
-  // arguments: an object that keeps to the declaration's schema (the toolbox has checked it).
+  // Whether call() checks its arguments itself, and the toolbox leaves the schema alone (a server elsewhere may declare
+  // what ArgumentSchema does not know).
+  virtual bool checks_arguments() const { return false; }
+  // arguments: an object that keeps to the declaration's schema (the toolbox has checked it, unless checks_arguments()).
   virtual ToolResult call(const nlohmann::json& arguments, const ToolContext& context) = 0;
 };
 
