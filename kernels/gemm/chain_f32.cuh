@@ -30,6 +30,7 @@ struct Product {
   int64_t ldo = 0;
   int64_t rows = 0, cols = 0, depth = 0;  // of out; by expert: all slots in rows, or in depth for grad_weight
   Store store = Store::kAct;
+  float scale = 1;  // not of grad_weight
   // By expert when offsets is not null.
   const int32_t* offsets = nullptr;
   const int32_t* source = nullptr;
@@ -182,7 +183,8 @@ __global__ void __launch_bounds__(kThreads, 2) tile_kernel(const __grid_constant
     } else {
       const int64_t at = (out_row + r) * p.ldo + c;
       float* const y = static_cast<float*>(p.out) + at;
-      *y = p.store == Store::kAddF32 ? *y + x : x;
+      const float scaled = x * p.scale;
+      *y = p.store == Store::kAddF32 ? *y + scaled : scaled;
     }
   });
 }

@@ -6,6 +6,7 @@
 // NUMERICS (bf16). y[t][i] is one chain of tensor-core products over k in ascending order, summed in float32: it depends
 // on row t of x and row i of W alone, the same bits for any number of rows, any place of a row among them, alone or in
 // a call with others, dense or by expert.
+// float: an addition to what is added to (low with kAddF32) takes scratch of rows * n floats.
 // REQUIRES (bf16) k and ldx are multiples of 8; w and x are aligned to 16 bytes (and y, with ldy a multiple of 8, or of
 // 4 for float32, to be fast). Rows of x need k elements only: what lies beyond is not read. Tasks of a call write
 // disjoint memory; y does not alias x.
@@ -26,6 +27,17 @@ namespace perigee::kernels {
 // What becomes of a finished product: stored as the activation type, stored as float32, or added once to a float32.
 enum class Store { kAct, kF32, kAddF32 };
 
+// A low-rank addition to a product (an adapter): + low Uᵀ, from low [rows, rank].
+// float: the product and the addition are a chain each, added once. bf16: the addition continues the product's chain, in
+// the same float32 sum, so it costs one tile in k and no rounding.
+template <class T>
+struct LowRank {
+  const void* w = nullptr;  // U [n, rank], in the form of the product's weight; null: no addition
+  int64_t rank = 0;         // 1..64; bf16: a multiple of 8
+  const T* x = nullptr;     // low [rows, ldx]
+  int64_t ldx = 0;
+};
+
 // Tasks that one call may have.
 inline constexpr int64_t kMaxMatmulTasks = 96;
 
@@ -39,6 +51,8 @@ struct DeviceMatmulTask {
   void* y;  // [rows, ldy], the first n of each row written: T for kAct, else float
   int64_t ldy;
   Store store;
+  LowRank<T> low = {};
+  float scale = 1;  // of the finished sum, before it is stored or added
 };
 // y = x Wᵀ for every task; tasks is host memory. One launch as a rule.
 template <class T>

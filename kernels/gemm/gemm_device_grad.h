@@ -26,6 +26,8 @@ struct DeviceGradInputTask {
   void* dx;       // [rows, lddx], the first k of each row written: T for kAct, else float
   int64_t lddx;
   Store store;    // kAddF32: the finished sum is added once
+  LowRank<T> low = {};  // + low U, U [rank, k]. float: added once by itself; bf16: in the sum of dy W
+  float scale = 1;      // of the finished sum, before it is stored or added
 };
 // dx = dy W.
 template <class T>

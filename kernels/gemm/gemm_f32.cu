@@ -115,10 +115,21 @@ __global__ void __launch_bounds__(kFewThreads) few_rows(const __grid_constant__ 
   const int64_t c = c0 + lane;
   const auto store = [&](int64_t r, float sum) {
     float* const y = static_cast<float*>(p.out) + (row0 + r) * p.ldo + c;
+    sum *= p.scale;
     *y = p.store == Store::kAddF32 ? *y + sum : sum;
   };
   if (c < p.cols && first) store(warp, sum0);
   if (c < p.cols && second) store(warp + 4, sum1);
+}
+
+// y += x, x [rows, n] without gaps.
+__global__ void add_rows_kernel(int64_t count, int64_t n, const float* x, float* y, int64_t ldy) {
+  const int64_t at = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  if (at < count) y[at / n * ldy + at % n] += x[at];
+}
+void add_rows(Device& device, int64_t rows, int64_t n, const float* x, float* y, int64_t ldy) {
+  add_rows_kernel<<<blocks_for(rows * n, 256), 256, 0, device.stream()>>>(rows * n, n, x, y, ldy);
+  PERIGEE_LAUNCHED();
 }
 
 void launch_few(Device& device, std::span<const Product> products) {
@@ -148,13 +159,36 @@ void launch_few(Device& device, std::span<const Product> products) {
 }  // namespace
 
 template <>
-void matmul<float>(Device& device, std::span<const DeviceMatmulTask<float>> tasks) {
+void matmul<float>(Device& device, std::span<const DeviceMatmulTask<float>> all) {
+  // Low-rank additions are products of their own. One that goes with an addition to y is summed aside first.
+  DeviceScratch::Mark mark(device.scratch);
+  std::vector<DeviceMatmulTask<float>> tasks(all.begin(), all.end()), low;
+  std::vector<DeviceMatmulTask<float>*> aside;
+  for (DeviceMatmulTask<float>& t : tasks) {
+    if (t.low.w == nullptr) continue;
+    PERIGEE_CHECK(t.low.rank >= 1 && t.low.rank <= kTile && t.low.ldx >= t.low.rank && t.scale == 1.0f);
+    if (t.store == Store::kAddF32) {
+      t.y = device.scratch.take<float>(t.rows * t.n), t.ldy = t.n, t.store = Store::kF32;
+      aside.push_back(&t);
+    }
+    low.push_back({t.low.w, t.n, t.low.rank, t.low.x, t.low.ldx, t.rows, t.y, t.ldy, Store::kAddF32});
+    t.low = {};
+  }
+  if (!low.empty()) {
+    matmul<float>(device, tasks);
+    matmul<float>(device, low);
+    for (const DeviceMatmulTask<float>* t : aside) {
+      const DeviceMatmulTask<float>& to = all[static_cast<size_t>(t - tasks.data())];
+      if (t->rows > 0) add_rows(device, t->rows, t->n, static_cast<const float*>(t->y), static_cast<float*>(to.y), to.ldy);
+    }
+    return;
+  }
   std::vector<Product> few, many;
   for (const DeviceMatmulTask<float>& t : tasks) {
     PERIGEE_CHECK(t.rows >= 0 && t.n >= 0 && t.k >= 0 && t.ldx >= t.k && t.ldy >= t.n && t.k < (int64_t{1} << 31));
     Product p;
     p.a = t.x, p.lda = t.ldx, p.b = t.w, p.out = t.y, p.ldo = t.ldy;
-    p.rows = t.rows, p.cols = t.n, p.depth = t.k, p.store = t.store;
+    p.rows = t.rows, p.cols = t.n, p.depth = t.k, p.store = t.store, p.scale = t.scale;
     (t.rows <= 4 * kFewRows ? few : many).push_back(p);
   }
   launch_few(device, few);

@@ -156,7 +156,15 @@ void matmul_grad_input<bf16>(Device& device, std::span<const DeviceGradInputTask
       launch<Mode::kInput>(device, work);
       work = {};
     }
-    const Task& task = add_input_task(work, t.w, t.n, t.k, t.dy, t.lddy, t.rows, t.dx, t.lddx, t.store);
+    const size_t at = static_cast<size_t>(work.tasks);
+    Task& task = add_input_task(work, t.w, t.n, t.k, t.dy, t.lddy, t.rows, t.dx, t.lddx, t.store);
+    task.scale = t.scale;
+    if (t.low.w != nullptr) {
+      PERIGEE_CHECK(t.low.rank >= 1 && t.low.rank <= kTile && t.low.rank % 8 == 0 && t.low.ldx >= t.low.rank &&
+                    t.low.ldx % 8 == 0 && aligned16(t.low.w) && aligned16(t.low.x));
+      task.low_w = static_cast<const bf16*>(t.low.w);
+      work.x[at] = describe(t.low.x, t.low.rank, t.rows, t.low.ldx, kM);
+    }
     work.items += (t.rows + kM - 1) / kM * task.columns;
   }
   launch<Mode::kInput>(device, work);

@@ -42,6 +42,8 @@ struct Task {
   int rows = 0, n = 0, k = 0, experts = 0;
   int columns = 0;  // tiles along k
   int tiles = 0;    // of one expert (grad_weight)
+  const bf16* low_w = nullptr;  // grad_input: tiles of the low-rank addition, one down; null: none
+  float scale = 1;
   Store store = Store::kF32;
 };
 struct Work {
@@ -53,7 +55,7 @@ struct Work {
   int split = 0, pieces = 1;
   float* partial = nullptr;  // [split, pieces, 2, 4, 64 x 64 in the order of a tile]
   CUtensorMap dy[kMostTasks];  // boxes of 64 by 128 rows for dx, 64 by 64 for dw
-  CUtensorMap x[kMostTasks];   // boxes of 64 by 64; by expert only without a source
+  CUtensorMap x[kMostTasks];   // boxes of 64 by 64; by expert only without a source; grad_input: of the addition, as dy
 };
 
 // An item, found.
@@ -65,6 +67,8 @@ struct Place {
   int a_rows, a_cols, b_cols;  // what is there from a and b on; grad_weight: a_rows of both
   int task, row, a_column, b_column;  // where a and b begin in the task's matrices
   int steps;
+  const bf16* low_b;  // grad_input: what b is in the last step, that of the low-rank addition, or null
+  float scale;
   void* out;
   int64_t ld_out;  // grad_weight: floats from 64 outputs to the next 64
   int out_blocks;  // grad_weight: 64-output blocks that are there
@@ -116,6 +120,12 @@ __device__ __forceinline__ bool find(const Work& work, int64_t item, Cursor& cur
     p.b = t.other + expert * t.expert_stride + column * (kN / 64) * kTileElements;
     p.ldb = across * kTileElements;
     p.steps = (t.n + kDepth - 1) / kDepth;
+    p.low_b = nullptr;
+    if (t.low_w != nullptr) {
+      p.low_b = t.low_w + column * (kN / 64) * kTileElements;
+      ++p.steps;
+    }
+    p.scale = t.scale;
     p.ld_out = t.ld_out;
     const int64_t element = row * t.ld_out + column * kN;
     p.out = t.store == Store::kAct ? static_cast<void*>(static_cast<bf16*>(t.out) + element)
@@ -421,9 +431,11 @@ __global__ void __launch_bounds__(kThreads, 1) grad_kernel(const __grid_constant
             load_blocks(&work.dy[p.task], at, a_blocks, p.a_column, row, full(stage));
             load_blocks(&work.x[p.task], at + kStageA, b_blocks, p.b_column, row, full(stage));
           } else {
+            const bool low = p.low_b != nullptr && step + 1 == p.steps;
             barrier_arrive_expect(full(stage), kStageA + b_blocks * kBlockBytes);
-            tensor_load(at, &work.dy[p.task], step * kDepth, p.row, 0, full(stage));
-            bulk_load(at + kStageA, p.b + step * p.ldb, b_blocks * kBlockBytes, full(stage), kEvictNormal);
+            tensor_load(at, low ? &work.x[p.task] : &work.dy[p.task], low ? 0 : step * kDepth, p.row, 0, full(stage));
+            bulk_load(at + kStageA, low ? p.low_b : p.b + step * p.ldb, b_blocks * kBlockBytes, full(stage),
+                      kEvictNormal);
           }
         }
       }
@@ -481,6 +493,12 @@ __global__ void __launch_bounds__(kThreads, 1) grad_kernel(const __grid_constant
       }
       wgmma_wait<0>();
       if (threadIdx.x % 128 == 0) barrier_arrive(empty(before));
+      if constexpr (!kWeight) {
+        if (p.scale != 1.0f) {
+#pragma unroll
+          for (int i = 0; i < 128; ++i) d[i] *= p.scale;
+        }
+      }
       if constexpr (kWeight) store_tiles(p, d, warp, buffer);
       else store_rows(p, d, warp, buffer);
     }

@@ -17,14 +17,20 @@ using chain::Product;
 template <>
 void matmul_grad_input<float>(Device& device, std::span<const DeviceGradInputTask<float>> tasks) {
   std::vector<Product> products;
+  std::vector<DeviceGradInputTask<float>> low;  // additions, once the others are there
   for (const DeviceGradInputTask<float>& t : tasks) {
     PERIGEE_CHECK(t.rows >= 0 && t.n >= 0 && t.k >= 0 && t.lddy >= t.n && t.lddx >= t.k);
+    if (t.low.w != nullptr) {
+      PERIGEE_CHECK(t.low.rank >= 1 && t.low.rank <= kTile && t.low.ldx >= t.low.rank && t.scale == 1.0f);
+      low.push_back({t.low.w, t.low.rank, t.k, t.low.x, t.low.ldx, t.rows, t.dx, t.lddx, Store::kAddF32});
+    }
     Product p;
     p.a = t.dy, p.lda = t.lddy, p.b = t.w, p.out = t.dx, p.ldo = t.lddx;
-    p.rows = t.rows, p.cols = t.k, p.depth = t.n, p.store = t.store;
+    p.rows = t.rows, p.cols = t.k, p.depth = t.n, p.store = t.store, p.scale = t.scale;
     products.push_back(p);
   }
   chain::launch<Kind::kGradInput>(device, products);
+  if (!low.empty()) matmul_grad_input<float>(device, low);
 }
 
 template <>

@@ -145,6 +145,8 @@ bool aligned(const void* p) {
 
 void fill(Group& g, int64_t n, int64_t k, int64_t rows, int64_t ldy, Store store, const void* y,
           const Form& form) {
+  g.low_w = nullptr;
+  g.scale = 1.0f;
   g.n = static_cast<int>(n);
   g.k = static_cast<int>(k);
   g.rows = static_cast<int>(rows);
@@ -164,6 +166,9 @@ void check(const DeviceMatmulTask<bf16>& t) {
   PERIGEE_CHECK(t.ldx >= t.k && t.ldx % 8 == 0 && t.ldy >= t.n);
   PERIGEE_CHECK(aligned(t.w) && aligned(t.x));
   PERIGEE_CHECK(t.n < (1 << 30) && t.k < (1 << 30) && t.rows < (1 << 30));
+  if (t.low.w == nullptr) return;
+  PERIGEE_CHECK(t.low.rank >= 1 && t.low.rank <= kTile && t.low.rank % 8 == 0);
+  PERIGEE_CHECK(t.low.ldx >= t.low.rank && t.low.ldx % 8 == 0 && aligned(t.low.w) && aligned(t.low.x));
 }
 
 // Takes tasks from `next` on while there is room for their groups.
@@ -181,7 +186,7 @@ void add_groups(Params& p, std::span<const DeviceMatmulTask<bf16>> tasks, size_t
     while (next + members < tasks.size()) {
       const auto &last = tasks[next + members - 1], &b = tasks[next + members];
       if (b.n != a.n || b.k != a.k || b.rows != a.rows || b.ldx != a.ldx || b.ldy != a.ldy ||
-          b.store != a.store)
+          b.store != a.store || b.scale != a.scale || a.low.w != nullptr || b.low.w != nullptr)
         break;
       const int64_t dw = distance(last.w, b.w), dx = distance(last.x, b.x), dy = distance(last.y, b.y);
       if (members == 1) {
@@ -201,6 +206,11 @@ void add_groups(Params& p, std::span<const DeviceMatmulTask<bf16>> tasks, size_t
     g.w_step = w_step;
     g.y_step = y_step;
     g.x_step = x_step > 0 ? 1 : 0;
+    g.scale = a.scale;
+    if (a.low.w != nullptr) {
+      g.low_w = static_cast<const char*>(a.low.w);
+      g.low = describe(a.low.x, a.low.rank, a.rows, a.low.ldx, 1, 0, form.tokens);
+    }
     g.x = describe(a.x, a.k, a.rows, a.ldx, x_step > 0 ? static_cast<int64_t>(members) : 1, x_step,
                    form.tokens);
     if (a.store == Store::kAct && g.vector)

@@ -85,6 +85,15 @@ __global__ void __launch_bounds__(threads<kWarpgroups>(), kWarpgroups == 1 ? 2 :
             }
             if (++stage == p.stages) stage = 0, parity ^= 1;
           }
+          if (g.low_w != nullptr) {
+            const uint32_t at = shared_address(shared) + stage * stage_bytes, barrier = full + stage * 8;
+            barrier_wait(empty + stage * 8, parity);
+            barrier_arrive_expect(barrier, members * piece_bytes);
+            const char* from = g.low_w + static_cast<int64_t>(unit.m >> 6) * (kTileElements * 2) + (unit.m & 63) * 128;
+            for (int i = 0; i < members; ++i)
+              bulk_load(at + i * (w_bytes / kWarpgroups), from + i * (kTileElements * 2), piece_bytes, barrier, policy);
+            if (++stage == p.stages) stage = 0, parity ^= 1;
+          }
         }
         if (!told) launch_dependents();
       }
@@ -148,6 +157,17 @@ __global__ void __launch_bounds__(threads<kWarpgroups>(), kWarpgroups == 1 ? 2 :
               }
               if (++stage == p.stages) stage = 0, parity ^= 1;
             }
+            if (g.low_w != nullptr) {
+              const uint32_t at = shared_address(shared) + stage * stage_bytes + w_bytes, barrier = full + stage * 8;
+              barrier_wait(empty + stage * 8, parity);
+              if (member == 0) {
+                barrier_arrive_expect(barrier, kTokens * 128);
+                tensor_load(at, &g.low, 0, unit.row, 0, barrier);
+              } else {
+                barrier_arrive(barrier);
+              }
+              if (++stage == p.stages) stage = 0, parity ^= 1;
+            }
           }
         }
       }
@@ -201,6 +221,17 @@ __global__ void __launch_bounds__(threads<kWarpgroups>(), kWarpgroups == 1 ? 2 :
         }
         wgmma_wait<0>();
         if (lane == 0) barrier_arrive(empty + last * 8);
+        if (g.low_w != nullptr) {  // one tile more, of the addition
+          const uint32_t at = shared_address(shared) + stage * stage_bytes;
+          barrier_wait(full + stage * 8, parity);
+          if (gathered) fence_async();
+          wgmma_fence();
+          tile(operand(at + member * (w_bytes / kWarpgroups)), operand(at + w_bytes));
+          wgmma_commit();
+          wgmma_wait<0>();
+          if (lane == 0) barrier_arrive(empty + stage * 8);
+          if (++stage == p.stages) stage = 0, parity ^= 1;
+        }
       };
       using Half = std::integral_constant<int, 32>;
       using Whole = std::integral_constant<int, 64>;
@@ -215,6 +246,10 @@ __global__ void __launch_bounds__(threads<kWarpgroups>(), kWarpgroups == 1 ? 2 :
         multiply(std::integral_constant<int, kTokens>(), Half(), HalfRoom());
       } else {
         multiply(std::integral_constant<int, kTokens>(), Whole(), Room());
+      }
+      if (g.scale != 1.0f) {
+#pragma unroll
+        for (int i = 0; i < kTokens / 2; ++i) acc[i] *= g.scale;
       }
       unit.m += member * 64;
       char* const own = buffers + member * (2 * kBufferBytes<kTokens>);

@@ -14,13 +14,16 @@ inline constexpr int kGroupTokens = 8;   // token tiles that walk the outputs to
 struct Group {
   CUtensorMap x;      // {k, rows, count}
   CUtensorMap y_map;  // {n, rows, count}, where stores go through it
+  CUtensorMap low;    // {rank, rows}, of the low-rank addition
   const char* w;
+  const char* low_w;  // one tile across; null: no addition
   char* y;
   int64_t w_step, y_step;  // bytes from one product to the next
   int64_t ldy;
   int x_step;  // 1, or 0 when all have the same x
   int n, k, rows;
   int store;
+  float scale;
   int vector;  // y may be written in pieces of sixteen bytes
   int m_blocks, t_blocks;
   int unit_end;
