@@ -201,13 +201,15 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = blockIdx.x;
   const DeviceSampling p = params[row];
   const bool penalties = penalised(p), filters = filtered(p, vocab);
-  if (p.bias_count == 0 && !penalties && !filters) {
+  if (p.bias_count == 0 && !penalties && !filters && p.allowed == nullptr) {
     if (threadIdx.x == 0) scale[row] = 0.0f;
     return;
   }
   if (threadIdx.x == 0) scale[row] = filters ? 1.0f : p.inv_temperature;
   float* const z = z_rows + row * vocab;
-  each(logits + row * ld, vocab, [&](float x, int64_t i) { z[i] = x; });
+  each(logits + row * ld, vocab, [&](float x, int64_t i) {
+    z[i] = p.allowed == nullptr || (p.allowed[i / 32] >> (i % 32) & 1u) != 0 ? x : -INFINITY;
+  });
   __syncthreads();
   for (int64_t i = threadIdx.x; i < p.bias_count; i += kThreads) {  // a token named twice gets both, in order
     const TokenBias* const list = bias + p.bias_begin;

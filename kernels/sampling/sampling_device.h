@@ -31,6 +31,9 @@ struct DeviceSampling {
   // [begin, begin + count) of the lists given to sample_tokens; seen tokens matter only to the penalties
   int32_t seen_begin = 0, seen_count = 0;
   int32_t bias_begin = 0, bias_count = 0;
+  // Device memory: bit t % 32 of word t / 32 says that token t may be drawn, for at least one; null: every token. The
+  // others are at -inf for all that follows; the recorded numbers do not see it.
+  const uint32_t* allowed = nullptr;
 };
 
 // All but the lists.

@@ -81,7 +81,7 @@ struct GenerationGroup {
 
 // What a held sequence goes on with.
 struct Extension {
-  std::vector<int32_t> tokens;  // fed, not sampled; may be empty when tokens follow the last computed one anyway
+  std::vector<int32_t> tokens;  // fed, not sampled; may be empty unless the sequence is
   int64_t max_new_tokens = 0;   // sampled by this extension at most; > 0
   int64_t min_new_tokens = 0;   // likewise
   // Absent: as before.
@@ -101,7 +101,7 @@ struct RestoredSequence {
   // Of them, the first prompt: the random numbers of what follows count from here. < 0: the tokens of the first
   // extension end it (tokens must be empty then).
   int64_t prompt_tokens = -1;
-  // The state of a prefix of tokens, at most all of them; null: everything is prefilled at the next extension.
+  // The state of fewer than all tokens; null: everything is prefilled at the next extension.
   std::shared_ptr<const Snapshot> snapshot;
 };
 
@@ -159,8 +159,7 @@ class Engine {
   bool end(uint64_t id);
 
   // Lets a held sequence go on. False: there is no memory for it now (never so within reserve_tokens); nothing changed.
-  // Throws Error(kInput) like submit, then nothing changed. REQUIRES held(id), and at least one token not computed yet:
-  // so tokens may be empty after a stop, not after restore() from a snapshot of all tokens.
+  // Throws Error(kInput) like submit, then nothing changed. REQUIRES held(id).
   bool extend(uint64_t id, Extension extension);
   // What cancel does, for a held sequence.
   void release(uint64_t id) { cancel(id); }

@@ -25,6 +25,8 @@ class HostMemory : public MemorySpace {
     std::memcpy(to, from, static_cast<size_t>(bytes));
   }
   void zero(std::byte* memory, int64_t bytes) override { std::memset(memory, 0, static_cast<size_t>(bytes)); }
+  void copy_out(std::byte* host, const std::byte* from, int64_t bytes) override { copy(host, from, bytes); }
+  void copy_in(std::byte* to, const std::byte* host, int64_t bytes) override { copy(to, host, bytes); }
 
  private:
   std::vector<std::byte*> memory_;
@@ -126,10 +128,48 @@ void StatePool::unreserve(int64_t bytes) {
 
 SequenceState StatePool::create() {
   SequenceState s;
-  s.pool_ = this;
   s.recurrent_ = take_recurrent();
+  s.pool_ = this;
   memory_->zero(s.recurrent_, layout_.recurrent_bytes());
   return s;
+}
+
+int64_t StatePool::snapshot_bytes(int64_t position) const {
+  return layout_.recurrent_bytes() + layout_.blocks_for(position) * layout_.block_bytes();
+}
+
+Snapshot StatePool::save(const SequenceState& state) const {
+  PERIGEE_CHECK(state.pool_ == this);
+  Snapshot snapshot;
+  snapshot.position = state.position();
+  snapshot.bytes.resize(static_cast<size_t>(snapshot_bytes(state.position())));
+  std::byte* to = snapshot.bytes.data();
+  memory_->copy_out(to, state.recurrent_, layout_.recurrent_bytes());
+  to += layout_.recurrent_bytes();
+  const auto blocks = static_cast<size_t>(layout_.blocks_for(state.position()));
+  for (size_t i = 0; i < blocks; ++i, to += layout_.block_bytes())
+    memory_->copy_out(to, state.blocks_[i]->data, layout_.block_bytes());
+  return snapshot;
+}
+
+SequenceState StatePool::restore(const Snapshot& snapshot) {
+  const int64_t want = snapshot.position >= 0 ? snapshot_bytes(snapshot.position) : -1;
+  if (static_cast<int64_t>(snapshot.bytes.size()) != want)
+    throw_input("a snapshot of {} bytes at position {} is not of this model, which has {}", snapshot.bytes.size(),
+                snapshot.position, want);
+  SequenceState state;
+  state.recurrent_ = take_recurrent();
+  state.pool_ = this;  // from here on the destructor gives back
+  const std::byte* from = snapshot.bytes.data();
+  memory_->copy_in(state.recurrent_, from, layout_.recurrent_bytes());
+  from += layout_.recurrent_bytes();
+  for (int64_t i = layout_.blocks_for(snapshot.position); i > 0; --i, from += layout_.block_bytes()) {
+    state.blocks_.push_back(take_block());
+    state.pages_.push_back(state.blocks_.back()->data);
+    memory_->copy_in(state.pages_.back(), from, layout_.block_bytes());
+  }
+  state.position_ = snapshot.position;
+  return state;
 }
 
 std::byte* StatePool::allocate(int64_t bytes) {

@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "policy/memory/snapshot.h"
 #include "policy/model/forward.h"
 
 namespace perigee::policy {
@@ -22,6 +23,9 @@ class MemorySpace {
   // In the order of the computation's own reads and writes.
   virtual void copy(std::byte* to, const std::byte* from, int64_t bytes) = 0;
   virtual void zero(std::byte* memory, int64_t bytes) = 0;
+  // To and from memory of the host, which may be reused, or holds the data, on return.
+  virtual void copy_out(std::byte* host, const std::byte* from, int64_t bytes) = 0;
+  virtual void copy_in(std::byte* to, const std::byte* host, int64_t bytes) = 0;
 };
 
 // The CPU's.
@@ -50,6 +54,9 @@ class SequenceState {
   // A sequence with the same content: full blocks are shared, the open one and the recurrent part are copied.
   SequenceState fork() const;
   void release();
+
+  // Where its latent blocks lie; full ones may be shared with forks.
+  std::span<std::byte* const> pages() const { return pages_; }
 
  private:
   friend class StatePool;
@@ -90,6 +97,12 @@ class StatePool {
 
   // An empty sequence.
   SequenceState create();
+
+  // A sequence's state as bytes, and a sequence made of them.
+  int64_t snapshot_bytes(int64_t position) const;
+  Snapshot save(const SequenceState& state) const;
+  // ERRORS (input): bytes that are not of this layout.
+  SequenceState restore(const Snapshot& snapshot);
 
  private:
   friend class SequenceState;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <limits>
 #include <map>
 #include <unordered_map>
 #include <utility>
@@ -10,6 +11,7 @@
 #include "kernels/gemm/gemm_device.h"
 #include "kernels/moe/moe_device.h"
 #include "kernels/sampling/sampling_device.h"
+#include "kernels/vocab/vocab_device.h"
 #include "policy/device/layers.h"
 #include "policy/device/memory.h"
 
@@ -25,6 +27,8 @@ int64_t bucket(int64_t rows) {
     if (rows <= b) return b;
   return (rows + 63) / 64 * 64;
 }
+constexpr size_t kScoredAtOnce = 256;  // bounds the logits that scoring keeps in the scratch
+
 int64_t power_of_two(int64_t n, int64_t least) {
   while (least < n) least *= 2;
   return least;
@@ -95,6 +99,7 @@ class DeviceBackend : public Backend {
         decode_inputs_(device),
         other_inputs_(device),
         draw_inputs_(device),
+        score_inputs_(device),
         max_rows_(bucket(config.max_running)),
         weights_{&layout, weights} {
     const int64_t most_logits = 2 * max_rows_;  // every member, and prompts that end in the same step
@@ -124,7 +129,7 @@ class DeviceBackend : public Backend {
   }
 
   const float* forward(std::span<const int32_t> tokens, std::span<const SequenceSlice> slices,
-                       std::span<const uint8_t> wanted) override {
+                       std::span<const uint8_t> wanted, std::span<Score> scores) override {
     size_t decoding = 0;
     while (decoding < slices.size() && slices[decoding].slice.count == 1 && wanted[decoding] != 0) ++decoding;
     const auto decoded = static_cast<int64_t>(decoding);
@@ -132,7 +137,7 @@ class DeviceBackend : public Backend {
     PERIGEE_CHECK(decoded + rest <= logits_rows_, "{} + {} rows of logits", decoded, rest);
     if (decoded > 0) decode(tokens.first(decoding), slices.first(decoding));
     if (decoding < slices.size())
-      prefill(tokens.subspan(decoding), slices.subspan(decoding), wanted.subspan(decoding), decoded);
+      prefill(tokens.subspan(decoding), slices.subspan(decoding), wanted.subspan(decoding), decoded, scores);
     return logits_;
   }
 
@@ -157,15 +162,16 @@ class DeviceBackend : public Backend {
 
   Inputs fill(InputBlock& block, std::span<const int32_t> tokens, std::span<const SequenceSlice> slices, int64_t rows,
               int64_t slots, int64_t pages, std::span<const int32_t> last);
-  void run(const Inputs& in, int64_t wanted, float* logits);
+  void run(const Inputs& in, int64_t wanted, float* logits, std::span<Score> scores = {}, int64_t first_row = 0);
+  void score(const T* hidden, std::span<Score> scores, int64_t first_row);
   void decode(std::span<const int32_t> tokens, std::span<const SequenceSlice> slices);
   void prefill(std::span<const int32_t> tokens, std::span<const SequenceSlice> slices, std::span<const uint8_t> wanted,
-               int64_t first_logits);
+               int64_t first_logits, std::span<Score> scores);
 
   Device& device_;
   const ParamLayout& layout_;
   StatePool pool_;
-  InputBlock decode_inputs_, other_inputs_, draw_inputs_;
+  InputBlock decode_inputs_, other_inputs_, draw_inputs_, score_inputs_;
   int64_t max_rows_;
   Weights weights_;
   std::byte* owned_weights_ = nullptr;
@@ -234,14 +240,47 @@ Inputs DeviceBackend<T>::fill(InputBlock& block, std::span<const int32_t> tokens
   return in;
 }
 
+// The log-probabilities of targets after rows of hidden, whose first is row first_row of the step.
+template <class T>
+void DeviceBackend<T>::score(const T* hidden, std::span<Score> scores, int64_t first_row) {
+  const int64_t D = layout_.config().hidden_size;
+  for (size_t begin = 0, end = 0; begin < scores.size(); begin = end) {
+    while (end < scores.size() && end - begin < kScoredAtOnce &&
+           scores[end].inv_temperature == scores[begin].inv_temperature)
+      ++end;
+    const auto n = static_cast<int64_t>(end - begin);
+    score_inputs_.reserve(n * 8 + 2 * 64);
+    const int32_t *rows_at, *targets_at;
+    int32_t* rows = score_inputs_.place<int32_t>(n, &rows_at);
+    int32_t* targets = score_inputs_.place<int32_t>(n, &targets_at);
+    for (int64_t i = 0; i < n; ++i) {
+      const Score& s = scores[begin + static_cast<size_t>(i)];
+      rows[i] = static_cast<int32_t>(s.row - first_row);
+      targets[i] = s.target;
+    }
+    score_inputs_.send();
+    DeviceScratch::Mark mark(device_.scratch);
+    T* x = device_.scratch.take<T>(n * D);
+    float* logprob = device_.scratch.take<float>(n);
+    float* lse = device_.scratch.take<float>(n);
+    moe_gather<T>(device_, n, D, hidden, rows_at, x);
+    vocab_logprob_forward<T>(device_, n, D, x, D, weights_.table(layout_.head()), vocab(),
+                             scores[begin].inv_temperature, targets_at, logprob, lse, nullptr);
+    std::vector<float> got(static_cast<size_t>(n));
+    device_.copy_out(got.data(), logprob, n * 4);
+    for (size_t i = 0; i < got.size(); ++i) scores[begin + i].logprob = got[i];
+  }
+}
+
 // Forward pass and head: logits [wanted, vocab] of the rows in.last names, or of all rows when it is null.
 template <class T>
-void DeviceBackend<T>::run(const Inputs& in, int64_t wanted, float* logits) {
+void DeviceBackend<T>::run(const Inputs& in, int64_t wanted, float* logits, std::span<Score> scores, int64_t first_row) {
   const ModelConfig& c = layout_.config();
   DeviceScratch::Mark mark(device_.scratch);
   const device::Pass pass{device_, weights_, c, in.batch, &pool_.layout(), in.active};
   T* hidden = pass.take<T>(c.hidden_size);
   device::forward<T>(pass, in.tokens, hidden);
+  score(hidden, scores, first_row);
   if (wanted == 0) return;
   T* rows = hidden;
   if (in.last != nullptr) {
@@ -271,7 +310,7 @@ void DeviceBackend<T>::decode(std::span<const int32_t> tokens, std::span<const S
 
 template <class T>
 void DeviceBackend<T>::prefill(std::span<const int32_t> tokens, std::span<const SequenceSlice> slices,
-                               std::span<const uint8_t> wanted, int64_t first_logits) {
+                               std::span<const uint8_t> wanted, int64_t first_logits, std::span<Score> scores) {
   const auto rows = static_cast<int64_t>(tokens.size()), n = static_cast<int64_t>(slices.size());
   const int64_t pages = std::max<int64_t>(most_pages(slices), 1);
   std::vector<int32_t> last;
@@ -282,7 +321,7 @@ void DeviceBackend<T>::prefill(std::span<const int32_t> tokens, std::span<const 
   other_inputs_.reserve(input_bytes(rows, n, pages));
   const Inputs in = fill(other_inputs_, tokens, slices, rows, n, pages, last);
   other_inputs_.send();
-  run(in, static_cast<int64_t>(last.size()), logits_ + first_logits * vocab());
+  run(in, static_cast<int64_t>(last.size()), logits_ + first_logits * vocab(), scores, slices[0].slice.begin);
 }
 
 template <class T>
@@ -290,23 +329,27 @@ void DeviceBackend<T>::draw(std::span<Draw> draws) {
   const auto n = static_cast<int64_t>(draws.size());
   if (n == 0) return;
   // What the rows bring along.
-  int64_t seen = 0, biases = 0;
+  int64_t seen = 0, biases = 0, masks = 0;
+  const int64_t words = (vocab() + 31) / 32;
   bool plain = true;
   for (const Draw& d : draws) {
     const SamplingParams& p = *d.sampling;
-    plain = plain && is_plain(p);
+    plain = plain && is_plain(p) && d.allowed.empty();
+    masks += d.allowed.empty() ? 0 : 1;
     const bool penalties = p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0;
     if (penalties) seen += static_cast<int64_t>(d.prompt.size() + d.generated.size());
     biases += static_cast<int64_t>(p.logit_bias.size());
   }
   draw_inputs_.reserve(n * static_cast<int64_t>(sizeof(DeviceSampling)) + seen * static_cast<int64_t>(sizeof(SeenToken)) +
-                       biases * static_cast<int64_t>(sizeof(TokenBias)) + 4 * 64);
+                       biases * static_cast<int64_t>(sizeof(TokenBias)) + masks * words * 4 + 5 * 64);
   const DeviceSampling* params_at;
   const SeenToken* seen_at;
   const TokenBias* bias_at;
   DeviceSampling* params = draw_inputs_.place<DeviceSampling>(n, &params_at);
   SeenToken* seen_list = draw_inputs_.place<SeenToken>(seen, &seen_at);
   TokenBias* bias_list = draw_inputs_.place<TokenBias>(biases, &bias_at);
+  const uint32_t* mask_at;
+  uint32_t* mask_list = draw_inputs_.place<uint32_t>(masks * words, &mask_at);
   int32_t seen_used = 0, bias_used = 0;
   // Rows that draw from consecutive logits go together; a group's members draw from one kept row.
   DeviceScratch::Mark mark(device_.scratch);
@@ -331,6 +374,13 @@ void DeviceBackend<T>::draw(std::span<Draw> draws) {
     params[i].bias_begin = bias_used;
     for (const auto& [token, bias] : p.logit_bias) bias_list[bias_used++] = {token, bias};
     params[i].bias_count = bias_used - params[i].bias_begin;
+    if (!d.allowed.empty()) {
+      PERIGEE_CHECK(static_cast<int64_t>(d.allowed.size()) == words, "a mask of {} words", d.allowed.size());
+      params[i].allowed = mask_at;
+      std::ranges::copy(d.allowed, mask_list);
+      mask_at += words;
+      mask_list += words;
+    }
   }
   draw_inputs_.send();
   const float* logits = draws[0].logits;
@@ -353,6 +403,18 @@ void DeviceBackend<T>::draw(std::span<Draw> draws) {
     d.token = got[i];
     d.logprob = numbers[i];
     d.entropy = numbers[n + i];
+  }
+  for (Draw& d : draws) {
+    // A broken model: no allowed token has a finite logit.
+    if (!d.allowed.empty() && !allows(d.allowed, d.token)) {
+      for (d.token = 0; !allows(d.allowed, d.token);) ++d.token;
+      d.logprob = std::numeric_limits<float>::quiet_NaN();
+    }
+    if (d.top == 0) continue;
+    // A row over the bus and a look at it on the host: tens of microseconds, for the requests that ask for it.
+    std::vector<float> row(static_cast<size_t>(vocab()));
+    device_.copy_out(row.data(), d.logits, vocab() * 4);
+    d.top_tokens = most_likely(row.data(), vocab(), d.sampling->inv_temperature(), d.top);
   }
 }
 

@@ -30,6 +30,8 @@ class DeviceMemory : public MemorySpace {
   }
   void copy(std::byte* to, const std::byte* from, int64_t bytes) override { device_.copy(to, from, bytes); }
   void zero(std::byte* memory, int64_t bytes) override { device_.zero(memory, bytes); }
+  void copy_out(std::byte* host, const std::byte* from, int64_t bytes) override { device_.copy_out(host, from, bytes); }
+  void copy_in(std::byte* to, const std::byte* host, int64_t bytes) override { device_.copy_in(to, host, bytes); }
 
  private:
   kernels::Device& device_;
