@@ -21,7 +21,8 @@ class LearnBackend {
  public:
   virtual ~LearnBackend() = default;
 
-  // The weights that the following calls compute with; mapped until the next call returns (or the backend dies).
+  // The weights that the following calls compute with; mapped until the next call returns (or the backend dies). Those
+  // that finish() wrote last may be known by their address and need not be read again: they are given back unchanged.
   virtual void set_weights(const std::byte* weights) = 0;
 
   // Host memory, [entries], until the next forward.
