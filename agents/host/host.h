@@ -74,14 +74,14 @@ struct HostRequest {
   kernels::SamplingParams sampling;
   std::vector<int32_t> stop_tokens;
   int top_logprobs = 0;
-  bool prompt_logprobs = false;  // of choice 0; on_prompt
+  bool prompt_logprobs = false;                         // of choice 0; on_prompt
   std::unique_ptr<policy::TokenConstraint> constraint;  // cloned for each choice
   std::vector<ToolEvent> tools;  // sessions: calls whose answers lie in `prompt`; recorded with the turn
 };
 
 struct HostUsage {
-  int64_t prompt = 0;     // tokens before the first sampled one, those of earlier turns of the session included
-  int64_t cached = 0;     // of them, not computed for this request
+  int64_t prompt = 0;  // tokens before the first sampled one, those of earlier turns of the session included
+  int64_t cached = 0;  // of them, not computed for this request
   int64_t generated = 0;
 };
 
@@ -101,11 +101,11 @@ class HostSink {
 
 struct HostConfig {
   policy::EngineConfig engine;
-  int64_t max_queued = 1024;                    // requests that have not begun; above: Overloaded
-  int64_t max_sessions = 100'000;               // open ones, suspended included; above: Overloaded
-  std::filesystem::path state_folder;           // of snapshot files; empty: evicted sessions are prefilled again
-  int snapshots_per_session = 2;                // files kept, newest first: forks near the end start from them
-  int64_t snapshot_queue_bytes = 256LL << 20;   // on their way to disk
+  int64_t max_queued = 1024;           // requests that have not begun; above: Overloaded
+  int64_t max_sessions = 100'000;      // open ones, suspended included; above: Overloaded
+  std::filesystem::path state_folder;  // of snapshot files; empty: evicted sessions are prefilled again
+  int snapshots_per_session = 2;       // files kept, newest first: forks near the end start from them
+  int64_t snapshot_queue_bytes = 256LL << 20;  // on their way to disk
 };
 
 struct SessionStatus {
@@ -127,11 +127,14 @@ struct HostStats {
   int64_t steps = 0;
   double step_seconds = 0, busy_seconds = 0;  // in the engine; in all that the engine's thread does
   // step_buckets[i]: steps that took at most kStepBounds[i] seconds (not cumulative); the last: longer.
-  static constexpr double kStepBounds[] = {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10};
+  static constexpr double kStepBounds[] = {0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1,
+                                           0.25,  0.5,    1,     2.5,  5,     10};
   int64_t step_buckets[std::size(kStepBounds) + 1] = {};
   int64_t sessions = 0, sessions_in_memory = 0, sessions_on_disk = 0, turns = 0, forks = 0;
-  int64_t suspends = 0, resumes = 0, replays = 0;  // resumes: from a snapshot; replays: tokens prefilled again
-  int64_t snapshot_bytes_written = 0, snapshots_failed = 0, snapshots_refused = 0;  // refused: damaged or foreign files
+  int64_t suspends = 0, resumes = 0,
+          replays = 0;  // resumes: from a snapshot; replays: tokens prefilled again
+  int64_t snapshot_bytes_written = 0, snapshots_failed = 0,
+          snapshots_refused = 0;  // refused: damaged or foreign files
   double suspend_seconds = 0, resume_seconds = 0;
   int64_t log_commits = 0;
   double log_seconds = 0;
@@ -176,7 +179,8 @@ class Host {
   // Sessions. Names are unique: Conflict for one that is open.
   void open_session(SessionInfo info);
   // The first at_token tokens of `from` (< 0: all) as a new session. The parent may run: its committed turns count.
-  void fork_session(const std::string& from, int64_t at_token, const std::string& name, std::string meta = "{}");
+  void fork_session(const std::string& from, int64_t at_token, const std::string& name,
+                    std::string meta = "{}");
   // To disk now; nothing when it is there. Conflict while a turn runs.
   void suspend(const std::string& name);
   void close_session(const std::string& name);  // and removes its snapshots; Conflict while a turn runs

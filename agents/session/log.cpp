@@ -6,7 +6,8 @@ namespace perigee::agents {
 
 void MemoryLog::opened(const SessionInfo& info) {
   const std::lock_guard lock(mutex_);
-  PERIGEE_CHECK(sessions_.emplace(info.name, SessionRecord{info, {}}).second, "session {} is open", info.name);
+  PERIGEE_CHECK(sessions_.emplace(info.name, SessionRecord{info, {}}).second, "session {} is open",
+                info.name);
 }
 
 void MemoryLog::append(std::span<const SessionTurn> turns) {
@@ -14,8 +15,8 @@ void MemoryLog::append(std::span<const SessionTurn> turns) {
   for (const SessionTurn& turn : turns) {
     const auto it = sessions_.find(turn.session);
     PERIGEE_CHECK(it != sessions_.end(), "session {} is not open", turn.session);
-    PERIGEE_CHECK(turn.segment.index == static_cast<int32_t>(it->second.turns.size()), "turn {} of session {}",
-                  turn.segment.index, turn.session);
+    PERIGEE_CHECK(turn.segment.index == static_cast<int32_t>(it->second.turns.size()),
+                  "turn {} of session {}", turn.segment.index, turn.session);
     it->second.turns.push_back(turn);
   }
 }
@@ -35,7 +36,8 @@ std::vector<SessionRecord> MemoryLog::load() {
 bool valid_session_name(std::string_view name) {
   if (name.empty() || name.size() > 128 || name.front() == '.') return false;
   return std::all_of(name.begin(), name.end(), [](char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' || c == '_' || c == '-';
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '.' ||
+           c == '_' || c == '-';
   });
 }
 

@@ -22,11 +22,11 @@
 namespace perigee::agents {
 
 struct SessionInfo {
-  std::string name;         // unique among sessions ever opened; 1 to 128 of [A-Za-z0-9._-], not beginning with '.'
-  std::string parent;       // the session it was forked from; empty: none
+  std::string name;  // unique among sessions ever opened; 1 to 128 of [A-Za-z0-9._-], not beginning with '.'
+  std::string parent;         // the session it was forked from; empty: none
   int64_t parent_tokens = 0;  // and how many of its tokens it took over
-  int64_t created_us = 0;   // UTC, microseconds since 1970; 0: now
-  std::string meta = "{}";  // JSON text of the owner: tools, instructions; kept, not read
+  int64_t created_us = 0;     // UTC, microseconds since 1970; 0: now
+  std::string meta = "{}";    // JSON text of the owner: tools, instructions; kept, not read
 };
 
 struct SessionTurn {
@@ -35,8 +35,8 @@ struct SessionTurn {
   // the position before it), finish, and the tool calls whose answers lie in it. index: of the turn, from 0.
   // episode_id and attempt are the log's own.
   Segment segment;
-  uint64_t seed = 0;           // of the sampled tokens
-  std::string sampling = "{}"; // the sampling parameters, JSON text
+  uint64_t seed = 0;            // of the sampled tokens
+  std::string sampling = "{}";  // the sampling parameters, JSON text
 };
 
 struct SessionRecord {

@@ -53,7 +53,8 @@ class Backend {
     // out
     int32_t token = 0;
     float logprob = 0, entropy = 0;  // of the plain policy at the request's temperature
-    std::vector<std::pair<int32_t, float>> top_tokens;  // likewise, most likely first, ties to the lower token
+    std::vector<std::pair<int32_t, float>>
+        top_tokens;  // likewise, most likely first, ties to the lower token
   };
   // kernels/sampling/sampling.h and kernels/vocab/vocab.h for every draw.
   virtual void draw(std::span<Draw> draws) = 0;
@@ -61,14 +62,15 @@ class Backend {
 };
 
 // The `count` most likely tokens of a row of logits on the host with their log-probabilities, most likely first.
-std::vector<std::pair<int32_t, float>> most_likely(const float* logits, int64_t vocab, float inv_temperature, int count);
+std::vector<std::pair<int32_t, float>> most_likely(const float* logits, int64_t vocab, float inv_temperature,
+                                                   int count);
 
 // ctx and layout outlive it.
 std::unique_ptr<Backend> host_backend(kernels::Context& ctx, const ParamLayout& layout, int64_t memory_bytes);
 
 // With adapters beside a frozen model. base: the weights arena of adapter.base(), on the host; it, ctx and adapter outlive
 // the backend.
-std::unique_ptr<Backend> host_backend(kernels::Context& ctx, const AdapterLayout& adapter, const std::byte* base,
-                                      int64_t memory_bytes);
+std::unique_ptr<Backend> host_backend(kernels::Context& ctx, const AdapterLayout& adapter,
+                                      const std::byte* base, int64_t memory_bytes);
 
 }  // namespace perigee::policy

@@ -12,7 +12,9 @@ void Engine::Impl::admit() {
   blocked_on_memory = false;
   int64_t prompts = 0;
   for (const auto& g : groups) prompts += g->admitted ? 1 : 0;
-  const auto free_places = [&] { return config.max_running - static_cast<int64_t>(running.size()) - prompts; };
+  const auto free_places = [&] {
+    return config.max_running - static_cast<int64_t>(running.size()) - prompts;
+  };
   while (!resuming.empty() && free_places() > 0) move_to(resuming.front(), Member::Place::kRunning);
   for (auto& g : groups) {
     if (!g->admitted) {
@@ -97,7 +99,8 @@ int64_t Engine::Impl::slice_end(int64_t position, int64_t count, bool leaves) co
   return std::min(end, (position / config.prefix_chunk + 1) * config.prefix_chunk);
 }
 
-void Engine::Impl::add_rows(SequenceState& state, std::span<const int32_t> known, int64_t count, const Row& row) {
+void Engine::Impl::add_rows(SequenceState& state, std::span<const int32_t> known, int64_t count,
+                            const Row& row) {
   const auto begin = static_cast<int64_t>(tokens.size());
   const auto from = known.begin() + state.position();
   tokens.insert(tokens.end(), from, from + count);
@@ -107,8 +110,8 @@ void Engine::Impl::add_rows(SequenceState& state, std::span<const int32_t> known
 
 // The log-probabilities of known tokens [from, end) that follow the `count` rows from first_row, which begin at
 // `position`, go to out[token - from].
-void Engine::Impl::add_scores(int64_t first_row, int64_t position, std::span<const int32_t> known, int64_t from,
-                              int64_t end, float inv_temperature, float* out, int64_t count) {
+void Engine::Impl::add_scores(int64_t first_row, int64_t position, std::span<const int32_t> known,
+                              int64_t from, int64_t end, float inv_temperature, float* out, int64_t count) {
   for (int64_t t = std::max(from, position + 1); t < std::min(end, position + count + 1); ++t) {
     scores.push_back({first_row + t - 1 - position, known[static_cast<size_t>(t)], inv_temperature});
     score_to.push_back(out + (t - from));
@@ -144,8 +147,8 @@ void Engine::Impl::gather() {
     left -= count;
     counters.prefilled_tokens += count;
     if (g->scored)
-      add_scores(static_cast<int64_t>(tokens.size()), position, g->prompt, 0, static_cast<int64_t>(g->prompt.size()),
-                 g->inv_temperature, g->logprobs.data(), count);
+      add_scores(static_cast<int64_t>(tokens.size()), position, g->prompt, 0,
+                 static_cast<int64_t>(g->prompt.size()), g->inv_temperature, g->logprobs.data(), count);
     add_rows(g->state, g->prompt, count, {nullptr, g.get(), count, count == pending});
   }
 }
@@ -182,7 +185,8 @@ void Engine::Impl::compute() {
       r.group->state.advance(r.count);
       leave_prefix(r.group->prompt, r.group->state);
       if (r.last) {
-        r.group->logits = {backend->keep(row_logits), [b = backend.get()](const float* kept) { b->release(kept); }};
+        r.group->logits = {backend->keep(row_logits),
+                           [b = backend.get()](const float* kept) { b->release(kept); }};
         start_members(*r.group);
       }
     }
@@ -220,8 +224,12 @@ void Engine::Impl::ask(const Draw& d) {
 void Engine::Impl::report_fed(Member& m, std::vector<GeneratedToken>& out) {
   for (int64_t t = m.report_from; t < m.first_sampled; ++t) {
     const auto i = static_cast<size_t>(t - m.report_from);
-    GeneratedToken fed{m.id, m.tokens[static_cast<size_t>(t)], m.scored ? m.fed_logprobs[i] : 0.0f, 0.0f,
-                       m.fed_versions[i], FinishReason::kNone};
+    GeneratedToken fed{m.id,
+                       m.tokens[static_cast<size_t>(t)],
+                       m.scored ? m.fed_logprobs[i] : 0.0f,
+                       0.0f,
+                       m.fed_versions[i],
+                       FinishReason::kNone};
     fed.fed = true;
     out.push_back(std::move(fed));
   }

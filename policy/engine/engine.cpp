@@ -9,7 +9,8 @@ namespace perigee::policy {
 int64_t Engine::Impl::member_bytes(const Group& g, const GenerationRequest& r) const {
   const auto prompt = static_cast<int64_t>(g.prompt.size());
   // A resumed member may have to start over alone when weights change, so it counts on no shared block.
-  return pool.bytes_for(prompt + std::max(r.max_new_tokens, r.reserve_tokens), r.committed.empty() ? prompt : 0);
+  return pool.bytes_for(prompt + std::max(r.max_new_tokens, r.reserve_tokens),
+                        r.committed.empty() ? prompt : 0);
 }
 
 void Engine::Impl::check_tokens(std::span<const int32_t> given, const char* what) const {
@@ -47,7 +48,8 @@ void Engine::Impl::check(const GenerationGroup& g) const {
       throw_input("request {}: max_new_tokens {} leaves nothing to generate after {} committed tokens", r.id,
                   r.max_new_tokens, r.committed.size());
     check_tokens(r.committed, "committed");
-    const int64_t length = static_cast<int64_t>(g.prompt.size()) + std::max(r.max_new_tokens, r.reserve_tokens);
+    const int64_t length =
+        static_cast<int64_t>(g.prompt.size()) + std::max(r.max_new_tokens, r.reserve_tokens);
     check_length(length, pool.bytes_for(static_cast<int64_t>(g.prompt.size())) + pool.bytes_for(length));
     r.sampling.validate(vocab());
     check_top(r.top_logprobs);

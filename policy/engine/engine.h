@@ -52,10 +52,11 @@ inline constexpr int kMaxTopLogprobs = 20;
 
 // One member of a group.
 struct GenerationRequest {
-  uint64_t id = 0;                 // unique among unfinished requests
-  uint64_t seed = 0;               // token at generated index i is drawn with Philox(seed, i)
-  std::vector<int32_t> committed;  // tokens generated (or fed) earlier, fed again and not sampled (a resumed episode)
-  int64_t max_new_tokens = 0;      // committed ones included; > 0
+  uint64_t id = 0;    // unique among unfinished requests
+  uint64_t seed = 0;  // token at generated index i is drawn with Philox(seed, i)
+  std::vector<int32_t>
+      committed;  // tokens generated (or fed) earlier, fed again and not sampled (a resumed episode)
+  int64_t max_new_tokens = 0;  // committed ones included; > 0
   kernels::SamplingParams sampling;
 
   // At kStop the sequence is kept (held) until extend(), release() or cancel(). At kLength it is not.
@@ -108,14 +109,16 @@ struct RestoredSequence {
 struct GeneratedToken {
   uint64_t id;
   int32_t token;
-  float logprob;        // of the plain policy at the request's temperature; 0 for a fed token without prompt_logprobs
+  float
+      logprob;  // of the plain policy at the request's temperature; 0 for a fed token without prompt_logprobs
   float entropy;        // of the same distribution; 0 for a fed token
   uint32_t version;     // of the weights that made it; of a fed token: that computed the position before it
   FinishReason finish;  // kNone, kStop or kLength (the last token of the request)
   // Not sampled: a token of an extension (or of a prompt whose log-probabilities were asked for). Fed tokens are
   // reported together, in order, just before the first token sampled after them.
   bool fed = false;
-  int32_t cached = 0;  // with the first sampled token after fed ones or a prompt: tokens whose state was there already
+  int32_t cached =
+      0;  // with the first sampled token after fed ones or a prompt: tokens whose state was there already
   std::vector<std::pair<int32_t, float>> top;  // top_logprobs most likely tokens, most likely first
 };
 

@@ -7,9 +7,12 @@ namespace perigee::policy {
 
 std::list<Member>& Engine::Impl::list_of(Member::Place place) {
   switch (place) {
-    case Member::Place::kRunning: return running;
-    case Member::Place::kResuming: return resuming;
-    case Member::Place::kHeld: break;
+    case Member::Place::kRunning:
+      return running;
+    case Member::Place::kResuming:
+      return resuming;
+    case Member::Place::kHeld:
+      break;
   }
   return held;
 }
@@ -58,7 +61,8 @@ void Engine::Impl::start_over(Member& m) {
 
 const Member& Engine::Impl::held_member(uint64_t id) const {
   const auto it = members.find(id);
-  PERIGEE_CHECK(it != members.end() && it->second->place == Member::Place::kHeld, "sequence {} is not held", id);
+  PERIGEE_CHECK(it != members.end() && it->second->place == Member::Place::kHeld, "sequence {} is not held",
+                id);
   return *it->second;
 }
 
@@ -85,7 +89,8 @@ Snapshot Engine::save(uint64_t id) const {
 
 bool Engine::end(uint64_t id) {
   const auto it = impl_->members.find(id);
-  if (it == impl_->members.end() || it->second->place != Member::Place::kRunning || !it->second->sampled_any())
+  if (it == impl_->members.end() || it->second->place != Member::Place::kRunning ||
+      !it->second->sampled_any())
     return false;
   impl_->end_stretch(*it->second, FinishReason::kStop);
   return true;
@@ -97,7 +102,8 @@ bool Engine::extend(uint64_t id, Extension x) {
   Member& m = *e.members.at(id);
   const int64_t most = m.length() + static_cast<int64_t>(x.tokens.size()) + x.max_new_tokens;
   if (x.max_new_tokens <= 0) throw_input("an extension by {} tokens", x.max_new_tokens);
-  if (m.length() + static_cast<int64_t>(x.tokens.size()) == 0) throw_input("a sequence needs at least one token");
+  if (m.length() + static_cast<int64_t>(x.tokens.size()) == 0)
+    throw_input("a sequence needs at least one token");
   e.check_tokens(x.tokens, "prompt");
   const int64_t shared = m.group != nullptr ? static_cast<int64_t>(m.group->prompt.size()) : 0;
   e.check_length(most, e.pool.bytes_for(most) + e.pool.shared_bytes(shared));
@@ -144,8 +150,8 @@ bool Engine::restore(RestoredSequence r) {
   const auto length = static_cast<int64_t>(r.tokens.size());
   if (e.ids.contains(r.id)) throw_input("request id {} is already in use", r.id);
   e.check_tokens(r.tokens, "restored");
-  PERIGEE_CHECK(r.prompt_tokens <= length && (r.prompt_tokens < 0) == r.tokens.empty(), "a prompt of {} of {} tokens",
-                r.prompt_tokens, length);
+  PERIGEE_CHECK(r.prompt_tokens <= length && (r.prompt_tokens < 0) == r.tokens.empty(),
+                "a prompt of {} of {} tokens", r.prompt_tokens, length);
   if (r.snapshot != nullptr && r.snapshot->position >= std::max<int64_t>(length, 1))
     throw_input("a snapshot of {} tokens for a sequence of {}", r.snapshot->position, length);
   e.check_length(length, e.pool.bytes_for(length));

@@ -50,18 +50,18 @@ class HostBackend : public Backend {
 
   void draw(std::span<Draw> draws) override {
     const int64_t V = layout_.config().vocab_size;
-    ctx_.parallel_for(static_cast<int64_t>(draws.size()), std::max<int64_t>(1, 4096 / V),
-                      [&](int64_t begin, int64_t end) {
-                        for (int64_t i = begin; i < end; ++i) {
-                          Draw& d = draws[static_cast<size_t>(i)];
-                          const float inv_temperature = d.sampling->inv_temperature();
-                          const kernels::LogitStats stats = kernels::logits_stats(d.logits, V, inv_temperature);
-                          d.token = choose(d, V);
-                          d.logprob = kernels::logit_logprob(d.logits[d.token], inv_temperature, stats.lse);
-                          d.entropy = stats.entropy;
-                          if (d.top > 0) d.top_tokens = most_likely(d.logits, V, inv_temperature, d.top);
-                        }
-                      });
+    ctx_.parallel_for(
+        static_cast<int64_t>(draws.size()), std::max<int64_t>(1, 4096 / V), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            Draw& d = draws[static_cast<size_t>(i)];
+            const float inv_temperature = d.sampling->inv_temperature();
+            const kernels::LogitStats stats = kernels::logits_stats(d.logits, V, inv_temperature);
+            d.token = choose(d, V);
+            d.logprob = kernels::logit_logprob(d.logits[d.token], inv_temperature, stats.lse);
+            d.entropy = stats.entropy;
+            if (d.top > 0) d.top_tokens = most_likely(d.logits, V, inv_temperature, d.top);
+          }
+        });
   }
 
   void end_step() override { mark_.reset(); }
@@ -82,8 +82,8 @@ class HostBackend : public Backend {
         std::copy_n(hidden + s.row * D, D, x + i * D);
         targets[i] = s.target;
       }
-      kernels::vocab_logprob_forward(ctx_, n, x, D, weights_.matrix(layout_.head()), scores[begin].inv_temperature,
-                                     targets, logprob, lse, nullptr);
+      kernels::vocab_logprob_forward(ctx_, n, x, D, weights_.matrix(layout_.head()),
+                                     scores[begin].inv_temperature, targets, logprob, lse, nullptr);
       for (int64_t i = 0; i < n; ++i) scores[begin + static_cast<size_t>(i)].logprob = logprob[i];
     }
   }
@@ -116,7 +116,8 @@ class HostBackend : public Backend {
 
 }  // namespace
 
-std::vector<std::pair<int32_t, float>> most_likely(const float* logits, int64_t vocab, float inv_temperature, int count) {
+std::vector<std::pair<int32_t, float>> most_likely(const float* logits, int64_t vocab, float inv_temperature,
+                                                   int count) {
   const float lse = kernels::logits_stats(logits, vocab, inv_temperature).lse;
   // The best so far, worst first in the heap; a NaN is less likely than anything.
   const auto before = [&](int32_t a, int32_t b) {  // a is more likely
@@ -140,12 +141,13 @@ std::vector<std::pair<int32_t, float>> most_likely(const float* logits, int64_t 
   return out;
 }
 
-std::unique_ptr<Backend> host_backend(kernels::Context& ctx, const ParamLayout& layout, int64_t memory_bytes) {
+std::unique_ptr<Backend> host_backend(kernels::Context& ctx, const ParamLayout& layout,
+                                      int64_t memory_bytes) {
   return std::make_unique<HostBackend>(ctx, Weights{&layout}, memory_bytes);
 }
 
-std::unique_ptr<Backend> host_backend(kernels::Context& ctx, const AdapterLayout& adapter, const std::byte* base,
-                                      int64_t memory_bytes) {
+std::unique_ptr<Backend> host_backend(kernels::Context& ctx, const AdapterLayout& adapter,
+                                      const std::byte* base, int64_t memory_bytes) {
   return std::make_unique<HostBackend>(ctx, Weights{&adapter.base(), base, &adapter, nullptr}, memory_bytes);
 }
 

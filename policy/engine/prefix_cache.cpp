@@ -10,7 +10,8 @@ uint64_t PrefixCache::hash(std::span<const int32_t> tokens) {
   return hash128(tokens).low;
 }
 
-const PrefixCache::Entries::iterator* PrefixCache::lookup(std::span<const int32_t> tokens, uint64_t key) const {
+const PrefixCache::Entries::iterator* PrefixCache::lookup(std::span<const int32_t> tokens,
+                                                          uint64_t key) const {
   const auto length = by_length_.find(static_cast<int64_t>(tokens.size()));
   if (length == by_length_.end()) return nullptr;
   const auto it = length->second.find(key);
@@ -43,15 +44,16 @@ int64_t PrefixCache::bytes_of(const SequenceState& state) const {
 }
 
 void PrefixCache::put(std::span<const int32_t> tokens, SequenceState state) {
-  PERIGEE_CHECK(state.position() == static_cast<int64_t>(tokens.size()), "{} tokens, a state of {}", tokens.size(),
-                state.position());
+  PERIGEE_CHECK(state.position() == static_cast<int64_t>(tokens.size()), "{} tokens, a state of {}",
+                tokens.size(), state.position());
   if (!on() || tokens.empty()) return;
   const uint64_t key = hash(tokens);
   if (const auto* known = lookup(tokens, key)) {
     entries_.splice(entries_.begin(), entries_, *known);
     return;
   }
-  while (entries() >= kMostEntries || bytes_ + bytes_of(state) > budget_bytes_ || !pool_.reserve(bytes_of(state)))
+  while (entries() >= kMostEntries || bytes_ + bytes_of(state) > budget_bytes_ ||
+         !pool_.reserve(bytes_of(state)))
     if (!evict()) return;
   bytes_ += bytes_of(state);
   for (std::byte* page : state.pages()) ++pages_[page];

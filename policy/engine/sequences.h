@@ -48,18 +48,18 @@ struct Member {
   std::shared_ptr<Group> group;  // null: restored
 
   SequenceState state;
-  std::vector<int32_t> tokens;   // all that are known: the first prompt, fed, sampled
-  int64_t prompt_tokens = 0;     // of them, the first prompt; < 0: the next extension says
-  int64_t reserved = 0;          // bytes
+  std::vector<int32_t> tokens;  // all that are known: the first prompt, fed, sampled
+  int64_t prompt_tokens = 0;    // of them, the first prompt; < 0: the next extension says
+  int64_t reserved = 0;         // bytes
   Place place = Place::kRunning;
   std::list<Member>::iterator self;
 
   // The stretch since it was submitted or extended last.
-  int64_t first_sampled = 0;  // tokens before it were given, those from it on sampled
-  int64_t most = 0;           // tokens in all at kLength
-  int64_t no_stop_before = 0; // tokens in all
-  int64_t report_from = 0;    // tokens from it to first_sampled are reported with the first sampled one
-  bool scored = false;        // with their log-probabilities
+  int64_t first_sampled = 0;   // tokens before it were given, those from it on sampled
+  int64_t most = 0;            // tokens in all at kLength
+  int64_t no_stop_before = 0;  // tokens in all
+  int64_t report_from = 0;     // tokens from it to first_sampled are reported with the first sampled one
+  bool scored = false;         // with their log-probabilities
   std::vector<uint32_t> fed_versions;  // [first_sampled - report_from]
   std::vector<float> fed_logprobs;     // likewise, when scored
   int64_t cached = 0;
@@ -87,7 +87,7 @@ struct Engine::Impl {
 
   std::deque<std::shared_ptr<Group>> groups;  // with waiting members, in order of arrival
   std::list<Member> running;                  // in order of admission
-  std::list<Member> resuming;                 // extended, for want of a place not running yet; they go before groups
+  std::list<Member> resuming;  // extended, for want of a place not running yet; they go before groups
   std::list<Member> held;
   std::unordered_map<uint64_t, Member*> members;  // of the three lists
   std::unordered_set<uint64_t> ids;               // of unfinished requests, held ones included
@@ -155,8 +155,8 @@ struct Engine::Impl {
   void gather();
   int64_t slice_end(int64_t position, int64_t count, bool leaves) const;
   void add_rows(SequenceState& state, std::span<const int32_t> known, int64_t count, const Row& row);
-  void add_scores(int64_t first_row, int64_t position, std::span<const int32_t> known, int64_t from, int64_t end,
-                  float inv_temperature, float* out, int64_t count);
+  void add_scores(int64_t first_row, int64_t position, std::span<const int32_t> known, int64_t from,
+                  int64_t end, float inv_temperature, float* out, int64_t count);
   void compute();
   void advance(Member& m, int64_t count);
   void leave_prefix(std::span<const int32_t> known, const SequenceState& state);

@@ -16,7 +16,8 @@ using testing::Story;
 
 std::vector<int32_t> random_tokens(Random& random, int64_t least, int64_t most) {
   std::vector<int32_t> t;
-  for (int64_t n = random.next_int(least, most); n > 0; --n) t.push_back(static_cast<int32_t>(random.next_int(21, 96)));
+  for (int64_t n = random.next_int(least, most); n > 0; --n)
+    t.push_back(static_cast<int32_t>(random.next_int(21, 96)));
   return t;
 }
 
@@ -45,7 +46,8 @@ GenerationGroup held_group(std::vector<int32_t> prompt, uint64_t first_id, int64
 }
 
 // What an engine would have made of the story's last stretch, had it been given all before as committed tokens.
-void expect_same_as_resumed(SmallModel& model, const Story& story, size_t prompt, uint64_t seed, uint32_t version) {
+void expect_same_as_resumed(SmallModel& model, const Story& story, size_t prompt, uint64_t seed,
+                            uint32_t version) {
   for (size_t end = prompt; end < story.tokens.size();) {
     while (end < story.tokens.size() && story.sampled[end] == 0) ++end;
     const size_t begin = end;
@@ -61,7 +63,8 @@ void expect_same_as_resumed(SmallModel& model, const Story& story, size_t prompt
     GenerationRequest r;
     r.id = 1;
     r.seed = seed;
-    r.committed.assign(story.tokens.begin() + static_cast<int64_t>(prompt), story.tokens.begin() + static_cast<int64_t>(begin));
+    r.committed.assign(story.tokens.begin() + static_cast<int64_t>(prompt),
+                       story.tokens.begin() + static_cast<int64_t>(begin));
     r.max_new_tokens = static_cast<int64_t>(end - prompt);
     g.members.push_back(r);
     engine.submit(g);
@@ -107,7 +110,8 @@ TEST(Hold, AConversationHasTheBitsOfOneUninterruptedPrefill) {
       for (uint64_t i = 1; i < id; ++i) {
         if (!engine.held(i)) continue;
         ASSERT_EQ(stories[i].finish, FinishReason::kStop);
-        ASSERT_TRUE(std::ranges::equal(engine.tokens(i), stories[i].tokens)) << "reported tokens are its tokens";
+        ASSERT_TRUE(std::ranges::equal(engine.tokens(i), stories[i].tokens))
+            << "reported tokens are its tokens";
         if (turns[i]++ == 3) {
           engine.release(i);
         } else if (random.next_int(0, 2) > 0) {
@@ -165,7 +169,8 @@ TEST(Hold, VersionsSayWhichWeightsComputedEachPosition) {
         version = static_cast<uint32_t>(random.next_int(1, 3));
         engine.set_weights(weights.at(version)->weights(), version);
       }
-      if (random.next_int(0, 25) == 0) engine.cancel(static_cast<uint64_t>(random.next_int(1, static_cast<int64_t>(id))));
+      if (random.next_int(0, 25) == 0)
+        engine.cancel(static_cast<uint64_t>(random.next_int(1, static_cast<int64_t>(id))));
       out.clear();
       engine.step(out);
       for (const GeneratedToken& t : out) {
@@ -200,7 +205,8 @@ TEST(Hold, VersionsSayWhichWeightsComputedEachPosition) {
 TEST(Hold, CancelledAtEveryPointGivesEverythingBackAndDisturbsNobody) {
   SmallModel model(31);
   Random random(9);
-  const auto prompt = random_tokens(random, 70, 70), tool = random_tokens(random, 40, 40), other = random_tokens(random, 30, 30);
+  const auto prompt = random_tokens(random, 70, 70), tool = random_tokens(random, 40, 40),
+             other = random_tokens(random, 30, 30);
   const auto run = [&](int cancel_at, uint64_t whom, std::map<uint64_t, Story>& stories) {
     kernels::Context ctx(1);
     EngineConfig config;

@@ -41,7 +41,8 @@ struct Story {
 
 // Log-probabilities of tokens 1.. of a story, token i computed by weights[versions[i]] at position i - 1. The prompt (what
 // was not reported has version 0) belongs to the version of the first token after it.
-inline std::vector<float> replayed_logprobs(const Story& story, const std::map<uint32_t, SmallModel*>& weights) {
+inline std::vector<float> replayed_logprobs(const Story& story,
+                                            const std::map<uint32_t, SmallModel*>& weights) {
   const ParamLayout& layout = weights.begin()->second->layout;
   kernels::Context ctx(1);
   StatePool pool(layout, int64_t{1} << 30);
@@ -52,28 +53,33 @@ inline std::vector<float> replayed_logprobs(const Story& story, const std::map<u
     if (versions[i - 1] == 0) versions[i - 1] = versions[i];
   std::vector<float> logprobs(static_cast<size_t>(n), 0.0f), lse(logprobs.size()), hidden;
   for (int64_t begin = 0, end; begin + 1 < n; begin = end) {
-    for (end = begin + 1; end + 1 < n && versions[static_cast<size_t>(end + 1)] == versions[static_cast<size_t>(begin + 1)];)
+    for (end = begin + 1;
+         end + 1 < n && versions[static_cast<size_t>(end + 1)] == versions[static_cast<size_t>(begin + 1)];)
       ++end;
     const Weights w{&layout, weights.at(versions[static_cast<size_t>(begin + 1)])->weights()};
     hidden.resize(static_cast<size_t>((end - begin) * D));
     const SequenceSlice slice = state.extend(0, end - begin);
-    forward(ctx, w, pool.layout(), std::span(story.tokens).subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin)),
+    forward(ctx, w, pool.layout(),
+            std::span(story.tokens).subspan(static_cast<size_t>(begin), static_cast<size_t>(end - begin)),
             {&slice, 1}, hidden.data());
     state.advance(end - begin);
     kernels::vocab_logprob_forward(ctx, end - begin, hidden.data(), D, w.matrix(layout.head()), 1.0f,
-                                   story.tokens.data() + begin + 1, logprobs.data() + begin + 1, lse.data(), nullptr);
+                                   story.tokens.data() + begin + 1, logprobs.data() + begin + 1, lse.data(),
+                                   nullptr);
   }
   return logprobs;
 }
 
 // Every sampled token has the log-probability that the replay gives it, to the bit. fed: the fed ones that were reported
 // with one, too.
-inline void expect_replays(const Story& story, const std::map<uint32_t, SmallModel*>& weights, bool fed = false) {
+inline void expect_replays(const Story& story, const std::map<uint32_t, SmallModel*>& weights,
+                           bool fed = false) {
   if (story.versions.empty() || story.versions.back() == 0) return;  // nothing was sampled
   const std::vector<float> want = replayed_logprobs(story, weights);
   for (size_t i = 1; i < want.size(); ++i) {
     if (!fed && story.sampled[i] == 0) continue;
-    ASSERT_EQ(story.logprobs[i], want[i]) << "token " << i << " of " << want.size() << (story.sampled[i] != 0 ? "" : ", fed");
+    ASSERT_EQ(story.logprobs[i], want[i])
+        << "token " << i << " of " << want.size() << (story.sampled[i] != 0 ? "" : ", fed");
   }
 }
 
