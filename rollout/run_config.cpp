@@ -30,7 +30,8 @@ void describe_start(Schema& s, RunConfig& c) {
           "where policy workers and the learner compute: `cpu`, or `cuda` for the GPU. float32 gives the same bits on both",
           Names{"cpu", "cuda"});
   s.field("run.numerics", &c.run.numerics,
-          "`exact`: a log-probability is a function of the weights and the prefix only (docs/architecture.md)", Names{"exact"});
+          "`exact`: a log-probability is a function of the weights and the prefix only (docs/architecture.md); `fast`: prompts on a GPU in fewer operations, near it",
+          Names{"exact", "fast"});
 
   s.section("model", "The policy: either `config` (random weights) or `path` (weights to start from).");
   s.field("model.config", &c.model.config, "a Hugging Face config.json, as a path or as an object");
@@ -204,6 +205,9 @@ void check(const Schema& schema, RunConfig& c, const Raw& raw, const std::string
   }
   c.rollout.sampling.logit_bias = logit_bias_from_json(raw.logit_bias).value();  // its form was checked when it was set
   c.engine.memory_bytes = static_cast<int64_t>(raw.kv_mib * 1048576.0);
+  c.engine.numerics = c.run.numerics == "fast" ? policy::Numerics::kFast : policy::Numerics::kExact;
+  if (c.run.numerics == "fast" && c.run.device == "cpu")
+    fail("run.numerics is fast: run.device cpu is exact, and nothing else");
   c.effective = schema.dump();
 }
 

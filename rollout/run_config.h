@@ -20,7 +20,7 @@ struct RunConfig {
     std::string dir;  // where the run lives; empty: runs/NAME-TIME
     int64_t seed = 0;
     std::string device = "cpu";      // cpu | cuda
-    std::string numerics = "exact";  // the only mode there is
+    std::string numerics = "exact";  // exact | fast (cuda only)
   } run;
 
   struct Model {

@@ -38,6 +38,11 @@
 
 namespace perigee::policy {
 
+// kExact: a token's bits are a function of the weights and its prefix. kFast: prompts on a GPU may be computed in a
+// cheaper way (docs/kernels/mla.md), so that what the learner computes again is near it and not the same. The CPU, float32,
+// and models for whose sizes there is no such kernel compute exactly under either.
+enum class Numerics { kExact, kFast };
+
 struct EngineConfig {
   int64_t max_running = 256;                // sequences in a batch at most
   int64_t prefill_chunk = 512;              // tokens beside those of decoding taken into one step at most
@@ -46,6 +51,7 @@ struct EngineConfig {
   // used first, when sequences need it. 0: off.
   int64_t prefix_cache_bytes = 0;
   int64_t prefix_chunk = 512;  // prompts leave a state behind at its multiples (and sequences at their end)
+  Numerics numerics = Numerics::kExact;
 };
 
 inline constexpr int kMaxTopLogprobs = 20;
