@@ -233,6 +233,7 @@ __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Tas
     if (++stage == kStages) stage = 0, parity ^= 1;
     wgmma_wait<0>();
     pin(s), pin(o);
+    __syncwarp();  // every lane has read its decays
     if (lane == 0) barrier_arrive(&shared.empty[used]);
     packed[0] = pack(o[0].x[0], o[0].x[1]), packed[1] = pack(o[0].x[2], o[0].x[3]);
     packed[2] = pack(o[1].x[0], o[1].x[1]), packed[3] = pack(o[1].x[2], o[1].x[3]);
