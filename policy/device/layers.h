@@ -10,6 +10,7 @@
 
 namespace perigee::policy::device {
 
+#include "policy/model/low_rows.h"
 using kernels::Device;
 using kernels::DeviceBatch;
 
@@ -26,7 +27,8 @@ struct Pass {
   bool training() const { return batch.training(); }
   const LayerParams& params(int64_t layer) const { return weights.layout->layer(layer); }
   float* gradient_of(int tensor, float* flat) const {
-    return flat + weights.layout->tensor(tensor).element_offset;
+    const ParamSpec& t = weights.layout->tensor(tensor);
+    return frozen() ? device.scratch.take<float>(t.elements) : flat + t.element_offset;
   }
   template <class T>
   T* take(int64_t width) const {
@@ -39,9 +41,13 @@ struct KdaActivations {
   T* h = nullptr;                                    // [rows, D] normalised input
   T* qkv = nullptr;                                  // [rows, 3Hd] before the convolution
   T *q = nullptr, *k = nullptr, *v = nullptr;        // [rows, Hd] after it, q and k normalised
+  // Gradients are of the adapters alone: flat is an arena of theirs, not of the model.
+  bool frozen() const { return weights.adapter != nullptr; }
+  // Of a tensor of the model; of a frozen one (vectors only) memory that nobody reads.
   T *f_low = nullptr, *gate_low = nullptr;           // [rows, d]
   float *f = nullptr, *b = nullptr;                  // [rows, Hd], [rows, H]
   float *g = nullptr, *beta = nullptr;               // [rows, Hd], [rows, H]
+  float* gradient_or_null(int tensor, float* flat) const { return frozen() ? nullptr : gradient_of(tensor, flat); }
   T *gate = nullptr, *o = nullptr, *normed = nullptr;  // [rows, Hd]
   T* chunk_states = nullptr;                         // training
 };
@@ -58,6 +64,7 @@ template <class T>
 struct MlaActivations {
   T* h = nullptr;         // [rows, D]
   T* q = nullptr;         // [rows, H * (nope + rope)]
+  LowRows<T> low;
   float* kv = nullptr;    // [rows, latent + rope] before the norm
   T* c = nullptr;         // [rows, latent + rope] what the heads attend to; training
   T* qa = nullptr;        // [rows, H * (latent + rope)] absorbed query
@@ -78,6 +85,7 @@ struct FeedForwardActivations {
   // mixture of experts; slots = rows * top_k
   float *logits = nullptr, *route_weights = nullptr;  // [rows, E], [rows, top_k]
   int32_t *chosen = nullptr, *source = nullptr, *slot = nullptr, *offsets = nullptr;
+  LowRows<T> low;
   T *expert_gate_up = nullptr, *expert_inner = nullptr, *expert_out = nullptr;  // [slots, 2Ie], [slots, Ie], [slots, D]
 };
 // The norm that comes after a half, which the half may do along with its own last launch.
@@ -96,6 +104,7 @@ void feed_forward_backward(const Pass& pass, int64_t layer, const float* in, con
                            const float* dy32, float* dx, float* gradient);
 
 // What a sequence holds, for activations of type T.
+  LowRows<T> low;
 template <class T>
 StateLayout state_layout(const ModelConfig& config);
 

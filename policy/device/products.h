@@ -1,8 +1,12 @@
 // Products of a pass's rows with weight tensors, forwards and backwards. Private to policy/device.
 #pragma once
+#include <initializer_list>
+#include <vector>
+
 #include "kernels/gemm/gemm_device.h"
 #include "kernels/gemm/gemm_device_grad.h"
 #include "policy/device/layers.h"
+#include "policy/model/adapter.h"
 
 namespace perigee::policy::device {
 
@@ -31,6 +35,54 @@ kernels::DeviceGradWeightTask<T> grad_weight(const Pass& pass, int tensor, const
   const ParamSpec& t = pass.weights.layout->tensor(tensor);
   return {dy, lddy, x, ldx, pass.rows(), pass.gradient_of(tensor, gradient), t.n, t.k};
 }
+
+// Products with the adapters of their matrices (policy/model/adapter.h).
+template <class T>
+struct Product {
+  int tensor;  // of the model
+  const T* x;
+  int64_t ldx;
+  void* y;
+  int64_t ldy;
+  Store store;
+};
+// The products' tasks. What they need of adapters is launched here, in one launch, and kept in `low`, whose memory is
+// the device's scratch.
+template <class T>
+std::vector<kernels::DeviceMatmulTask<T>> with_adapters(const Pass& pass, std::initializer_list<Product<T>> products,
+                                                        LowRows<T>& low);
+
+// The gradients of products, collected: of their inputs as tasks for the caller to launch, of their weights (or of their
+// adapters', where the model is frozen) in one call of weights(). What is taken lies in the device's scratch.
+template <class T>
+class ProductGradients {
+ public:
+  struct Input {
+    int tensor;
+    const T* dy;
+    int64_t lddy;
+    const T* x;
+    int64_t ldx;
+    void* dx;  // float32 where an adapter covers only a part of the tensor
+    int64_t lddx;
+    Store store;
+  };
+  ProductGradients(const Pass& pass, const LowRows<T>& low, float* gradient) : pass_(pass), low_(low), gradient_(gradient) {}
+
+  // Of dx: a task for each product, and behind it those of adapters of parts, which add to its result: for
+  // one call each. Launches what they need of adapters.
+  std::vector<kernels::DeviceGradInputTask<T>> inputs(std::initializer_list<Input> products);
+  // Of dx that all end in the same float32 memory, the first storing, the others adding, in order.
+  void sum_of_inputs(std::vector<kernels::DeviceGradInputTask<T>> tasks);
+  // Of the weights of every product so far.
+  void weights();
+
+ private:
+  const Pass& pass_;
+  const LowRows<T>& low_;
+  float* gradient_;
+  std::vector<kernels::DeviceGradWeightTask<T>> weights_;
+};
 
 // The experts' matrices are tensors `first` .. `first + experts - 1`, equally far apart.
 struct ExpertStride {

@@ -24,7 +24,8 @@ class TrainPass {
   // bits of device::forward.
   const T* forward(std::span<const int32_t> tokens, std::span<const int64_t> lengths);
 
-  // dhidden: device float32 [rows, hidden_size] -> gradient: device flat float32 [layout.elements()], accumulated.
+  // dhidden: device float32 [rows, hidden_size] -> gradient: device flat float32 [layout.elements()], accumulated; with
+  // adapters [adapter.elements()], of theirs alone.
   void backward(const float* dhidden, float* gradient);
 
   // Tokens sent to each expert in the forward, [moe layers][experts] in layer order. Waits for the device.

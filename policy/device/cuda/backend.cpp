@@ -83,16 +83,24 @@ struct Inputs {
   const int32_t* tokens = nullptr;  // [rows]
   const int32_t* active = nullptr;  // [1]
   const int32_t* last = nullptr;    // [slices] the row whose logits are wanted, for the first `wanted`
+  const device::Expanded* expanded = nullptr;
 };
 
 int64_t input_bytes(int64_t rows, int64_t slices, int64_t pages) {
   return rows * 4 + slices * (static_cast<int64_t>(sizeof(DeviceSlice)) + 8 + 4) + slices * pages * 8 + 8 * 64;
 }
 
+bool expands(const Device& device, const ModelConfig& c) {
+  return expanded_supported(device, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim);
+}
+
 template <class T>
 class DeviceBackend : public Backend {
  public:
-  DeviceBackend(Device& device, const ParamLayout& layout, const EngineConfig& config, const std::byte* weights)
+  // weights: the model's on the device, or null for memory of this object's own that set_weights fills. adapter: null, or
+  // that of the arena that set_weights fills instead.
+  DeviceBackend(Device& device, const ParamLayout& layout, const EngineConfig& config, const std::byte* weights,
+                const AdapterLayout* adapter)
       : device_(device),
         layout_(layout),
         pool_(device::state_layout<T>(layout.config()), device_memory(device), config.memory_bytes),
@@ -101,14 +109,16 @@ class DeviceBackend : public Backend {
         draw_inputs_(device),
         score_inputs_(device),
         max_rows_(bucket(config.max_running)),
-        weights_{&layout, weights} {
+        fast_(config.numerics == Numerics::kFast && sizeof(T) == 2 && expands(device, layout.config())),
+        weights_{&layout, weights, adapter, nullptr} {
     const int64_t most_logits = 2 * max_rows_;  // every member, and prompts that end in the same step
     logits_ = static_cast<float*>(device.allocate(most_logits * vocab() * 4));
     logits_rows_ = most_logits;
     results_ = static_cast<std::byte*>(device.allocate(most_logits * 12));
     results_host_ = PinnedMemory(most_logits * 12);
-    if (weights == nullptr) owned_weights_ = static_cast<std::byte*>(device.allocate(layout.weight_bytes()));
-    if (owned_weights_ != nullptr) weights_.data = owned_weights_;
+    if (weights != nullptr && adapter == nullptr) return;
+    owned_weights_ = static_cast<std::byte*>(device.allocate(given().weight_bytes()));
+    (adapter != nullptr ? weights_.adapter_data : weights_.data) = owned_weights_;
   }
   ~DeviceBackend() override {
     device_.release(logits_);
@@ -124,7 +134,7 @@ class DeviceBackend : public Backend {
       PERIGEE_CHECK(weights == weights_.data);  // they lie here already
       return;
     }
-    device_.copy_in(owned_weights_, weights, layout_.weight_bytes());
+    device_.copy_in(owned_weights_, weights, given().weight_bytes());
     device_.synchronize();
   }
 
@@ -159,6 +169,10 @@ class DeviceBackend : public Backend {
 
  private:
   int64_t vocab() const { return layout_.config().vocab_size; }
+  // Of the arenas that set_weights takes.
+  const ArenaLayout& given() const {
+    return weights_.adapter != nullptr ? static_cast<const ArenaLayout&>(*weights_.adapter) : layout_;
+  }
 
   Inputs fill(InputBlock& block, std::span<const int32_t> tokens, std::span<const SequenceSlice> slices, int64_t rows,
               int64_t slots, int64_t pages, std::span<const int32_t> last);
@@ -173,6 +187,7 @@ class DeviceBackend : public Backend {
   StatePool pool_;
   InputBlock decode_inputs_, other_inputs_, draw_inputs_, score_inputs_;
   int64_t max_rows_;
+  bool fast_;
   Weights weights_;
   std::byte* owned_weights_ = nullptr;
   float* logits_ = nullptr;
@@ -277,7 +292,7 @@ template <class T>
 void DeviceBackend<T>::run(const Inputs& in, int64_t wanted, float* logits, std::span<Score> scores, int64_t first_row) {
   const ModelConfig& c = layout_.config();
   DeviceScratch::Mark mark(device_.scratch);
-  const device::Pass pass{device_, weights_, c, in.batch, &pool_.layout(), in.active};
+  const device::Pass pass{device_, weights_, c, in.batch, &pool_.layout(), in.active, in.expanded};
   T* hidden = pass.take<T>(c.hidden_size);
   device::forward<T>(pass, in.tokens, hidden);
   score(hidden, scores, first_row);
@@ -318,8 +333,34 @@ void DeviceBackend<T>::prefill(std::span<const int32_t> tokens, std::span<const 
     const Slice& s = slices[i].slice;
     if (wanted[i] != 0) last.push_back(static_cast<int32_t>(s.begin + s.count - 1 - slices[0].slice.begin));
   }
-  other_inputs_.reserve(input_bytes(rows, n, pages));
-  const Inputs in = fill(other_inputs_, tokens, slices, rows, n, pages, last);
+  std::vector<DeviceSlice> parts;
+  for (const SequenceSlice& s : slices)
+    parts.push_back({static_cast<int32_t>(s.slice.begin - slices[0].slice.begin), static_cast<int32_t>(s.slice.count),
+                     static_cast<int32_t>(s.slice.position), 0});
+  ExpandedPlan plan;
+  if (fast_) plan = plan_expanded(parts, kExpandedLeastRows, device::expanded_arena_rows(layout_.config()));
+  const auto pieces = static_cast<int64_t>(plan.pieces.size());
+  other_inputs_.reserve(input_bytes(rows, n, pages) + pieces * static_cast<int64_t>(sizeof(ExpandedPiece)) +
+                        n * static_cast<int64_t>(sizeof(DeviceSlice)) + 2 * 64);
+  Inputs in = fill(other_inputs_, tokens, slices, rows, n, pages, last);
+  device::Expanded expanded;
+  if (pieces > 0) {
+    expanded.rounds = plan.rounds;
+    expanded.merges = plan.merges;
+    std::copy(plan.pieces.begin(), plan.pieces.end(), other_inputs_.place<ExpandedPiece>(pieces, &expanded.pieces));
+    expanded.rest = in.batch;
+    DeviceSlice* const rest = other_inputs_.place<DeviceSlice>(n, &expanded.rest.slice);
+    bool any = false;
+    for (int64_t i = 0; i < n; ++i) {
+      rest[i] = parts[static_cast<size_t>(i)];
+      if (rest[i].count >= kExpandedLeastRows) rest[i].count = 0;
+      any = any || rest[i].count > 0;
+    }
+    // Not a decoding batch, whose slices are rows.
+    expanded.rest.max_count = std::max(expanded.rest.max_count, 2);
+    if (!any) expanded.rest.slices = 0;
+    in.expanded = &expanded;
+  }
   other_inputs_.send();
   run(in, static_cast<int64_t>(last.size()), logits_ + first_logits * vocab(), scores, slices[0].slice.begin);
 }
@@ -460,16 +501,38 @@ int64_t device_scratch_bytes(const ParamLayout& layout, int64_t rows) {
          2 * std::max<int64_t>(rows, 256) * c.vocab_size / 8;
 }
 
-std::unique_ptr<Backend> device_backend(Device& device, const ParamLayout& layout, const EngineConfig& config,
-                                        const std::byte* device_weights) {
+namespace {
+
+std::unique_ptr<Backend> make_backend(Device& device, const ParamLayout& layout, const EngineConfig& config,
+                                      const std::byte* weights, const AdapterLayout* adapter) {
   if (layout.matrices() == MatrixForm::kTiles)
-    return std::make_unique<DeviceBackend<bf16>>(device, layout, config, device_weights);
+    return std::make_unique<DeviceBackend<bf16>>(device, layout, config, weights, adapter);
   PERIGEE_CHECK(layout.dtype() == Dtype::kF32);
-  return std::make_unique<DeviceBackend<float>>(device, layout, config, device_weights);
+  return std::make_unique<DeviceBackend<float>>(device, layout, config, weights, adapter);
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> device_backend(Device& device, const ParamLayout& layout, const EngineConfig& config,
+                                        const std::byte* weights) {
+  return make_backend(device, layout, config, weights, nullptr);
 }
 
 std::unique_ptr<Backend> device_backend(Device& device, const ParamLayout& layout, const EngineConfig& config) {
-  return device_backend(device, layout, config, nullptr);
+  return make_backend(device, layout, config, nullptr, nullptr);
+}
+
+std::unique_ptr<Backend> device_backend(Device& device, const AdapterLayout& adapter, const EngineConfig& config,
+                                        const std::byte* device_base) {
+  PERIGEE_CHECK(device_base != nullptr);
+  return make_backend(device, adapter.base(), config, device_base, &adapter);
+}
+
+int64_t device_scratch_bytes(const AdapterLayout& adapter, int64_t rows) {
+  // Of one half at a time: low rows of at most nine adapters, their gradients, and, over float32, sums set aside.
+  const ModelConfig& c = adapter.base().config();
+  const int64_t low = 18 * (rows * adapter.config().rank * 4 + 1024);
+  return device_scratch_bytes(adapter.base(), rows) + low + rows * c.hidden_size * 4;
 }
 
 }  // namespace perigee::policy

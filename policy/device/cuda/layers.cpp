@@ -1,6 +1,5 @@
 #include "policy/device/layers.h"
 
-#include <array>
 #include <type_traits>
 #include <vector>
 
@@ -53,26 +52,24 @@ void kda_half_forward(const Pass& pass, int64_t layer, KdaActivations<T>& a, con
   if (pass.training()) a.chunk_states = dev.scratch.take<T>(kda_chunk_slots(rows, pass.batch.slices) * H * d * d);
 
   if (h == nullptr) rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, a.h, D);
-  const std::array<DeviceMatmulTask<T>, 6> project = {{
-      product<T>(pass, p.q, a.h, D, a.qkv, 3 * wide, Store::kAct),
-      product<T>(pass, p.k, a.h, D, a.qkv + wide, 3 * wide, Store::kAct),
-      product<T>(pass, p.v, a.h, D, a.qkv + 2 * wide, 3 * wide, Store::kAct),
-      product<T>(pass, p.f_a, a.h, D, a.f_low, d, Store::kAct),
-      product<T>(pass, p.g_a, a.h, D, a.gate_low, d, Store::kAct),
-      product<T>(pass, p.b, a.h, D, a.b, H, Store::kF32),
-  }};
-  matmul<T>(dev, project);
-  const std::array<DeviceMatmulTask<T>, 2> widen = {{
-      product<T>(pass, p.f_b, a.f_low, d, a.f, wide, Store::kF32),
-      product<T>(pass, p.g_b, a.gate_low, d, a.gate, wide, Store::kAct),
-  }};
-  matmul<T>(dev, widen);
+  a.low.clear();
+  matmul<T>(dev, with_adapters<T>(pass,
+                                  {{p.q, a.h, D, a.qkv, 3 * wide, Store::kAct},
+                                   {p.k, a.h, D, a.qkv + wide, 3 * wide, Store::kAct},
+                                   {p.v, a.h, D, a.qkv + 2 * wide, 3 * wide, Store::kAct},
+                                   {p.f_a, a.h, D, a.f_low, d, Store::kAct},
+                                   {p.g_a, a.h, D, a.gate_low, d, Store::kAct},
+                                   {p.b, a.h, D, a.b, H, Store::kF32}},
+                                  a.low));
+  matmul<T>(dev, with_adapters<T>(pass,
+                                  {{p.f_b, a.f_low, d, a.f, wide, Store::kF32},
+                                   {p.g_b, a.gate_low, d, a.gate, wide, Store::kAct}},
+                                  a.low));
   const int64_t window = pass.training() ? 0 : pass.state->conv_offset(layer);
   const int64_t state = pass.training() ? 0 : pass.state->kda_offset(layer);
   const auto finish = [&] {
-    if (x == nullptr) return;
-    const auto out = product<T>(pass, p.o, a.normed, wide, x, D, Store::kAddF32);
-    matmul<T>(dev, {&out, 1});
+    const auto out = with_adapters<T>(pass, {{p.o, a.normed, wide, x, D, Store::kAddF32}}, a.low);
+    if (x != nullptr) matmul<T>(dev, out);
   };
   if constexpr (std::is_same_v<T, bf16>) {
     KdaDecodeLayer between;
@@ -111,11 +108,10 @@ void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, con
   }
 
   if (h == nullptr) rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, a.h, D);
-  const std::array<DeviceMatmulTask<T>, 2> project = {{
-      product<T>(pass, p.q, a.h, D, a.q, H * q_width, Store::kAct),
-      product<T>(pass, p.kv_a, a.h, D, a.kv, width, Store::kF32),
-  }};
-  matmul<T>(dev, project);
+  a.low.clear();
+  matmul<T>(dev, with_adapters<T>(pass,
+                                  {{p.q, a.h, D, a.q, H * q_width, Store::kAct}, {p.kv_a, a.h, D, a.kv, width, Store::kF32}},
+                                  a.low));
   const int64_t page = pass.training() ? 0 : pass.state->page_offset(layer);
   latent_store<T>(dev, shape, a.kv, w.vector(p.kv_norm), kMlaNormEps, pass.batch, page, a.c);
   std::vector<DeviceMatmulTask<T>> heads;
@@ -154,15 +150,14 @@ void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivation
     rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.post_norm), c.rms_norm_eps, a.h, D);
   };
   if (!moe) {
+  a.low.clear();
     norm();
     a.gate_up = pass.take<T>(2 * I);
     a.inner = pass.take<T>(I);
-    const auto up = product<T>(pass, p.gate_up, a.h, D, a.gate_up, 2 * I, Store::kAct);
-    matmul<T>(dev, {&up, 1});
+    matmul<T>(dev, with_adapters<T>(pass, {{p.gate_up, a.h, D, a.gate_up, 2 * I, Store::kAct}}, a.low));
     swiglu_forward<T>(dev, rows, I, a.gate_up, a.inner);
-    if (x == nullptr) return;
-    const auto down = product<T>(pass, p.down, a.inner, I, x, D, Store::kAddF32);
-    matmul<T>(dev, {&down, 1});
+    const auto down = with_adapters<T>(pass, {{p.down, a.inner, I, x, D, Store::kAddF32}}, a.low);
+    if (x != nullptr) matmul<T>(dev, down);
     return;
   }
 
@@ -194,12 +189,12 @@ void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivation
   route_and_dispatch(dev, router, rows, a.logits, w.vector(p.router_bias), a.chosen, a.route_weights, a.offsets, a.source,
                      a.slot, pass.active);
   std::vector<DeviceMatmulTask<T>> beside;
-  if (dense) beside.push_back(product<T>(pass, p.gate_up, a.h, D, a.gate_up, 2 * I, Store::kAct));
+  if (dense) beside = with_adapters<T>(pass, {{p.gate_up, a.h, D, a.gate_up, 2 * I, Store::kAct}}, a.low);
   matmul_experts<T>(dev, expert_product<T>(pass, p.expert_gate_up, a.h, a.source, a.offsets, a.expert_gate_up), beside);
   swiglu_forward<T>(dev, all, Ie, a.expert_gate_up, a.expert_inner);
   if (dense && !together) swiglu_forward<T>(dev, rows, I, a.gate_up, a.inner);
   beside.clear();
-  if (dense) beside.push_back(product<T>(pass, p.down, a.inner, I, shared, D, Store::kAct));
+  if (dense) beside = with_adapters<T>(pass, {{p.down, a.inner, I, shared, D, Store::kAct}}, a.low);
   auto down = expert_product<T>(pass, p.expert_down, a.expert_inner, nullptr, a.offsets, a.expert_out);
   down.settled = true;
   matmul_experts<T>(dev, down, beside);

@@ -1,5 +1,4 @@
 // The backward of the halves. Orders of accumulation are those of policy/model, so float has the CPU's bits.
-#include <array>
 #include <vector>
 
 #include "kernels/activation/swiglu_device.h"
@@ -21,15 +20,6 @@ namespace {
 // The residual stream is float32 for both types; only float has bits to keep.
 template <class T>
 constexpr RowSums kRowSums = sizeof(T) == 4 ? RowSums::kCpu : RowSums::kBlocks;
-
-// Products that end in the same float32 dh, one after the other: the first stores, the others add.
-template <class T>
-void sum_of_grad_inputs(const Pass& pass, std::span<DeviceGradInputTask<T>> tasks) {
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    tasks[i].store = i == 0 ? Store::kF32 : Store::kAddF32;
-    matmul_grad_input<T>(pass.device, {&tasks[i], 1});
-  }
-}
 
 // Rows of bf16 that a product reads are multiples of 8 values: a narrower one is copied between zeros.
 template <class T>
@@ -76,41 +66,25 @@ void kda_half_backward(const Pass& pass, int64_t layer, const float* in, const K
   T* dgate_low = pass.take<T>(d);
   float* dh = pass.take<float>(D);
 
-  const auto out_in = grad_input<T>(pass, p.o, dy, D, dnormed, wide, Store::kAct);
-  matmul_grad_input<T>(dev, {&out_in, 1});
+  ProductGradients<T> products(pass, a.low, gradient);
+  matmul_grad_input<T>(dev, products.inputs({{p.o, dy, D, a.normed, wide, dnormed, wide, Store::kAct}}));
   gated_rms_norm_backward<T>(dev, rows, H, d, a.o, a.gate, w.vector(p.o_norm), c.rms_norm_eps, dnormed, d_o, dgate,
                              grad(p.o_norm));
   kda_backward<T>(dev, {H, d, d}, a.q, a.k, a.v, a.g, a.beta, a.chunk_states, pass.batch, d_o, dq, dk, dv, dg, dbeta);
   kda_gate_backward<T>(dev, H, d, rows, a.f, a.b, w.vector(p.a_log), w.vector(p.dt_bias), dg, dbeta, df, db,
                        grad(p.a_log), grad(p.dt_bias));
   conv_backward<T>(dev, {H, d}, a.qkv, w.vector(p.conv), pass.batch, dq, dk, dv, dqkv, grad(p.conv));
-  const std::array<DeviceGradInputTask<T>, 2> narrow = {{
-      grad_input<T>(pass, p.f_b, df, wide, df_low, d, Store::kAct),
-      grad_input<T>(pass, p.g_b, dgate, wide, dgate_low, d, Store::kAct),
-  }};
-  matmul_grad_input<T>(dev, narrow);
+  matmul_grad_input<T>(dev, products.inputs({{p.f_b, df, wide, a.f_low, d, df_low, d, Store::kAct},
+                                             {p.g_b, dgate, wide, a.gate_low, d, dgate_low, d, Store::kAct}}));
   const Rows<T> db_rows = even_rows(pass, db, H);
-  const std::array<DeviceGradWeightTask<T>, 9> weights = {{
-      grad_weight<T>(pass, p.o, dy, D, a.normed, wide, gradient),
-      grad_weight<T>(pass, p.f_b, df, wide, a.f_low, d, gradient),
-      grad_weight<T>(pass, p.g_b, dgate, wide, a.gate_low, d, gradient),
-      grad_weight<T>(pass, p.q, dqkv, 3 * wide, a.h, D, gradient),
-      grad_weight<T>(pass, p.k, dqkv + wide, 3 * wide, a.h, D, gradient),
-      grad_weight<T>(pass, p.v, dqkv + 2 * wide, 3 * wide, a.h, D, gradient),
-      grad_weight<T>(pass, p.f_a, df_low, d, a.h, D, gradient),
-      grad_weight<T>(pass, p.g_a, dgate_low, d, a.h, D, gradient),
-      grad_weight<T>(pass, p.b, db_rows.data, db_rows.ld, a.h, D, gradient),
-  }};
-  matmul_grad_weight<T>(dev, weights);
-  std::array<DeviceGradInputTask<T>, 6> project = {{
-      grad_input<T>(pass, p.q, dqkv, 3 * wide, dh, D, Store::kF32),
-      grad_input<T>(pass, p.k, dqkv + wide, 3 * wide, dh, D, Store::kF32),
-      grad_input<T>(pass, p.v, dqkv + 2 * wide, 3 * wide, dh, D, Store::kF32),
-      grad_input<T>(pass, p.f_a, df_low, d, dh, D, Store::kF32),
-      grad_input<T>(pass, p.g_a, dgate_low, d, dh, D, Store::kF32),
-      grad_input<T>(pass, p.b, db_rows.data, db_rows.ld, dh, D, Store::kF32),
-  }};
-  sum_of_grad_inputs<T>(pass, project);
+  const auto project = products.inputs({{p.q, dqkv, 3 * wide, a.h, D, dh, D, Store::kF32},
+                                        {p.k, dqkv + wide, 3 * wide, a.h, D, dh, D, Store::kF32},
+                                        {p.v, dqkv + 2 * wide, 3 * wide, a.h, D, dh, D, Store::kF32},
+                                        {p.f_a, df_low, d, a.h, D, dh, D, Store::kF32},
+                                        {p.g_a, dgate_low, d, a.h, D, dh, D, Store::kF32},
+                                        {p.b, db_rows.data, db_rows.ld, a.h, D, dh, D, Store::kF32}});
+  products.weights();
+  products.sum_of_inputs(project);
   rms_norm_backward<float, float, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, dh, D, dx, D, true,
                                          grad(p.input_norm), kRowSums<T>);
 }
@@ -137,8 +111,8 @@ void mla_half_backward(const Pass& pass, int64_t layer, const float* in, const M
   T* dkv = pass.take<T>(width);
   float* dh = pass.take<float>(D);
 
-  const auto out_in = grad_input<T>(pass, p.o, dy, D, d_o, H * v, Store::kAct);
-  matmul_grad_input<T>(dev, {&out_in, 1});
+  ProductGradients<T> products(pass, a.low, gradient);
+  matmul_grad_input<T>(dev, products.inputs({{p.o, dy, D, a.o, H * v, d_o, H * v, Store::kAct}}));
   std::vector<DeviceGradInputTask<T>> heads;
   for (int64_t h = 0; h < H; ++h)
     heads.push_back(grad_input<T>(pass, p.absorb_v + static_cast<int>(h), d_o + h * v, H * v, dol + h * latent,
@@ -154,25 +128,18 @@ void mla_half_backward(const Pass& pass, int64_t layer, const float* in, const M
   dev.copy_2d(dq + nope, q_width * kT, dqa + latent, width * kT, rope * kT, rows * H);
   latent_grad<T>(dev, shape, rows, a.kv, w.vector(p.kv_norm), kMlaNormEps, dc, dkv, grad(p.kv_norm));
 
-  std::vector<DeviceGradWeightTask<T>> weights = {
-      grad_weight<T>(pass, p.o, dy, D, a.o, H * v, gradient),
-      grad_weight<T>(pass, p.q, dq, H * q_width, a.h, D, gradient),
-      grad_weight<T>(pass, p.kv_a, dkv, width, a.h, D, gradient),
-  };
-  matmul_grad_weight<T>(dev, weights);
-  weights.clear();
-  for (int64_t h = 0; h < H; ++h) {
+  const auto project = products.inputs({{p.q, dq, H * q_width, a.h, D, dh, D, Store::kF32},
+                                        {p.kv_a, dkv, width, a.h, D, dh, D, Store::kF32}});
+  products.weights();
+  std::vector<DeviceGradWeightTask<T>> weights;
+  for (int64_t h = 0; h < H && !pass.frozen(); ++h) {
     weights.push_back(grad_weight<T>(pass, p.absorb_k + static_cast<int>(h), dqa + h * width, H * width,
                                      a.q + h * q_width, H * q_width, gradient));
     weights.push_back(grad_weight<T>(pass, p.absorb_v + static_cast<int>(h), d_o + h * v, H * v, a.ol + h * latent,
                                      H * latent, gradient));
   }
   matmul_grad_weight<T>(dev, weights);
-  std::array<DeviceGradInputTask<T>, 2> project = {{
-      grad_input<T>(pass, p.q, dq, H * q_width, dh, D, Store::kF32),
-      grad_input<T>(pass, p.kv_a, dkv, width, dh, D, Store::kF32),
-  }};
-  sum_of_grad_inputs<T>(pass, project);
+  products.sum_of_inputs(project);
   rms_norm_backward<float, float, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, dh, D, dx, D, true,
                                          grad(p.input_norm), kRowSums<T>);
 }
@@ -195,16 +162,11 @@ void feed_forward_backward(const Pass& pass, int64_t layer, const float* in, con
   if (dense) {
     T* dinner = pass.take<T>(I);
     T* dgate_up = pass.take<T>(2 * I);
-    const auto down = grad_input<T>(pass, p.down, dy, D, dinner, I, Store::kAct);
-    matmul_grad_input<T>(dev, {&down, 1});
+    ProductGradients<T> products(pass, a.low, gradient);
+    matmul_grad_input<T>(dev, products.inputs({{p.down, dy, D, a.inner, I, dinner, I, Store::kAct}}));
     swiglu_backward<T>(dev, rows, I, a.gate_up, dinner, dgate_up);
-    const auto up = grad_input<T>(pass, p.gate_up, dgate_up, 2 * I, dh, D, Store::kF32);
-    matmul_grad_input<T>(dev, {&up, 1});
-    const std::array<DeviceGradWeightTask<T>, 2> weights = {{
-        grad_weight<T>(pass, p.down, dy, D, a.inner, I, gradient),
-        grad_weight<T>(pass, p.gate_up, dgate_up, 2 * I, a.h, D, gradient),
-    }};
-    matmul_grad_weight<T>(dev, weights);
+    products.sum_of_inputs(products.inputs({{p.gate_up, dgate_up, 2 * I, a.h, D, dh, D, Store::kF32}}));
+    products.weights();
   } else {
     dev.zero(dh, rows * D * 4);
   }
@@ -221,12 +183,15 @@ void feed_forward_backward(const Pass& pass, int64_t layer, const float* in, con
     matmul_experts_grad_input<T>(dev, expert_grad_input<T>(pass, p.expert_down, dout, a.offsets, dinner));
     swiglu_backward<T>(dev, slots, Ie, a.expert_gate_up, dinner, dgate_up);
     matmul_experts_grad_input<T>(dev, expert_grad_input<T>(pass, p.expert_gate_up, dgate_up, a.offsets, ddispatched));
-    matmul_experts_grad_weight<T>(
-        dev, expert_grad_weight<T>(pass, p.expert_down, dout, a.expert_inner, nullptr, a.offsets, gradient));
-    matmul_experts_grad_weight<T>(
-        dev, expert_grad_weight<T>(pass, p.expert_gate_up, dgate_up, a.h, a.source, a.offsets, gradient));
+    if (!pass.frozen()) {
+      matmul_experts_grad_weight<T>(
+          dev, expert_grad_weight<T>(pass, p.expert_down, dout, a.expert_inner, nullptr, a.offsets, gradient));
+      matmul_experts_grad_weight<T>(
+          dev, expert_grad_weight<T>(pass, p.expert_gate_up, dgate_up, a.h, a.source, a.offsets, gradient));
+    }
     moe_gather_backward<T>(dev, rows, top_k, D, ddispatched, a.slot, dh);
-    router_grad<T>(dev, rows, E, D, a.h, w.vector(p.router), dlogits, dh, Store::kAddF32, grad(p.router));
+    router_grad<T>(dev, rows, E, D, a.h, w.vector(p.router), dlogits, dh, Store::kAddF32,
+                   pass.gradient_or_null(p.router, gradient));
   }
   rms_norm_backward<float, float, float>(dev, rows, D, in, D, w.vector(p.post_norm), c.rms_norm_eps, dh, D, dx, D, true,
                                          grad(p.post_norm), kRowSums<T>);

@@ -23,11 +23,19 @@ using namespace kernels;
 template <class T>
 class DeviceLearnBackend : public LearnBackend {
  public:
-  DeviceLearnBackend(Device& device, const ParamLayout& layout, bool recompute)
-      : device_(device), layout_(layout), recompute_(recompute), trained_(trained_ranges(layout)) {
-    const int64_t n = layout.elements();
-    weights_ = allocate<std::byte>(layout.weight_bytes());
-    next_ = allocate<std::byte>(layout.weight_bytes());
+  // adapter, base: null, or what is trained beside a frozen model, whose weights are at base on the device.
+  DeviceLearnBackend(Device& device, const ParamLayout& layout, bool recompute, const AdapterLayout* adapter,
+                     const std::byte* base)
+      : device_(device),
+        layout_(layout),
+        arena_(adapter != nullptr ? static_cast<const ArenaLayout&>(*adapter) : layout),
+        adapter_(adapter),
+        base_(base),
+        recompute_(recompute),
+        trained_(trained_ranges(arena_)) {
+    const int64_t n = arena_.elements();
+    weights_ = allocate<std::byte>(arena_.weight_bytes());
+    next_ = allocate<std::byte>(arena_.weight_bytes());
     m_ = allocate<float>(n);
     v_ = allocate<float>(n);
     gradient_ = allocate<float>(n);
@@ -44,9 +52,9 @@ class DeviceLearnBackend : public LearnBackend {
   void set_weights(const std::byte* weights) override {
     pass_.reset();
     mark_.reset();
-    if (weights == finished_ && sample(weights) == finished_sample_) return;  // they are there
+    if (weights == finished_ && adapter_ == nullptr && sample(weights) == finished_sample_) return;  // they are there
     finished_ = nullptr;
-    device_.copy_in(weights_, weights, layout_.weight_bytes());
+    device_.copy_in(weights_, weights, arena_.weight_bytes());
     device_.synchronize();
   }
 
@@ -77,7 +85,7 @@ class DeviceLearnBackend : public LearnBackend {
 
   int64_t first_nonfinite_layer(const MicroBatch&) override { return pass_->first_nonfinite_layer(); }
 
-  void zero_gradient() override { device_.zero(gradient_, layout_.elements() * 4); }
+  void zero_gradient() override { device_.zero(gradient_, arena_.elements() * 4); }
 
   void backward(const MicroBatch& b, const float* dlogprob, const float* dentropy) override {
     const int64_t D = layout_.config().hidden_size, n = b.entries(), rows = static_cast<int64_t>(b.tokens.size());
@@ -90,7 +98,7 @@ class DeviceLearnBackend : public LearnBackend {
       T* dentry = device_.scratch.template take<T>(n * D);
       vocab_logprob_backward<T>(device_, n, D, hidden_, D, head(), layout_.config().vocab_size, inv_temperature(b),
                                 targets_, lse_, entropy_, device_dlogprob, device_dentropy, dentry, D,
-                                gradient_ + layout_.tensor(layout_.head()).element_offset);
+                                adapter_ != nullptr ? nullptr : gradient_ + layout_.tensor(layout_.head()).element_offset);
       // Each row's entry, or none: an embedding in a table of entries, zero outside of it.
       std::vector<int32_t> entry(static_cast<size_t>(rows), -1);
       for (int64_t i = 0; i < n; ++i) entry[static_cast<size_t>(b.rows[static_cast<size_t>(i)])] = static_cast<int32_t>(i);
@@ -100,19 +108,19 @@ class DeviceLearnBackend : public LearnBackend {
   }
 
   double gradient_sum_of_squares() override {
-    sum_of_squares(device_, layout_.elements(), gradient_, number_);
+    sum_of_squares(device_, arena_.elements(), gradient_, number_);
     double sum;
     device_.copy_out(&sum, number_, 8);
     return sum;
   }
   int64_t gradient_first_nonfinite() override {
     auto* at = reinterpret_cast<int64_t*>(number_);
-    first_nonfinite(device_, layout_.elements(), gradient_, at);
+    first_nonfinite(device_, arena_.elements(), gradient_, at);
     int64_t first;
     device_.copy_out(&first, at, 8);
     return first;
   }
-  void read_gradient(float* flat) override { device_.copy_out(flat, gradient_, layout_.elements() * 4); }
+  void read_gradient(float* flat) override { device_.copy_out(flat, gradient_, arena_.elements() * 4); }
 
   void update(const AdamWParams& p, std::byte*) override {
     pass_.reset();
@@ -125,7 +133,7 @@ class DeviceLearnBackend : public LearnBackend {
     } else {
       from = reinterpret_cast<const float*>(weights_);
       to = reinterpret_cast<float*>(next_);
-      device_.copy(next_, weights_, layout_.weight_bytes());  // what is not trained stays
+      device_.copy(next_, weights_, arena_.weight_bytes());  // what is not trained stays
     }
     for (const FlatRange& r : trained_)
       adamw_step(device_, p, r.count, from + r.begin, to + r.begin, gradient_ + r.begin, m_ + r.begin, v_ + r.begin);
@@ -135,13 +143,13 @@ class DeviceLearnBackend : public LearnBackend {
     DeviceScratch::Mark mark(device_.scratch);
     float* flat = kNarrow ? masters_ : reinterpret_cast<float*>(next_);
     add(device_, static_cast<int64_t>(change.size()), upload<float>({change.begin(), change.end()}),
-        flat + layout_.tensor(tensor).element_offset);
+        flat + arena_.tensor(tensor).element_offset);
   }
 
   void finish(std::byte* weights_out) override {
     if constexpr (kNarrow) {
-      device_.zero(next_, layout_.weight_bytes());  // the gaps too: the arena is hashed
-      for (const ParamSpec& t : layout_.tensors()) {
+      device_.zero(next_, arena_.weight_bytes());  // the gaps too: the arena is hashed
+      for (const ParamSpec& t : arena_.tensors()) {
         const float* from = masters_ + t.element_offset;
         if (t.in_dtype()) {
           narrow(device_, t.elements, from, reinterpret_cast<bf16*>(next_ + t.byte_offset));
@@ -150,7 +158,7 @@ class DeviceLearnBackend : public LearnBackend {
         }
       }
     }
-    device_.copy_out(weights_out, next_, layout_.weight_bytes());
+    device_.copy_out(weights_out, next_, arena_.weight_bytes());
     std::swap(weights_, next_);
     finished_ = weights_out;
     finished_sample_ = sample(weights_out);
@@ -158,13 +166,13 @@ class DeviceLearnBackend : public LearnBackend {
 
   bool has_masters() const override { return has_masters_; }
   void save_moments(float* m, float* v, float* masters) const override {
-    const int64_t bytes = layout_.elements() * 4;
+    const int64_t bytes = arena_.elements() * 4;
     device_.copy_out(m, m_, bytes);
     device_.copy_out(v, v_, bytes);
     if (masters != nullptr) device_.copy_out(masters, masters_, bytes);
   }
   void load_moments(const float* m, const float* v, const float* masters) override {
-    const int64_t bytes = layout_.elements() * 4;
+    const int64_t bytes = arena_.elements() * 4;
     device_.copy_in(m_, m, bytes);
     device_.copy_in(v_, v, bytes);
     has_masters_ = masters != nullptr;
@@ -188,13 +196,15 @@ class DeviceLearnBackend : public LearnBackend {
     device_.copy_in(to, values.data(), static_cast<int64_t>(values.size() * sizeof(U)));
     return to;
   }
-  Weights view() const { return {&layout_, weights_}; }
+  Weights view() const {
+    return adapter_ != nullptr ? Weights{&layout_, base_, adapter_, weights_} : Weights{&layout_, weights_};
+  }
   const void* head() const { return view().table(layout_.head()); }
 
   // Of every page a word: memory that was reused for other weights is known by it.
   uint64_t sample(const std::byte* weights) const {
     uint64_t hash = 0xcbf29ce484222325ull;
-    for (int64_t at = 0; at + 8 <= layout_.weight_bytes(); at += 4096) {
+    for (int64_t at = 0; at + 8 <= arena_.weight_bytes(); at += 4096) {
       uint64_t word;
       std::memcpy(&word, weights + at, 8);
       hash = (hash ^ word) * 0x100000001b3ull;
@@ -203,8 +213,8 @@ class DeviceLearnBackend : public LearnBackend {
   }
 
   void make_masters() {
-    device_.zero(masters_, layout_.elements() * 4);
-    for (const ParamSpec& t : layout_.tensors()) {
+    device_.zero(masters_, arena_.elements() * 4);
+    for (const ParamSpec& t : arena_.tensors()) {
       float* to = masters_ + t.element_offset;
       if (t.in_dtype()) {
         widen(device_, t.elements, reinterpret_cast<const bf16*>(weights_ + t.byte_offset), to);
@@ -216,11 +226,14 @@ class DeviceLearnBackend : public LearnBackend {
   }
 
   Device& device_;
-  const ParamLayout& layout_;
+  const ParamLayout& layout_;  // of the model
+  const ArenaLayout& arena_;   // of what is trained
+  const AdapterLayout* adapter_;
+  const std::byte* base_;
   bool recompute_, has_masters_ = false;
   std::vector<FlatRange> trained_;
   std::vector<void*> owned_;
-  std::byte *weights_ = nullptr, *next_ = nullptr;
+  std::byte *weights_ = nullptr, *next_ = nullptr;  // arenas of what is trained
   // The arena that the last step wrote: weights_ holds the same.
   const std::byte* finished_ = nullptr;
   uint64_t finished_sample_ = 0;
@@ -249,9 +262,24 @@ int64_t device_learn_scratch_bytes(const ParamLayout& layout, int64_t tokens, bo
 
 std::unique_ptr<LearnBackend> device_learn_backend(Device& device, const ParamLayout& layout, bool recompute) {
   if (layout.matrices() == MatrixForm::kTiles)
-    return std::make_unique<DeviceLearnBackend<bf16>>(device, layout, recompute);
+    return std::make_unique<DeviceLearnBackend<bf16>>(device, layout, recompute, nullptr, nullptr);
   PERIGEE_CHECK(layout.dtype() == Dtype::kF32);
-  return std::make_unique<DeviceLearnBackend<float>>(device, layout, recompute);
+  return std::make_unique<DeviceLearnBackend<float>>(device, layout, recompute, nullptr, nullptr);
+}
+
+int64_t device_learn_scratch_bytes(const AdapterLayout& adapter, int64_t tokens, bool recompute) {
+  const ParamLayout& base = adapter.base();
+  const int64_t low = device_scratch_bytes(adapter, tokens) - device_scratch_bytes(base, tokens);
+  return device_learn_scratch_bytes(base, tokens, recompute) + (recompute ? 2 : base.config().num_layers + 1) * low;
+}
+
+std::unique_ptr<LearnBackend> device_learn_backend(Device& device, const AdapterLayout& adapter, bool recompute,
+                                                   const std::byte* device_base) {
+  PERIGEE_CHECK(device_base != nullptr);
+  if (adapter.matrices() == MatrixForm::kTiles)
+    return std::make_unique<DeviceLearnBackend<bf16>>(device, adapter.base(), recompute, &adapter, device_base);
+  PERIGEE_CHECK(adapter.dtype() == Dtype::kF32);
+  return std::make_unique<DeviceLearnBackend<float>>(device, adapter.base(), recompute, &adapter, device_base);
 }
 
 }  // namespace perigee::policy

@@ -138,7 +138,7 @@ void TrainPass<T>::backward(const float* dhidden, float* gradient) {
     if constexpr (!std::is_same_v<T, float>) narrow(dev, rows * D, dx, dy);
   };
   rms_norm_backward<float, float, float>(dev, rows, D, s.last, D, s.weights.vector(layout.final_norm()), c.rms_norm_eps,
-                                         dhidden, D, dx, D, false, pass.gradient_of(layout.final_norm(), gradient),
+                                         dhidden, D, dx, D, false, pass.gradient_or_null(layout.final_norm(), gradient),
                                          std::is_same_v<T, float> ? RowSums::kCpu : RowSums::kBlocks);
   for (int64_t layer = c.num_layers - 1; layer >= 0; --layer) {
     LayerActivations<T>& a = s.layers[static_cast<size_t>(layer)];
@@ -158,7 +158,8 @@ void TrainPass<T>::backward(const float* dhidden, float* gradient) {
       mla_half_backward<T>(pass, layer, a.attention_input, a.mla, dy, dx, gradient);
     }
   }
-  embedding_backward(dev, rows, D, c.vocab_size, s.tokens, dx, pass.gradient_of(layout.embed(), gradient));
+  if (!pass.frozen())
+    embedding_backward(dev, rows, D, c.vocab_size, s.tokens, dx, pass.gradient_of(layout.embed(), gradient));
   s.last = nullptr;
 }
 
