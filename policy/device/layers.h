@@ -4,15 +4,28 @@
 // A half computes f(norm(in)) and adds it to the residual stream x, which is float32 for both types: the last product of
 // a half is finished and then added once, as on the CPU. x may be in.
 #pragma once
+#include <span>
+
 #include "kernels/device/batch.h"
 #include "kernels/device/device.h"
+#include "kernels/mla/mla_expanded_device.h"
 #include "policy/model/forward.h"
+#include "policy/model/low_rows.h"
 
 namespace perigee::policy::device {
 
-#include "policy/model/low_rows.h"
 using kernels::Device;
 using kernels::DeviceBatch;
+
+// Prompts whose keys are written out (numerics `fast`, kernels/mla/mla_expanded_device.h).
+struct Expanded {
+  std::span<const kernels::ExpandedRound> rounds;  // host
+  const kernels::ExpandedPiece* pieces = nullptr;  // device
+  bool merges = false;
+  DeviceBatch rest;  // the batch with what is left for the absorbed form; no slices: nothing is
+};
+// Rows of the arena, for a model of this shape.
+int64_t expanded_arena_rows(const ModelConfig& config);
 
 // What every layer of one pass shares. Weights hold device memory.
 struct Pass {
@@ -22,14 +35,19 @@ struct Pass {
   DeviceBatch batch;
   const StateLayout* state;      // inference: where a layer's part of a sequence's memory lies; training: null
   const int32_t* active = nullptr;  // device: rows from *active on are padding of a decoding batch; null: none are
+  const Expanded* expanded = nullptr;  // inference; null: everything is exact
 
   int64_t rows() const { return batch.rows; }
   bool training() const { return batch.training(); }
   const LayerParams& params(int64_t layer) const { return weights.layout->layer(layer); }
+  // Gradients are of the adapters alone: flat is an arena of theirs, not of the model.
+  bool frozen() const { return weights.adapter != nullptr; }
+  // Of a tensor of the model; of a frozen one (vectors only) memory that nobody reads.
   float* gradient_of(int tensor, float* flat) const {
     const ParamSpec& t = weights.layout->tensor(tensor);
     return frozen() ? device.scratch.take<float>(t.elements) : flat + t.element_offset;
   }
+  float* gradient_or_null(int tensor, float* flat) const { return frozen() ? nullptr : gradient_of(tensor, flat); }
   template <class T>
   T* take(int64_t width) const {
     return device.scratch.take<T>(rows() * width);
@@ -41,15 +59,12 @@ struct KdaActivations {
   T* h = nullptr;                                    // [rows, D] normalised input
   T* qkv = nullptr;                                  // [rows, 3Hd] before the convolution
   T *q = nullptr, *k = nullptr, *v = nullptr;        // [rows, Hd] after it, q and k normalised
-  // Gradients are of the adapters alone: flat is an arena of theirs, not of the model.
-  bool frozen() const { return weights.adapter != nullptr; }
-  // Of a tensor of the model; of a frozen one (vectors only) memory that nobody reads.
   T *f_low = nullptr, *gate_low = nullptr;           // [rows, d]
   float *f = nullptr, *b = nullptr;                  // [rows, Hd], [rows, H]
   float *g = nullptr, *beta = nullptr;               // [rows, Hd], [rows, H]
-  float* gradient_or_null(int tensor, float* flat) const { return frozen() ? nullptr : gradient_of(tensor, flat); }
   T *gate = nullptr, *o = nullptr, *normed = nullptr;  // [rows, Hd]
   T* chunk_states = nullptr;                         // training
+  LowRows<T> low;
 };
 // x: the residual stream, added to; null: only the activations are wanted again. h: null, or norm(in) already made.
 template <class T>
@@ -64,14 +79,17 @@ template <class T>
 struct MlaActivations {
   T* h = nullptr;         // [rows, D]
   T* q = nullptr;         // [rows, H * (nope + rope)]
-  LowRows<T> low;
   float* kv = nullptr;    // [rows, latent + rope] before the norm
   T* c = nullptr;         // [rows, latent + rope] what the heads attend to; training
   T* qa = nullptr;        // [rows, H * (latent + rope)] absorbed query
   T* ol = nullptr;        // [rows, H * latent]
   float* lse = nullptr;   // [rows, H]; training
   T* o = nullptr;         // [rows, H * v]
+  LowRows<T> low;
 };
+// q [rows, H * (nope + rope)] -> o [rows, H * v] of the rows in pass.expanded. bf16.
+template <class T>
+void expanded_attention(const Pass& pass, int64_t layer, const T* q, T* o);
 template <class T>
 void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, const float* in, float* x, T* h = nullptr);
 template <class T>
@@ -85,8 +103,8 @@ struct FeedForwardActivations {
   // mixture of experts; slots = rows * top_k
   float *logits = nullptr, *route_weights = nullptr;  // [rows, E], [rows, top_k]
   int32_t *chosen = nullptr, *source = nullptr, *slot = nullptr, *offsets = nullptr;
-  LowRows<T> low;
   T *expert_gate_up = nullptr, *expert_inner = nullptr, *expert_out = nullptr;  // [slots, 2Ie], [slots, Ie], [slots, D]
+  LowRows<T> low;
 };
 // The norm that comes after a half, which the half may do along with its own last launch.
 template <class T>
@@ -104,7 +122,6 @@ void feed_forward_backward(const Pass& pass, int64_t layer, const float* in, con
                            const float* dy32, float* dx, float* gradient);
 
 // What a sequence holds, for activations of type T.
-  LowRows<T> low;
 template <class T>
 StateLayout state_layout(const ModelConfig& config);
 

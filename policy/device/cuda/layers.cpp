@@ -99,8 +99,10 @@ void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, con
   a.h = h != nullptr ? h : pass.take<T>(D);
   a.q = pass.take<T>(H * q_width);
   a.kv = pass.take<float>(width);
-  a.qa = pass.take<T>(H * width);
-  a.ol = pass.take<T>(H * latent);
+  const DeviceBatch& absorb_batch = pass.expanded != nullptr ? pass.expanded->rest : pass.batch;
+  const bool absorb = absorb_batch.slices > 0;
+  a.qa = absorb ? pass.take<T>(H * width) : nullptr;
+  a.ol = absorb ? pass.take<T>(H * latent) : nullptr;
   a.o = pass.take<T>(H * v);
   if (pass.training()) {
     a.c = pass.take<T>(width);
@@ -114,23 +116,25 @@ void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, con
                                   a.low));
   const int64_t page = pass.training() ? 0 : pass.state->page_offset(layer);
   latent_store<T>(dev, shape, a.kv, w.vector(p.kv_norm), kMlaNormEps, pass.batch, page, a.c);
-  std::vector<DeviceMatmulTask<T>> heads;
-  heads.reserve(static_cast<size_t>(H));
-  for (int64_t h = 0; h < H; ++h)
-    heads.push_back(product<T>(pass, p.absorb_k + static_cast<int>(h), a.q + h * q_width, H * q_width,
-                               a.qa + h * width, H * width, Store::kAct));
-  matmul<T>(dev, heads);
-  constexpr int64_t kT = sizeof(T);
-  dev.copy_2d(a.qa + latent, width * kT, a.q + nope, q_width * kT, rope * kT, rows * H);
-  mla_forward<T>(dev, shape, a.qa, pass.batch, page, a.c, a.ol, a.lse);
-  heads.clear();
-  for (int64_t h = 0; h < H; ++h)
-    heads.push_back(product<T>(pass, p.absorb_v + static_cast<int>(h), a.ol + h * latent, H * latent, a.o + h * v,
-                               H * v, Store::kAct));
-  matmul<T>(dev, heads);
-  if (x == nullptr) return;
-  const auto out = product<T>(pass, p.o, a.o, H * v, x, D, Store::kAddF32);
-  matmul<T>(dev, {&out, 1});
+  if (absorb) {
+    std::vector<DeviceMatmulTask<T>> heads;
+    heads.reserve(static_cast<size_t>(H));
+    for (int64_t h = 0; h < H; ++h)
+      heads.push_back(product<T>(pass, p.absorb_k + static_cast<int>(h), a.q + h * q_width, H * q_width,
+                                 a.qa + h * width, H * width, Store::kAct));
+    matmul<T>(dev, heads);
+    constexpr int64_t kT = sizeof(T);
+    dev.copy_2d(a.qa + latent, width * kT, a.q + nope, q_width * kT, rope * kT, rows * H);
+    mla_forward<T>(dev, shape, a.qa, absorb_batch, page, a.c, a.ol, a.lse);
+    heads.clear();
+    for (int64_t h = 0; h < H; ++h)
+      heads.push_back(product<T>(pass, p.absorb_v + static_cast<int>(h), a.ol + h * latent, H * latent, a.o + h * v,
+                                 H * v, Store::kAct));
+    matmul<T>(dev, heads);
+  }
+  if (pass.expanded != nullptr) expanded_attention<T>(pass, layer, a.q, a.o);
+  const auto out = with_adapters<T>(pass, {{p.o, a.o, H * v, x, D, Store::kAddF32}}, a.low);
+  if (x != nullptr) matmul<T>(dev, out);
 }
 
 template <class T>
@@ -146,11 +150,11 @@ void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivation
                 slots = rows * top_k;
 
   a.h = pass.take<T>(D);
+  a.low.clear();
   const auto norm = [&] {
     rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.post_norm), c.rms_norm_eps, a.h, D);
   };
   if (!moe) {
-  a.low.clear();
     norm();
     a.gate_up = pass.take<T>(2 * I);
     a.inner = pass.take<T>(I);
