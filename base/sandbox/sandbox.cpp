@@ -40,6 +40,8 @@ using Clock = std::chrono::steady_clock;
 
 constexpr int kPollMs = 10;       // how often the sandbox's memory, files and the stop token are looked at
 constexpr int kFloodFactor = 16;  // output this many times beyond output_bytes ends the run
+// Address space that a process may reserve, in memory_bytes: threads and allocators reserve far more than they touch.
+constexpr uint64_t kReserve = 4;
 constexpr double kStartTimeoutS = 20;  // for the namespaces; a machine that takes longer is broken
 constexpr uint64_t kTmpfsMagic = 0x01021994;
 constexpr uint64_t kOpenFiles = 64;
@@ -100,17 +102,27 @@ std::string find_bwrap() {
 }
 
 // Which descriptor of the child is what. 0, 1, 2 are the program's streams.
-enum ChildDescriptor { kInfo = 3, kFilter = 4, kAccounts = 5 };
+enum ChildDescriptor { kInfo = 3, kFilter = 4, kAccounts = 5, kArguments = 6 };
 
 void check_text(const std::string& text, const char* what) {
   if (text.find('\0') != std::string::npos) throw_input("sandbox: {} has a NUL in it", what);
 }
 
-std::vector<std::string> bwrap_arguments(const SandboxJob& job) {
-  std::vector<std::string> a = {
-      find_bwrap(),    "--unshare-user", "--unshare-all", "--disable-userns", "--die-with-parent",
-      "--new-session", "--clearenv",     "--uid",         kInnerUser,         "--gid",
-      kInnerUser,      "--hostname",     "sandbox"};
+// All but the program's own. They pass through a descriptor, because the command line of process 1 is in the program's
+// sight, and the host's paths are none of its business.
+std::vector<std::string> bwrap_options(const SandboxJob& job) {
+  std::vector<std::string> a = {"--unshare-user",
+                                "--unshare-all",
+                                "--disable-userns",
+                                "--die-with-parent",
+                                "--new-session",
+                                "--clearenv",
+                                "--uid",
+                                kInnerUser,
+                                "--gid",
+                                kInnerUser,
+                                "--hostname",
+                                "sandbox"};
   const auto add = [&](std::initializer_list<std::string> more) { a.insert(a.end(), more); };
   add({"--setenv", "PATH", "/usr/local/bin:/usr/bin:/bin", "--setenv", "HOME", "/work", "--setenv", "TMPDIR",
        "/tmp", "--setenv", "LANG", "C.UTF-8", "--setenv", "PYTHONDONTWRITEBYTECODE", "1"});
@@ -150,11 +162,7 @@ std::vector<std::string> bwrap_arguments(const SandboxJob& job) {
   }
   // Its last file system operation but one: bubblewrap stops here until the pipe is closed (see Run::prepare).
   add({"--file", std::to_string(kAccounts), "/etc/passwd", "--remount-ro", "/"});
-  add({"--chdir", "/work", "--info-fd", std::to_string(kInfo), "--seccomp", std::to_string(kFilter), "--"});
-  for (const auto& argument : job.argv) {
-    check_text(argument, "an argument");
-    a.push_back(argument);
-  }
+  add({"--chdir", "/work", "--info-fd", std::to_string(kInfo), "--seccomp", std::to_string(kFilter)});
   return a;
 }
 
@@ -234,18 +242,36 @@ void Run::start() {
   lines.resize(4096, '\n');
   while (::write(accounts.write.get(), lines.data(), lines.size()) > 0) lines.assign(4096, '\n');
 
+  std::string options;
+  for (const auto& option : bwrap_options(job_)) (options += option) += '\0';
+  const Descriptor arguments = memory_file(options);
+
   sandbox::Launch what;
-  what.argv = bwrap_arguments(job_);
-  what.descriptors = {input.get(),      out.write.get(), error.write.get(),
-                      info.write.get(), filter.get(),    accounts.read.get()};
+  what.argv = {find_bwrap(), "--args", std::to_string(kArguments), "--"};
+  for (const auto& argument : job_.argv) {
+    check_text(argument, "an argument");
+    what.argv.push_back(argument);
+  }
+  what.descriptors = {input.get(),  out.write.get(),     error.write.get(), info.write.get(),
+                      filter.get(), accounts.read.get(), arguments.get()};
+  // Whoever opens /dev/stdout must own what is there.
+  for (const int fd : {out.write.get(), error.write.get()})
+    if (user_ && ::fchown(fd, *user_, *user_) != 0)
+      throw_environment("sandbox: fchown: {}", std::strerror(errno));
   what.user = user_;
   const auto cpu = static_cast<uint64_t>(std::ceil(limits_.cpu_s));
   const auto memory = static_cast<uint64_t>(limits_.memory_bytes),
              disk = static_cast<uint64_t>(limits_.disk_bytes);
-  what.limits = {
-      {RLIMIT_AS, memory, memory}, {RLIMIT_CPU, cpu, cpu + 1},    {RLIMIT_FSIZE, disk, disk},
-      {RLIMIT_CORE, 0, 0},         {RLIMIT_MEMLOCK, 0, 0},        {RLIMIT_NOFILE, kOpenFiles, kOpenFiles},
-      {RLIMIT_MSGQUEUE, 0, 0},     {RLIMIT_SIGPENDING, 256, 256}, {RLIMIT_STACK, 8 << 20, 8 << 20}};
+  what.limits = {{RLIMIT_DATA, memory, memory},
+                 {RLIMIT_AS, kReserve * memory, kReserve * memory},
+                 {RLIMIT_CPU, cpu, cpu + 1},
+                 {RLIMIT_FSIZE, disk, disk},
+                 {RLIMIT_CORE, 0, 0},
+                 {RLIMIT_MEMLOCK, 0, 0},
+                 {RLIMIT_NOFILE, kOpenFiles, kOpenFiles},
+                 {RLIMIT_MSGQUEUE, 0, 0},
+                 {RLIMIT_SIGPENDING, 256, 256},
+                 {RLIMIT_STACK, 8 << 20, 8 << 20}};
   outer_ = sandbox::launch(what);
   outer_fd_ = Descriptor(static_cast<int>(::syscall(SYS_pidfd_open, outer_, 0)));
   info_ = std::move(info.read);
