@@ -7,6 +7,7 @@
 #include <cstring>
 #include <map>
 
+#include "apps/attempts.h"
 #include "apps/commands.h"
 #include "apps/output.h"
 #include "apps/rebuild.h"
@@ -19,59 +20,12 @@
 namespace perigee::apps {
 namespace {
 
-// What one attempt at an episode sampled. Its worker computed everything before `first` anew, under the
-// version of the token at `first`; from there on, the row that predicts a token was computed by the version
-// of that token.
-struct Chain {
-  int64_t episode = 0;
-  float temperature = 1;
-  std::vector<int32_t> tokens;     // prompt, what earlier attempts had committed, and what this one sampled
-  size_t first = 0;                // index of the first token that this attempt sampled
-  std::vector<float> logprobs;     // [tokens.size() - first] of the sampler
-  std::vector<uint32_t> versions;  // likewise
-  std::vector<uint8_t> sampled;    // likewise; 0: came from a tool or a template
-
-  bool one_version() const { return versions.front() == versions.back(); }
-  bool ascending() const {
-    for (size_t i = 1; i < versions.size(); ++i)
-      if (versions[i] < versions[i - 1]) return false;
-    return true;
-  }
-};
-
-std::vector<Chain> chains_of(const EpisodeRecord& e) {
-  std::vector<Chain> out;
-  std::vector<int32_t> before = e.spec.prompt;
-  int32_t attempt = -1;
-  for (const Segment& s : e.segments) {
-    if (s.tokens.empty()) continue;
-    if (s.attempt != attempt) {
-      Chain chain;
-      chain.episode = e.spec.episode_id;
-      chain.temperature = e.spec.temperature > 0 ? e.spec.temperature : 1.0f;
-      chain.tokens = before;
-      chain.first = before.size();
-      out.push_back(std::move(chain));
-      attempt = s.attempt;
-    }
-    Chain& c = out.back();
-    for (size_t i = 0; i < s.tokens.size(); ++i) {
-      c.tokens.push_back(s.tokens[i]);
-      c.logprobs.push_back(s.logprobs[i]);
-      c.versions.push_back(s.versions[i]);
-      c.sampled.push_back(s.mask.empty() ? 1 : s.mask[i]);
-      before.push_back(s.tokens[i]);
-    }
-  }
-  return out;
-}
-
 struct Tally {
   int64_t tokens = 0, differ = 0;
   double largest = 0;
   int64_t worst_episode = 0, worst_position = 0;
 
-  void compare(const Chain& c, size_t token, float again) {
+  void compare(const Attempt& c, size_t token, float again) {
     const size_t i = token - c.first;
     if (c.sampled[i] == 0) return;
     ++tokens;
@@ -93,11 +47,11 @@ class Verifier {
   Verifier(kernels::Context& ctx, const policy::ParamLayout& layout)
       : ctx_(ctx), layout_(layout), learner_(ctx, layout, {}), pool_(layout, int64_t{1} << 60) {}
 
-  // REQUIRES what Chain says of its versions.
-  void add(Chain chain) {
-    const auto index = chains_.size();
-    const uint32_t first = chain.versions.front();
-    chains_.push_back({std::move(chain), {}, 0});
+  // REQUIRES what Attempt says of its versions.
+  void add(Attempt attempt) {
+    const auto index = attempts_.size();
+    const uint32_t first = attempt.versions.front();
+    attempts_.push_back({std::move(attempt), {}, 0});
     due_[first].push_back(index);
   }
   bool empty() const { return due_.empty(); }
@@ -109,14 +63,14 @@ class Verifier {
     std::vector<policy::TrainSequence> whole;
     std::vector<size_t> whole_index;
     for (const size_t index : it->second) {
-      Progress& p = chains_[index];
-      if (p.chain.one_version()) {
+      Progress& p = attempts_[index];
+      if (p.attempt.one_version()) {
         policy::TrainSequence s;
-        s.tokens = p.chain.tokens;
+        s.tokens = p.attempt.tokens;
         s.mask.assign(s.tokens.size(), 1.0f);
         s.mask[0] = 0;  // nothing predicts it
         s.mu.assign(s.tokens.size(), 0.0f);
-        s.temperature = p.chain.temperature;
+        s.temperature = p.attempt.temperature > 0 ? p.attempt.temperature : 1.0f;
         whole.push_back(std::move(s));
         whole_index.push_back(index);
       } else {
@@ -127,10 +81,10 @@ class Verifier {
         whole.empty() ? std::vector<float>{} : learner_.logprobs(weights, whole);
     size_t begin = 0;
     for (const size_t index : whole_index) {
-      Chain& c = chains_[index].chain;
+      Attempt& c = attempts_[index].attempt;
       for (size_t t = c.first; t < c.tokens.size(); ++t) tally_.compare(c, t, logprobs[begin + t]);
       begin += c.tokens.size();
-      c = Chain();
+      c = Attempt();
     }
     due_.erase(it);
   }
@@ -139,7 +93,7 @@ class Verifier {
 
  private:
   struct Progress {
-    Chain chain;
+    Attempt attempt;
     policy::SequenceState state;  // of one that several versions made
     size_t row = 0;               // the next row to compute
   };
@@ -147,8 +101,8 @@ class Verifier {
   // The rows that this version computed: those that predict its tokens, and before the first of them the
   // whole prefix.
   void advance(size_t index, uint32_t version, const std::byte* weights) {
-    Progress& p = chains_[index];
-    Chain& c = p.chain;
+    Progress& p = attempts_[index];
+    Attempt& c = p.attempt;
     if (!p.state) p.state = pool_.create();
     size_t end = std::max(p.row, c.first - 1);
     while (end + 1 < c.tokens.size() && c.versions[end + 1 - c.first] == version) ++end;
@@ -162,7 +116,7 @@ class Verifier {
                     std::span(&slice, 1), hidden.data());
     p.state.advance(rows);
     kernels::vocab_logprob_forward(ctx_, rows, hidden.data(), width, w.matrix(layout_.head()),
-                                   1.0f / c.temperature, c.tokens.data() + p.row + 1, logprob.data(),
+                                   c.temperature > 0 ? 1.0f / c.temperature : 1.0f, c.tokens.data() + p.row + 1, logprob.data(),
                                    lse.data(), nullptr);
     for (size_t row = std::max(p.row, c.first - 1); row < end; ++row)
       tally_.compare(c, row + 1, logprob[row - p.row]);
@@ -171,7 +125,7 @@ class Verifier {
       due_[c.versions[end + 1 - c.first]].push_back(index);
     } else {
       p.state.release();
-      c = Chain();
+      c = Attempt();
     }
   }
 
@@ -179,7 +133,7 @@ class Verifier {
   const policy::ParamLayout& layout_;
   policy::Trainer learner_;
   policy::StatePool pool_;
-  std::vector<Progress> chains_;
+  std::vector<Progress> attempts_;
   std::map<uint32_t, std::vector<size_t>> due_;
   Tally tally_;
 };
@@ -210,7 +164,7 @@ int verify(const Options& o) {
   uint32_t last = 0;
   const auto take = [&](int64_t id) {
     ++episodes;
-    for (Chain& c : chains_of(store.episode(id))) {
+    for (Attempt& c : attempts_of(store.episode(id))) {
       if (!c.ascending()) {
         ++unordered;
         continue;

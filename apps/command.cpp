@@ -30,6 +30,11 @@ Command& Command::positional(const std::string& name, std::string& value, const 
   return *this;
 }
 
+Command& Command::positionals(const std::string& name, std::vector<std::string>& values, const std::string& help) {
+  impl_->app->add_option(name, values, help)->type_name(" ");
+  return *this;
+}
+
 Command& Command::option(const std::string& names, std::string& value, const std::string& label,
                          const std::string& help) {
   impl_->app->add_option(names, value, help)->type_name(label);

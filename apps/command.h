@@ -18,6 +18,8 @@ class Command {
  public:
   Command& positional(const std::string& name, std::string& value, const std::string& help,
                       bool required = true);
+  // Any number of them, none included; after the other positionals.
+  Command& positionals(const std::string& name, std::vector<std::string>& values, const std::string& help);
   // names: "-n,--count"; label stands for the value in the help.
   Command& option(const std::string& names, std::string& value, const std::string& label,
                   const std::string& help);

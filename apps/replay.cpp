@@ -1,0 +1,162 @@
+#include "apps/replay.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "base/error.h"
+#include "base/json.h"
+#include "rollout/protocol.h"
+
+namespace perigee::apps {
+
+struct Replayer::Running {
+  const Attempt* attempt = nullptr;
+  uint64_t id = 0;
+  size_t next = 0;  // of attempt->tokens: the one to come
+  bool done = false;
+};
+
+struct Replayer::Spanning {
+  std::unique_ptr<policy::Engine> engine;
+  std::vector<Running> running;  // one
+};
+
+Replayer::Replayer(kernels::Context& ctx, const policy::ParamLayout& layout,
+                   const policy::EngineConfig& engine, std::vector<int32_t> stop_tokens)
+    : ctx_(ctx), layout_(layout), config_(engine), stop_tokens_(std::move(stop_tokens)) {}
+Replayer::~Replayer() = default;
+
+void Replayer::add(Attempt a) {
+  if (!a.ascending())
+    throw_input("episode {}: an attempt goes back to an older version, which the run's rules exclude",
+                a.episode);
+  request_of(a, 0);
+  const uint32_t first = a.versions.front();
+  last_ = std::max(last_, a.versions.back());
+  due_[first].push_back(attempts_.size());
+  attempts_.push_back(std::move(a));
+}
+
+policy::GenerationRequest Replayer::request_of(const Attempt& a, uint64_t id) const {
+  const auto sampling = rollout::sampling_from_json(parse_json(a.sampling, "sampling"), a.temperature);
+  if (!sampling)
+    throw_input("episode {}: sampling parameters {} are not known to this program", a.episode, a.sampling);
+  policy::GenerationRequest r;
+  r.id = id;
+  r.seed = a.seed;
+  r.committed.assign(a.tokens.begin() + static_cast<ptrdiff_t>(a.prompt),
+                     a.tokens.begin() + static_cast<ptrdiff_t>(a.first));
+  r.max_new_tokens = a.max_new_tokens;
+  r.sampling = *sampling;
+  return r;
+}
+
+void Replayer::submit(policy::Engine& engine, std::vector<Running>& running) const {
+  // Members of a group share a prompt: prefilled once, as the run did.
+  std::map<std::vector<int32_t>, policy::GenerationGroup> groups;
+  for (const Running& r : running) {
+    const Attempt& a = *r.attempt;
+    std::vector<int32_t> prompt(a.tokens.begin(), a.tokens.begin() + static_cast<ptrdiff_t>(a.prompt));
+    policy::GenerationGroup& group = groups[prompt];
+    group.members.push_back(request_of(a, r.id));
+  }
+  for (auto& [prompt, group] : groups) {
+    group.prompt = prompt;
+    group.stop_tokens = stop_tokens_;
+    engine.submit(std::move(group));
+  }
+}
+
+// Compares one token with the stored one. After the first difference the sequences have nothing more in common.
+bool Replayer::take(Running& r, const policy::GeneratedToken& t) {
+  const Attempt& a = *r.attempt;
+  Difference d;
+  d.episode = a.episode;
+  d.position = static_cast<int64_t>(r.next);
+  d.version = t.version;
+  d.token_again = t.token;
+  d.logprob_again = t.logprob;
+  d.finish_again = t.finish;
+  d.finish_then = a.finish;
+  if (r.next >= a.tokens.size()) {
+    d.what = Difference::What::kEnd;
+    tally_.differences.push_back(d);
+    return false;
+  }
+  const size_t i = r.next - a.first;
+  d.token_then = a.tokens[r.next];
+  d.logprob_then = a.logprobs[i];
+  ++tally_.tokens;
+  ++r.next;
+  if (t.token != d.token_then || t.version != a.versions[i]) {
+    d.what = Difference::What::kToken;
+  } else if (std::memcmp(&d.logprob_then, &d.logprob_again, sizeof(float)) != 0) {
+    d.what = Difference::What::kLogprob;
+  } else {
+    const bool at_end = r.next == a.tokens.size();
+    // What was cancelled, or taken over by a later attempt, stops where the record does.
+    const bool ended = a.last && (a.finish == FinishReason::kStop || a.finish == FinishReason::kLength);
+    if (!at_end && t.finish == FinishReason::kNone) return true;
+    if (at_end && (!ended || t.finish == a.finish)) return false;
+    d.what = Difference::What::kEnd;
+    if (at_end && t.finish == FinishReason::kNone) d.token_again = -1, d.position += 1;
+  }
+  tally_.differences.push_back(d);
+  return false;
+}
+
+// Steps until every sequence is done or waits for the next version.
+void Replayer::generate(policy::Engine& engine, std::vector<Running>& running, uint32_t version) {
+  std::map<uint64_t, Running*> by_id;
+  for (Running& r : running) by_id[r.id] = &r;
+  std::vector<policy::GeneratedToken> tokens;
+  const auto waits = [&](const Running& r) {
+    return !r.done && r.next > r.attempt->first && r.next < r.attempt->tokens.size() &&
+           r.attempt->versions[r.next - r.attempt->first] > version;
+  };
+  while (!engine.idle() && !(running.size() == 1 && waits(running[0]))) {
+    tokens.clear();
+    engine.step(tokens);
+    for (const policy::GeneratedToken& t : tokens) {
+      Running& r = *by_id.at(t.id);
+      if (r.done || take(r, t)) continue;
+      r.done = true;
+      engine.cancel(t.id);
+    }
+  }
+}
+
+void Replayer::visit(uint32_t version, const std::byte* weights) {
+  std::vector<Running> within;  // attempts that this version made alone
+  if (const auto it = due_.find(version); it != due_.end()) {
+    for (const size_t index : it->second) {
+      const Attempt& a = attempts_[index];
+      ++tally_.attempts;
+      Running r{&a, index, a.first, false};
+      if (a.one_version()) {
+        within.push_back(r);
+        continue;
+      }
+      auto spanning = std::make_unique<Spanning>();
+      spanning->engine = std::make_unique<policy::Engine>(ctx_, layout_, config_);
+      spanning->engine->set_weights(weights, version);
+      spanning->running.push_back(r);
+      submit(*spanning->engine, spanning->running);
+      spanning_.push_back(std::move(spanning));
+    }
+    due_.erase(it);
+  }
+  for (const auto& s : spanning_) {
+    s->engine->set_weights(weights, version);
+    generate(*s->engine, s->running, version);
+  }
+  std::erase_if(spanning_, [](const auto& s) { return s->running[0].done; });
+  if (within.empty()) return;
+  if (!engine_) engine_ = std::make_unique<policy::Engine>(ctx_, layout_, config_);
+  engine_->set_weights(weights, version);
+  submit(*engine_, within);
+  generate(*engine_, within, version);
+  for (const Running& r : within) attempts_[r.id] = Attempt();
+}
+
+}  // namespace perigee::apps
