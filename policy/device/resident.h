@@ -14,7 +14,7 @@
 
 namespace perigee::policy {
 
-// Move-only; gives its mapping back when it dies, and must die before its device.
+// Move-only; gives its mapping back when it dies.
 class ResidentWeights {
  public:
   ResidentWeights() = default;
@@ -28,7 +28,8 @@ class ResidentWeights {
   // New memory, zero, of this process and every one that gets its descriptor. device null: on the host.
   // ERRORS (environment): too little memory, with the numbers.
   static ResidentWeights create(kernels::Device* device, int64_t bytes);
-  // Memory that another process (or this one) made, to be read only. Takes the descriptor over.
+  // Memory that another process (or this one) made, to be read only. Takes the descriptor over. On a GPU the mapping is the
+  // process's: it stays when the device object goes.
   static ResidentWeights map(kernels::Device* device, int descriptor, int64_t bytes);
 
   const std::byte* data() const { return data_; }
@@ -45,6 +46,10 @@ class ResidentWeights {
   int descriptor_ = -1;
   bool on_device_ = false, writable_ = false;
 };
+
+// What a GPU has, without keeping it open: a process that only asks holds none of its memory afterwards.
+// REQUIRES that nothing of this process uses it.
+kernels::DeviceInfo device_at_rest(int ordinal);
 
 // What tells one set of weights from another: 128 bits of all bytes of an arena, 32 hexadecimal digits. The same for the
 // same bytes wherever they lie; on a GPU it takes as long as reading them. bytes: a multiple of 8.

@@ -9,6 +9,21 @@
 
 #include "kernels/device/runtime.h"
 
+namespace perigee::policy {
+
+kernels::DeviceInfo device_at_rest(int ordinal) {
+  kernels::DeviceInfo info;
+  {
+    const kernels::Device device(ordinal, 1);
+    info = device.info();
+  }
+  PERIGEE_CUDA(cudaSetDevice(ordinal));
+  PERIGEE_CUDA(cudaDeviceReset());
+  return info;
+}
+
+}  // namespace perigee::policy
+
 namespace perigee::policy::device {
 namespace {
 

@@ -12,6 +12,7 @@ Block map_block(Device&, int, int64_t) { throw_environment("{}", Device::why_non
 void unmap_block(std::byte*, int64_t) {}
 }  // namespace device
 
+kernels::DeviceInfo device_at_rest(int) { throw_environment("{}", Device::why_none()); }
 std::string weights_fingerprint(Device&, const std::byte*, int64_t) { throw_environment("{}", Device::why_none()); }
 
 Transfer device_load(Device&, const ParamLayout&, const std::string&, std::byte*, int) {
