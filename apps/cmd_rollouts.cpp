@@ -58,17 +58,15 @@ void add_rollouts(Program& program) {
   struct Options {
     RunArgument run;
     std::optional<int64_t> step;
-    std::optional<double> min_reward, max_reward;
     int64_t limit = 20, page = 1;
-    std::string finish, state, task, sort = "id";
+    std::string where, finish, state, task, sort = "id";
     bool descending = false, json = false;
   };
   auto o = std::make_shared<Options>();
   Command command = program.command("rollouts", "List the episodes of a run", kGroupLook);
   declare_run(command, o->run);
   command.option("--step", o->step, "N", "only those opened for this step")
-      .option("--min-reward", o->min_reward, "X", "only with at least this reward")
-      .option("--max-reward", o->max_reward, "X", "only with at most this reward")
+      .option("--where", o->where, "FILTER", "only those that satisfy it: fields, and, or, not (docs/filters.md)")
       .option("--finish", o->finish, "WHY", "only those that ended so: stop, length, turns, time, cancelled, error, none")
       .option("--state", o->state, "STATE",
               "only in this state: open, leased, generated, rewarded, trained, dropped")
@@ -78,15 +76,14 @@ void add_rollouts(Program& program) {
       .option("--limit", o->limit, "N", "rows on a page")
       .option("--page", o->page, "N", "which page, from 1")
       .flag("--json", o->json, "print one JSON object")
-      .example("rollouts --latest --max-reward 0.5 --sort tokens --descending")
+      .example("rollouts --latest --where 'reward < 0.5 and tokens > 100' --sort tokens --descending")
       .example("rollouts runs/quickstart --step 40 --json");
   command.action([o] {
     const RunPlace place = find_run(o->run);
     EpisodeFilter filter;
     filter.run = place.id;
     filter.step = o->step;
-    filter.min_reward = o->min_reward;
-    filter.max_reward = o->max_reward;
+    filter.where = o->where;
     if (!o->finish.empty()) {
       filter.finish = parse_finish(o->finish);
       if (!filter.finish)

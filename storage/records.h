@@ -120,7 +120,7 @@ struct ResumeState {
 struct EpisodeFilter {
   std::string run;  // empty: every run in the file
   std::optional<int64_t> step;
-  std::optional<double> min_reward, max_reward;  // inclusive
+  std::string where;  // storage/filter.h
   std::optional<FinishReason> finish;
   std::optional<EpisodeState> state;
   std::string task_contains;  // in the task's JSON or the prompt text; plain text, case kept

@@ -4,6 +4,7 @@
 #include "base/error.h"
 #include "storage/columns.h"
 #include "storage/schema.h"
+#include "storage/filter.h"
 #include "storage/store.h"
 
 namespace perigee {
@@ -69,22 +70,25 @@ PolicyVersion version_row(Query& q) {
 }
 
 // The WHERE of a filter; binds in the same order by bind_filter.
-std::string where(const EpisodeFilter& f) {
-  std::string sql = " WHERE 1";
+std::string where(const EpisodeFilter& f, const storage::FilterSql& asked) {
+  std::string sql = " WHERE " + asked.sql;
   if (!f.run.empty()) sql += " AND g.run = ?";
   if (f.step) sql += " AND g.step = ?";
-  if (f.min_reward) sql += " AND e.reward >= ?";
-  if (f.max_reward) sql += " AND e.reward <= ?";
   if (f.finish) sql += " AND e.finish = ?";
   if (f.state) sql += " AND e.state = ?";
   if (!f.task_contains.empty()) sql += " AND (instr(g.task, ?) > 0 OR instr(g.prompt_text, ?) > 0)";
   return sql;
 }
-void bind_filter(Query& q, const EpisodeFilter& f, int64_t run) {
+void bind_filter(Query& q, const EpisodeFilter& f, const storage::FilterSql& asked, int64_t run) {
+  for (const auto& value : asked.values) {
+    if (const double* number = std::get_if<double>(&value)) {
+      q.bind(*number);
+    } else {
+      q.bind(std::get<std::string>(value));
+    }
+  }
   if (!f.run.empty()) q.bind(run);
   if (f.step) q.bind(*f.step);
-  if (f.min_reward) q.bind(*f.min_reward);
-  if (f.max_reward) q.bind(*f.max_reward);
   if (f.finish) q.bind(finish_name(*f.finish));
   if (f.state) q.bind(state_name(*f.state));
   if (!f.task_contains.empty()) q.with(f.task_contains, f.task_contains);
@@ -209,14 +213,15 @@ std::vector<EpisodeRow> StoreQueries::episodes(const EpisodeFilter& filter) {
       "e.state, e.attempt, e.finish, e.token_count, e.reward_bits, e.reward_failed, e.created_us, "
       "e.finished_us";
   sql += kFrom;
-  sql += where(filter);
+  const storage::FilterSql asked = storage::parse_filter(filter.where);
+  sql += where(filter, asked);
   constexpr std::string_view keys[] = {"e.episode_id", "e.reward", "e.token_count", "g.step"};
   const std::string_view direction = filter.descending ? " DESC" : " ASC";
   sql += fmt::format(" ORDER BY {}{}", keys[static_cast<int>(filter.order)], direction);
   if (filter.order != EpisodeFilter::Order::kId) sql += fmt::format(", e.episode_id{}", direction);
   sql += " LIMIT ? OFFSET ?";
   Query q = db_->query_once(sql);
-  bind_filter(q, filter, run);
+  bind_filter(q, filter, asked, run);
   q.with(filter.limit < 0 ? int64_t{-1} : filter.limit, filter.offset);
   std::vector<EpisodeRow> out;
   while (q.step()) {
@@ -247,8 +252,9 @@ std::vector<EpisodeRow> StoreQueries::episodes(const EpisodeFilter& filter) {
 int64_t StoreQueries::count_episodes(const EpisodeFilter& filter) {
   ReadScope scope(*db_);
   const int64_t run = filter.run.empty() ? 0 : run_number(filter.run);
-  Query q = db_->query_once("SELECT count(*)" + std::string(kFrom) + where(filter));
-  bind_filter(q, filter, run);
+  const storage::FilterSql asked = storage::parse_filter(filter.where);
+  Query q = db_->query_once("SELECT count(*)" + std::string(kFrom) + where(filter, asked));
+  bind_filter(q, filter, asked, run);
   return q.step() ? q.int64(0) : 0;
 }
 

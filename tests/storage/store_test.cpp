@@ -268,9 +268,30 @@ TEST(Store, ListsByFilterOrderAndPage) {
   }
   tx.commit();
   EXPECT_EQ(store.episodes({}).size(), 20u);
-  EXPECT_EQ(store.count_episodes({.run = "r", .min_reward = 0.5}), 10);
-  EXPECT_EQ(store.count_episodes({.min_reward = 0.25, .max_reward = 0.5}), 10);
+  EXPECT_EQ(store.count_episodes({.run = "r", .where = "reward >= 0.5"}), 10);
+  EXPECT_EQ(store.count_episodes({.where = "reward >= 0.25 and reward <= 0.5"}), 10);
   EXPECT_EQ(store.count_episodes({.finish = FinishReason::kStop}), 10);
+  // Filters against the same question asked of the rows.
+  const auto count = [&](const char* filter, auto&& holds) {
+    int64_t expected = 0;
+    for (const EpisodeRow& e : store.episodes({})) expected += holds(e);
+    EXPECT_EQ(store.count_episodes({.where = filter}), expected) << filter;
+    EXPECT_GT(expected, 0) << filter;
+    EXPECT_LT(expected, 20) << filter;
+  };
+  count("tokens > 3", [](const EpisodeRow& e) { return e.token_count > 3; });
+  count("not tokens > 3", [](const EpisodeRow& e) { return e.token_count <= 3; });
+  count("reward = 0 or tokens < 3 and finish = stop",
+        [](const EpisodeRow& e) { return *e.reward == 0 || (e.token_count < 3 && e.finish == FinishReason::kStop); });
+  count("(reward = 0 or tokens < 3) and finish = stop",
+        [](const EpisodeRow& e) { return (*e.reward == 0 || e.token_count < 3) && e.finish == FinishReason::kStop; });
+  count("finish != stop", [](const EpisodeRow& e) { return e.finish != FinishReason::kStop; });
+  count("prompt ~ '2+3?'", [](const EpisodeRow& e) { return e.prompt_text.find("2+3?") != std::string::npos; });
+  count("not (prompt ~ '2+3?' or member = 1)",
+        [](const EpisodeRow& e) { return e.prompt_text.find("2+3?") == std::string::npos && e.member != 1; });
+  EXPECT_EQ(store.count_episodes({.where = "prompt ~ '2%3'"}), 0);
+  EXPECT_EQ(store.count_episodes({.where = "state = rewarded and tool != calculator"}), 20);
+  EXPECT_EQ(store.count_episodes({.where = "component.numeric >= 0"}), 0) << "no components were recorded";
   EXPECT_EQ(store.count_episodes({.task_contains = "2+3?"}), 4);
   EXPECT_EQ(store.count_episodes({.task_contains = "2%3"}), 0);
   EXPECT_EQ(store.count_episodes({.step = 7}), 0);
