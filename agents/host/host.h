@@ -105,7 +105,16 @@ struct HostConfig {
   int64_t max_sessions = 100'000;      // open ones, suspended included; above: Overloaded
   std::filesystem::path state_folder;  // of snapshot files; empty: evicted sessions are prefilled again
   int snapshots_per_session = 2;       // files kept, newest first: forks near the end start from them
+  // Says which weights compute: a snapshot file with another word was made by others and is not used (its session is
+  // prefilled again). Weights that change later, by set_weights, do not invalidate what is suspended.
+  std::string model;
+  int64_t idle_bytes = -1;  // of the engine's memory for idle sessions, the others are evicted; < 0: half
+  // An idle session is written to disk (and stays in memory) when it has grown by so many tokens since it last was, so
+  // that after a crash no more is prefilled again; 0: never, only when evicted.
+  int64_t snapshot_every_tokens = 4096;
   int64_t snapshot_queue_bytes = 256LL << 20;  // on their way to disk
+  // Hears what went wrong without failing a request: a damaged snapshot, a disk that is full. From the host's threads.
+  std::function<void(const std::string& line)> warn;
 };
 
 struct SessionStatus {
@@ -172,8 +181,9 @@ class Host {
   // weights: an arena that stays mapped until the next set_weights returns or the host is gone. Between two steps.
   void set_weights(const std::byte* weights, uint32_t version);
 
-  // No new requests. kWait finishes what runs (at most `patience`, then it is cancelled), kAbort cancels. Then all
-  // sessions are suspended to disk. Idempotent.
+  // No new requests. kWait finishes what runs (at most `patience`, then as kKeep); kAbort cancels; kKeep ends turns of
+  // sessions where they are, as committed turns that finish with kCancelled, and cancels the rest. Then all sessions are
+  // suspended to disk. Idempotent.
   void stop(PauseMode mode, std::chrono::milliseconds patience = std::chrono::minutes(10));
 
   // Sessions. Names are unique: Conflict for one that is open.

@@ -26,11 +26,16 @@ void MemoryLog::closed(const std::string& name) {
   sessions_.erase(name);
 }
 
-std::vector<SessionRecord> MemoryLog::load() {
+void MemoryLog::load(const std::function<void(SessionRecord)>& each) {
   const std::lock_guard lock(mutex_);
-  std::vector<SessionRecord> all;
-  for (const auto& [name, record] : sessions_) all.push_back(record);
-  return all;
+  for (const auto& [name, record] : sessions_) each(record);
+}
+
+SessionRecord MemoryLog::read(const std::string& name) {
+  const std::lock_guard lock(mutex_);
+  const auto it = sessions_.find(name);
+  PERIGEE_CHECK(it != sessions_.end(), "session {} is not open", name);
+  return it->second;
 }
 
 bool valid_session_name(std::string_view name) {

@@ -9,6 +9,7 @@
 //  L3  Of a forked session the turns up to the fork are repeated: a session stands alone.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <span>
@@ -59,10 +60,12 @@ class SessionLog {
   virtual void opened(const SessionInfo& info) = 0;  // durable on return
   // All on return, or none. REQUIRES the sessions opened; a turn's index is the number of turns before it.
   virtual void append(std::span<const SessionTurn> turns) = 0;
-  // Marks it as ended: load() does not return it any more. What was recorded stays.
+  // Marks it as ended: it is not open any more. What was recorded stays.
   virtual void closed(const std::string& name) = 0;
-  // All open sessions, with their turns. At the start, before any other call.
-  virtual std::vector<SessionRecord> load() = 0;
+  // Calls each(record) for every open session, with its turns, one after the other. At the start.
+  virtual void load(const std::function<void(SessionRecord)>& each) = 0;
+  // One open session with its turns. REQUIRES it to be open.
+  virtual SessionRecord read(const std::string& name) = 0;
 };
 
 // Keeps everything in memory. Thread safe.
@@ -71,7 +74,8 @@ class MemoryLog : public SessionLog {
   void opened(const SessionInfo& info) override;
   void append(std::span<const SessionTurn> turns) override;
   void closed(const std::string& name) override;
-  std::vector<SessionRecord> load() override;
+  void load(const std::function<void(SessionRecord)>& each) override;
+  SessionRecord read(const std::string& name) override;
 
  private:
   std::mutex mutex_;

@@ -204,6 +204,10 @@ void Engine::step(std::vector<GeneratedToken>& out) {
   e.backend->end_step();
 }
 
+int64_t Engine::bytes_for(int64_t tokens) const {
+  return impl_->pool.bytes_for(tokens);
+}
+
 void Engine::drop_prefix_cache() {
   impl_->cache.clear();
 }

@@ -105,8 +105,8 @@ struct RestoredSequence {
   uint64_t id = 0;
   uint64_t seed = 0;
   std::vector<int32_t> tokens;  // all so far; may be empty
-  // Of them, the first prompt: the random numbers of what follows count from here. < 0: the tokens of the first
-  // extension end it (tokens must be empty then).
+  // Of them, the first prompt: the random numbers of what follows count from here. < 0: nothing was sampled yet, the
+  // tokens of the first extension end it.
   int64_t prompt_tokens = -1;
   // The state of fewer than all tokens; null: everything is prefilled at the next extension.
   std::shared_ptr<const Snapshot> snapshot;
@@ -191,6 +191,9 @@ class Engine {
   // One forward pass. Appends the tokens it sampled, at most one per running member, with the fed ones before them.
   // No-op when idle. REQUIRES weights set.
   void step(std::vector<GeneratedToken>& out);
+
+  // What a sequence of so many tokens sets aside, of config.memory_bytes. From any thread.
+  int64_t bytes_for(int64_t tokens) const;
 
   // Gives the memory of cached prefixes back.
   void drop_prefix_cache();

@@ -150,8 +150,7 @@ bool Engine::restore(RestoredSequence r) {
   const auto length = static_cast<int64_t>(r.tokens.size());
   if (e.ids.contains(r.id)) throw_input("request id {} is already in use", r.id);
   e.check_tokens(r.tokens, "restored");
-  PERIGEE_CHECK(r.prompt_tokens <= length && (r.prompt_tokens < 0) == r.tokens.empty(),
-                "a prompt of {} of {} tokens", r.prompt_tokens, length);
+  PERIGEE_CHECK(r.prompt_tokens <= length, "a prompt of {} of {} tokens", r.prompt_tokens, length);
   if (r.snapshot != nullptr && r.snapshot->position >= std::max<int64_t>(length, 1))
     throw_input("a snapshot of {} tokens for a sequence of {}", r.snapshot->position, length);
   e.check_length(length, e.pool.bytes_for(length));
