@@ -704,9 +704,11 @@ Exchange::~Exchange() {
 }
 
 void Exchange::answer(Answer answer) {
+  answer.headers.insert(answer.headers.end(), headers_.begin(), headers_.end());
   state_->answer(std::move(answer));
 }
 void Exchange::begin(Answer answer) {
+  answer.headers.insert(answer.headers.end(), headers_.begin(), headers_.end());
   state_->begin(std::move(answer));
 }
 void Exchange::write(std::string_view bytes) {

@@ -67,6 +67,8 @@ class Exchange {
   const Request& request() const { return request_; }
   Request& request() { return request_; }  // for the handler, while nobody else looks: to move the body out
 
+  // Goes with whatever is answered. By the handler, before it hands the exchange on.
+  void add_header(std::string name, std::string value) { headers_.emplace_back(std::move(name), std::move(value)); }
   void answer(Answer answer);
   // A stream: answer.body is its first piece. In chunks, or to the end of the connection for HTTP/1.0.
   void begin(Answer answer);
@@ -86,6 +88,7 @@ class Exchange {
  private:
   std::shared_ptr<State> state_;
   Request request_;
+  Headers headers_;
 };
 
 using Handler = std::function<void(std::shared_ptr<Exchange>)>;
