@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <map>
 #include <set>
+#include <utility>
 
 #include "base/error.h"
 #include "base/text.h"
@@ -177,22 +178,26 @@ class Parser {
       if (times > 0) fail("a quantifier after a quantifier");
       take("?");  // lazy: the same texts
       const size_t end = at_;
-      // Copies are parsed anew: each needs states of its own.
-      Part all = empty();
+      if (high >= 0 && high < low) fail("{m,n} with m > n");
+      // The first copy is what was just parsed; others are parsed anew, as each needs states of its own.
+      bool first = true;
       const auto copy = [&] {
+        if (std::exchange(first, false)) return p;
         at_ = begin;
         return atom();
       };
-      if (high >= 0 && high < low) fail("{m,n} with m > n");
-      for (int i = 0; i < low; ++i) all = join(all, copy());
+      Part all = empty();
+      for (int i = 0; i + (high < 0) < low; ++i) all = join(all, copy());
       if (high < 0) {
-        const int32_t again = nfa_.add(), out = nfa_.add();
         const Part body = copy();
-        link(all.to, again);
-        link(again, body.from);
-        link(body.to, again);
-        link(again, out);
-        all.to = out;
+        const int32_t before = nfa_.add(), after = nfa_.add();
+        link(all.to, before);
+        link(before, body.from);
+        link(body.to, after);
+        link(after, before);
+        if (low == 0) link(before, after);
+        all.to = nfa_.add();
+        link(after, all.to);
       } else if (high > low) {
         const int32_t out = nfa_.add();
         for (int i = low; i < high; ++i) {

@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "base/text.h"
 #include "policy/grammar/formats.h"
+#include "policy/grammar/keywords.h"
 #include "policy/grammar/merge.h"
 #include "policy/grammar/numbers.h"
 #include "policy/grammar/texts.h"
@@ -25,22 +26,6 @@ constexpr int kMaxSchemaDepth = 100;
 constexpr int kMaxMerges = 1000;
 constexpr int32_t kUnbounded = std::numeric_limits<int32_t>::max();
 
-const std::vector<std::string> kTypes = {"object", "array", "string", "integer", "number", "boolean", "null"};
-
-std::string pointer(const std::string& path, std::string_view key) {
-  std::string out = path + "/";
-  for (char c : key) out += c == '~' ? "~0" : c == '/' ? "~1" : std::string(1, c);
-  return out;
-}
-
-std::string item_pointer(const std::string& path, std::string_view key, size_t i) {
-  return fmt::format("{}/{}", pointer(path, key), i);
-}
-
-std::string brief(const ordered_json& v) {
-  return quote(v.dump(-1, ' ', false, ordered_json::error_handler_t::replace));
-}
-
 class SchemaCompiler {
  public:
   SchemaCompiler(Automaton& a, const ordered_json& root, std::string where)
@@ -53,7 +38,14 @@ class SchemaCompiler {
           !s.contains("oneOf"))
         fail("#", "a schema of an object is expected: {\"type\": \"object\", ...}");
     }
-    return reference("#");
+    const int32_t entry = reference("#");
+    // What is referred to is compiled here, not where it is met: chains of references take no stack.
+    while (!pending_.empty()) {
+      const auto [ref, to] = pending_.back();
+      pending_.pop_back();
+      a_.branch(to, rule(target(ref, "#"), ref));
+    }
+    return entry;
   }
 
   int32_t any_value() {
@@ -83,7 +75,7 @@ class SchemaCompiler {
   };
 
   [[noreturn]] void fail(const std::string& path, std::string_view what) const {
-    throw_input("{}: {}: {}", where_, quote(path, 200).substr(1, quote(path, 200).size() - 2), what);
+    refuse_schema(where_, path, what);
   }
 
   // -- references --------------------------------------------------------------------------------------------------
@@ -101,11 +93,10 @@ class SchemaCompiler {
 
   int32_t reference(const std::string& ref, const std::string& path = "#") {
     if (const auto it = references_.find(ref); it != references_.end()) return it->second;
-    const ordered_json& schema = target(ref, path);
+    target(ref, path);
     const int32_t entry = a_.split({});
     references_[ref] = entry;
-    const int32_t r = rule(schema, ref);
-    a_.branch(entry, r);
+    pending_.emplace_back(ref, entry);
     return entry;
   }
 
@@ -136,56 +127,13 @@ class SchemaCompiler {
 
   // -- schemas -----------------------------------------------------------------------------------------------------
 
-  void check_keywords(const ordered_json& s, const std::string& path) const {
-    const auto whole = [&](const std::string& k, const ordered_json& v) {
-      const bool ok =
-          v.is_number_unsigned() || (v.is_number_integer() && v.get<int64_t>() >= 0) ||
-          (v.is_number_float() && v.get<double>() >= 0 && v.get<double>() == std::floor(v.get<double>()));
-      if (!ok) fail(pointer(path, k), "a whole number from 0 is expected");
-    };
-    const auto expect = [&](const std::string& k, bool ok, std::string_view what) {
-      if (!ok) fail(pointer(path, k), fmt::format("{} is expected", what));
-    };
-    for (const auto& [k, v] : s.items()) {
-      if (is_annotation(k)) continue;
-      if (k == "type" || k == "const") continue;
-      if (k == "enum" || k == "anyOf" || k == "oneOf" || k == "allOf" || k == "prefixItems")
-        expect(k, v.is_array() && (!v.empty() || k == "prefixItems"), "a list that is not empty");
-      else if (k == "required")
-        expect(k,
-               v.is_array() && std::all_of(v.begin(), v.end(), [](const auto& x) { return x.is_string(); }),
-               "a list of texts");
-      else if (k == "properties")
-        expect(k, v.is_object(), "an object of schemas");
-      else if (k == "additionalProperties" || k == "items")
-        expect(k, v.is_object() || v.is_boolean(), "a schema");
-      else if (k == "minItems" || k == "maxItems" || k == "minLength" || k == "maxLength")
-        whole(k, v);
-      else if (k == "minimum" || k == "maximum" || k == "exclusiveMinimum" || k == "exclusiveMaximum")
-        expect(k, v.is_number(), "a number");
-      else if (k == "pattern" || k == "format" || k == "$ref")
-        expect(k, v.is_string(), "a text");
-      else if (k == "uniqueItems" && v == false)
-        continue;
-      else
-        fail(pointer(path, k), "this keyword is not supported");
-    }
-    if (!s.contains("type")) return;
-    const ordered_json& t = s["type"];
-    const ordered_json list = t.is_array() ? t : ordered_json::array({t});
-    for (const auto& x : list) {
-      if (!x.is_string() || std::find(kTypes.begin(), kTypes.end(), x.get<std::string>()) == kTypes.end())
-        fail(pointer(path, "type"), fmt::format("{} is no type; types are {}", brief(x), join(kTypes)));
-    }
-  }
-
   // The entry of the rule of a schema's values.
   int32_t rule(const ordered_json& s, const std::string& path) {
     if (s.is_boolean()) return s.get<bool>() ? any_value() : a_.split({});
     if (!s.is_object()) fail(path, "a schema is expected: an object, true or false");
     if (++depth_ > kMaxSchemaDepth)
       fail(path, fmt::format("schemas are nested deeper than {}", kMaxSchemaDepth));
-    check_keywords(s, path);
+    check_keywords(s, path, where_);
     int32_t out = -1;
     try {
       out = dispatch(s, path);
@@ -236,7 +184,7 @@ class SchemaCompiler {
 
   // A schema that is to be merged.
   ordered_json part(const ordered_json& s, const std::string& path) {
-    if (s.is_object()) check_keywords(s, path);
+    if (s.is_object()) check_keywords(s, path, where_);
     return resolved(s, path);
   }
 
@@ -281,6 +229,7 @@ class SchemaCompiler {
     ordered_json values = s.contains("const") ? ordered_json::array({s["const"]}) : s["enum"];
     for (const auto& [k, v] : s.items()) {
       if (k == "const" || k == "type") continue;
+      if (k == "enum" && !s.contains("const")) continue;
       if (k != "enum") fail(pointer(path, k), "this keyword is not supported beside enum and const");
       std::erase_if(values.get_ref<ordered_json::array_t&>(),
                     [&](const ordered_json& x) { return std::find(v.begin(), v.end(), x) == v.end(); });
@@ -567,6 +516,7 @@ class SchemaCompiler {
   const ordered_json& root_;
   std::string where_;
   std::map<std::string, int32_t> references_;
+  std::vector<std::pair<std::string, int32_t>> pending_;  // references to be compiled
   std::map<std::pair<int32_t, int32_t>, int32_t> counted_;
   int32_t any_ = -1, any_object_ = -1, text_ = -1, number_ = -1, key_ = -1;
   int depth_ = 0, merges_ = 0;
