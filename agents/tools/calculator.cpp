@@ -276,13 +276,15 @@ class Parser {
 };
 
 // digits with a point before the last `places`.
-std::string with_point(std::string digits, int places) {
-  const bool minus = digits.front() == '-';
-  if (minus) digits.erase(0, 1);
-  if (static_cast<int>(digits.size()) <= places)
-    digits.insert(0, static_cast<size_t>(places) + 1 - digits.size(), '0');
-  if (places > 0) digits.insert(digits.size() - static_cast<size_t>(places), ".");
-  return (minus ? "-" : "") + digits;
+std::string with_point(const std::string& number, int places) {
+  const bool minus = number.front() == '-';
+  std::string digits = number.substr(minus ? 1 : 0);
+  const size_t after = static_cast<size_t>(places);
+  if (digits.size() <= after) digits = std::string(after + 1 - digits.size(), '0') + digits;
+  std::string out = minus ? "-" : "";
+  out.append(digits, 0, digits.size() - after);
+  if (places > 0) out.append(1, '.').append(digits, digits.size() - after);
+  return out;
 }
 
 // Places after the point when the decimal ends within kDecimals, else -1.

@@ -1,0 +1,132 @@
+#include <gtest/gtest.h>
+#include <sqlite3.h>
+
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+
+#include "agents/tools/toolbox.h"
+#include "tests/base/temp_directory.h"
+
+namespace perigee::agents {
+namespace {
+
+class SqlTool : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    context_.work = work_.path();
+    make(work_ / "data.sqlite",
+         "CREATE TABLE t(id INTEGER PRIMARY KEY, name TEXT, x REAL, b BLOB);"
+         "INSERT INTO t VALUES (1, 'one', 1.5, x'00ff'), (2, 'line' || char(10) || 'break', -0.1, NULL),"
+         "(3, CAST(x'ff41' AS TEXT), 1e999, x'');");
+  }
+  static void make(const std::string& path, const char* sql) {
+    sqlite3* db = nullptr;
+    ASSERT_EQ(sqlite3_open(path.c_str(), &db), SQLITE_OK);
+    char* error = nullptr;
+    EXPECT_EQ(sqlite3_exec(db, sql, nullptr, nullptr, &error), SQLITE_OK) << error;
+    sqlite3_close(db);
+  }
+  ToolEvent call(const char* config, const std::string& query) {
+    const auto box = make_toolbox(nlohmann::json::parse(config), "test");
+    return box->call("sql", nlohmann::json{{"query", query}}.dump(), 0, context_);
+  }
+  std::string query(const std::string& text) { return call(R"(["sql"])", text).output; }
+
+  TempDirectory work_;
+  ToolContext context_;
+};
+
+TEST_F(SqlTool, RowsAreExactJson) {
+  EXPECT_EQ(query("SELECT * FROM t"),
+            "[\"id\",\"name\",\"x\",\"b\"]\n[1,\"one\",1.5,\"x'00ff'\"]\n[2,\"line\\nbreak\",-0.1,null]\n"
+            "[3,\"x'ff41'\",\"Infinity\",\"x''\"]\n[3 rows]");
+  EXPECT_EQ(query("SELECT count(*) AS n FROM t WHERE id > 1; -- done"), "[\"n\"]\n[2]\n[1 row]");
+  EXPECT_EQ(query("SELECT 1 WHERE 0"), "[\"1\"]\n[0 rows]");
+  EXPECT_EQ(query("SELEC 1"), "SQL error: near \"SELEC\": syntax error");
+  EXPECT_EQ(query("SELECT 1; SELECT 2"), "one statement at a time");
+  EXPECT_EQ(query(" -- nothing"), "the query is empty");
+  EXPECT_EQ(query("PRAGMA table_info(t)").find("[\"cid\",\"name\""), 0u);
+}
+
+TEST_F(SqlTool, WhatItMustNotDoIsRefused) {
+  const std::string other = work_ / "other.sqlite";
+  const std::pair<std::string, const char*> cases[] = {
+      {"INSERT INTO t(id) VALUES (9)", "not allowed: changes: this database is read-only"},
+      {"DELETE FROM t", "not allowed: changes"},
+      {"DROP TABLE t", "not allowed: changes"},
+      {"CREATE TABLE u(a)", "not allowed: changes"},
+      {"ATTACH '" + other + "' AS o", "not allowed: other databases (ATTACH)"},
+      {"VACUUM INTO '" + other + "'", "not allowed: other databases"},
+      {"SELECT load_extension('x')", "not allowed: the function load_extension"},
+      {"PRAGMA journal_mode=DELETE", "not allowed: the pragma"},
+      {"PRAGMA temp_store_directory='/'", "not allowed: the pragma"},
+      {"PRAGMA writable_schema=ON", "not allowed: the pragma"},
+      {"CREATE VIRTUAL TABLE v USING fts5(a)", "not allowed: "},
+      {"CREATE TEMP TABLE v(a)", "not allowed: "},
+      {"BEGIN", "not allowed: "},
+      {"SELECT readfile('/etc/passwd')", ""},
+  };
+  for (const char* config : {R"(["sql"])", R"([{"tool":"sql","write":true}])"})
+    for (const auto& [text, sentence] : cases) {
+      if (std::string_view(config).find("write") != std::string_view::npos &&
+          std::string_view(sentence).find("changes") != std::string_view::npos)
+        continue;
+      const ToolEvent e = call(config, text);
+      EXPECT_EQ(e.status, "error") << text;
+      EXPECT_EQ(e.output.find(sentence), 0u) << text << ": " << e.output;
+    }
+  EXPECT_FALSE(std::filesystem::exists(other));
+  EXPECT_EQ(query("SELECT count(*) FROM t"), "[\"count(*)\"]\n[3]\n[1 row]");
+}
+
+TEST_F(SqlTool, WritesWhereItMay) {
+  const char* config = R"([{"tool":"sql","write":true,"path":"new.sqlite"}])";
+  EXPECT_EQ(call(config, "CREATE TABLE a(x)").output, "[done, 0 rows changed]");
+  EXPECT_EQ(call(config, "INSERT INTO a VALUES (1), (2)").output, "[done, 2 rows changed]");
+  EXPECT_EQ(call(config, "UPDATE a SET x = x + 1 RETURNING x").output, "[\"x\"]\n[2]\n[3]\n[2 rows]");
+  EXPECT_EQ(call(config, "SELECT sum(x) FROM a").output, "[\"sum(x)\"]\n[5]\n[1 row]");
+}
+
+TEST_F(SqlTool, TimeRowsBytesAndMemoryAreBounded) {
+  const auto start = std::chrono::steady_clock::now();
+  const char* endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT ";
+  ToolEvent e = call(R"([{"tool":"sql","wall_s":0.2}])", std::string(endless) + "max(x) FROM c");
+  EXPECT_EQ(e.status, "timeout");
+  EXPECT_EQ(e.output, "[stopped: the query took longer than 0.2 s]");
+  e = call(R"([{"tool":"sql","rows":3}])", std::string(endless) + "x FROM c");
+  EXPECT_EQ(e.output, "[\"x\"]\n[1]\n[2]\n[3]\n[the first 3 rows; there are more]");
+  EXPECT_EQ(e.status, "limit");
+  e = call(R"([{"tool":"sql","rows":100000}])", std::string(endless) + "x, hex(zeroblob(5000)) FROM c");
+  EXPECT_EQ(e.status, "limit");
+  EXPECT_LE(static_cast<int64_t>(e.output.size()), context_.output_bytes);
+  e = call(R"([{"tool":"sql","wall_s":20,"memory_mib":16}])",
+           std::string(endless) + "randomblob(100000) AS r FROM c ORDER BY r");
+  EXPECT_EQ(e.output, "[stopped: the query took too much memory]");
+  EXPECT_EQ(e.status, "limit");
+  EXPECT_EQ(call(R"(["sql"])", "SELECT zeroblob(100000000)").status, "error");
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
+}
+
+TEST_F(SqlTool, HostileFilesAreErrors) {
+  const auto said = [&](const char* path) {
+    const std::string config = std::string(R"([{"tool":"sql","path":")") + path + "\"}]";
+    const ToolEvent e = call(config.c_str(), "SELECT * FROM t");
+    EXPECT_EQ(e.status, "error") << path;
+    return e.output;
+  };
+  EXPECT_EQ(said("none.sqlite"), "\"none.sqlite\": there is no such file");
+  std::ofstream(work_ / "noise") << std::string(5000, 'x');
+  EXPECT_EQ(said("noise"), "SQL error: file is not a database");
+  const TempDirectory outside;
+  make(outside / "secret.sqlite", "CREATE TABLE t(a); INSERT INTO t VALUES ('hush');");
+  std::filesystem::create_symlink(outside / "secret.sqlite", work_ / "link.sqlite");
+  EXPECT_EQ(said("link.sqlite"), "\"link.sqlite\": links are not followed");
+  EXPECT_EQ(said("../x"), "\"../x\": '..' leads out of the work folder");
+  // A schema that would call a dangerous function when it is read.
+  make(work_ / "view.sqlite", "CREATE VIEW t AS SELECT load_extension('x');");
+  EXPECT_EQ(said("view.sqlite"), "SQL error: unsafe use of load_extension()");
+}
+
+}  // namespace
+}  // namespace perigee::agents
