@@ -14,7 +14,7 @@ struct Entry {
   std::string_view name;
   std::unique_ptr<Verifier> (*make)(JsonReader& options);
 };
-constexpr std::array<Entry, 9> kVerifiers{{{"exact", make_exact},
+constexpr std::array<Entry, 10> kVerifiers{{{"exact", make_exact},
                                            {"numeric", make_numeric},
                                            {"regex", make_regex},
                                            {"countdown", make_countdown},
@@ -22,6 +22,7 @@ constexpr std::array<Entry, 9> kVerifiers{{{"exact", make_exact},
                                            {"length", make_length},
                                            {"length_k15", make_length_k15},
                                            {"repetition", make_repetition},
+                                           {"token_share", make_token_share},
                                            {"task", make_task}}};
 
 class OfTheTask : public Verifier {

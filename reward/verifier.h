@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "base/episode.h"
 
@@ -17,6 +18,7 @@ struct RewardInput {
   std::string response;  // what the policy generated, special tokens as their text
   std::string answer;    // the reference; what it means is the verifier's business
   std::string verifier;  // the task's own choice for the verifier "task"; may be empty
+  std::vector<int32_t> tokens;  // the response by token, with the one that ended it
   FinishReason finish = FinishReason::kStop;
   int64_t response_tokens = 0;
   int64_t max_tokens = 0;  // the limit the sample was generated under; 0 when there was none

@@ -24,6 +24,7 @@
 //   length_k15  Kimi k1.5: l = 0.5 - (tokens - shortest)/(longest - shortest) in the group; l when correct,
 //               min(0, l) when not
 //   repetition  - share of repeated n-grams. "n" (4), "unit": "word" (default) or "byte"
+//   token_share share of the sampled tokens, by id, that are in "ids" [...], or equal "residue" (0) modulo "modulus"
 //   task        the verifier that the task names, with default options. "default" ("exact"): when it names
 //               none
 #pragma once
@@ -53,6 +54,7 @@ std::unique_ptr<Verifier> make_format(JsonReader& options);
 std::unique_ptr<Verifier> make_length(JsonReader& options);
 std::unique_ptr<Verifier> make_length_k15(JsonReader& options);
 std::unique_ptr<Verifier> make_repetition(JsonReader& options);
+std::unique_ptr<Verifier> make_token_share(JsonReader& options);
 std::unique_ptr<Verifier> make_task(JsonReader& options);
 
 }  // namespace perigee::reward
