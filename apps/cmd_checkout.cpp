@@ -1,4 +1,4 @@
-// perigee checkout RUN --version V --out DIR: the weights of any policy version, as a model directory.
+// perigee checkout RUN --version V --out DIR: the weights of any policy version, as a model directory, or its adapters.
 #include <fmt/format.h>
 #include <unistd.h>
 
@@ -9,8 +9,8 @@
 #include "apps/rebuild.h"
 #include "apps/run_argument.h"
 #include "base/error.h"
-#include "base/hash.h"
 #include "policy/weights/checkpoint.h"
+#include "rollout/base_weights.h"
 #include "rollout/run.h"
 
 namespace perigee::apps {
@@ -49,13 +49,15 @@ int checkout(const Options& o) {
   const rollout::RunTasks tasks(config, layout->config(), *tokenizer);
   kernels::Context ctx(static_cast<int>(o.threads));
   const bool live = isatty(STDERR_FILENO) != 0;
-  Rebuilder rebuilder(ctx, config, *layout, tasks, store, place.id, place.directory.string());
-  std::vector<float> flat(static_cast<size_t>(layout->elements()));
+  const rollout::HostModel model(config);
+  const policy::ArenaLayout& trained = model.model.trained();
+  Rebuilder rebuilder(ctx, config, model, tasks, store, place.id, place.directory.string());
+  std::vector<float> flat(static_cast<size_t>(trained.elements()));
   std::string hash;
   if (live) fmt::print(stderr, "rebuilding version {}", version);
   const Rebuilt rebuilt = rebuilder.run(version, version, [&](uint32_t, const std::byte* weights) {
-    hash = hash128(weights, static_cast<size_t>(layout->weight_bytes())).hex();
-    layout->weights_to_flat(weights, flat.data());
+    hash = model.hash(weights);
+    trained.weights_to_flat(weights, flat.data());
   });
   if (live) fmt::print(stderr, "\r\033[K");
   for (const std::string& line : rebuilt.damaged)
@@ -67,7 +69,11 @@ int checkout(const Options& o) {
         "version {} came out with hash {}, not {} as recorded: an altered store, or built "
         "by other code? Nothing was written",
         version, hash, recorded);
-  policy::save_model(o.out, *layout, flat.data(), policy::Dtype::kF32);
+  if (model.model.adapters)
+    policy::save_adapter(o.out, *model.model.adapters, flat.data(),
+                         rollout::base_reference(config, *layout, model.base_fingerprint));
+  else
+    policy::save_model(o.out, *layout, flat.data(), policy::Dtype::kF32);
   if (o.json) {
     print_json({{"run", place.id},
                 {"version", version},

@@ -49,8 +49,8 @@ std::string newest_checkpoint(const RunPlace& place) {
 std::vector<Answer> generate_all(const rollout::RunConfig& config, const Options& o, const OpenModel& model,
                                  const rollout::RunTasks& tasks) {
   kernels::Context ctx(static_cast<int>(o.threads));
-  policy::Engine engine(ctx, model.layout(), config.engine);
-  engine.set_weights(model.weights(), 0);
+  policy::Engine engine(model.engine_backend(ctx, config.engine.memory_bytes), model.layout(), config.engine);
+  engine.set_weights(model.arena(), 0);
   std::vector<Answer> answers(static_cast<size_t>(o.tasks.value_or(config.eval.tasks)));
   for (size_t i = 0; i < answers.size(); ++i) {
     answers[i].task = tasks.held_out(static_cast<int64_t>(i));
@@ -90,6 +90,7 @@ void score(Answer& a, const reward::Rubric& rubric, const OpenModel& model, cons
   input.answer = a.task.task.value("answer", "");
   input.verifier = a.task.task.value("verifier", "");
   input.response = a.response;
+  input.tokens = a.tokens;
   input.finish = a.finish;
   input.response_tokens = static_cast<int64_t>(a.tokens.size());
   input.max_tokens = limit;

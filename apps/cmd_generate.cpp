@@ -140,8 +140,8 @@ int generate(const Options& o) {
   kernels::Context ctx(static_cast<int>(o.threads));
   policy::EngineConfig config;
   config.memory_bytes = o.memory_mib << 20;
-  policy::Engine engine(ctx, model.layout(), config);
-  engine.set_weights(model.weights(), 0);
+  policy::Engine engine(model.engine_backend(ctx, config.memory_bytes), model.layout(), config);
+  engine.set_weights(model.arena(), 0);
   engine.submit(std::move(group));
 
   std::vector<Sample> samples(static_cast<size_t>(o.count));

@@ -86,7 +86,8 @@ int replay(Options o) {
   const rollout::RunTasks tasks(config, layout->config(), *tokenizer);
   StoreReader store(place.store());
   kernels::Context ctx(static_cast<int>(o.threads));
-  Replayer replayer(ctx, *layout, config.engine, rollout::stop_tokens(layout->config(), *tokenizer));
+  const rollout::HostModel model(config);
+  Replayer replayer(ctx, model, config.engine, rollout::stop_tokens(layout->config(), *tokenizer));
   int64_t episodes = 0;
   const auto take = [&](int64_t id) {
     ++episodes;
@@ -105,7 +106,7 @@ int replay(Options o) {
   if (!replayer.empty()) {
     const bool live = isatty(STDERR_FILENO) != 0;
     const uint32_t first = replayer.first_version(), last = replayer.last_version();
-    Rebuilder rebuilder(ctx, config, *layout, tasks, store, place.id, place.directory.string());
+    Rebuilder rebuilder(ctx, config, model, tasks, store, place.id, place.directory.string());
     rebuilt = rebuilder.run(first, last, [&](uint32_t version, const std::byte* weights) {
       replayer.visit(version, weights);
       if (live)

@@ -79,8 +79,7 @@ void add_score(Program& program) {
     sequence.temperature = static_cast<float>(o->temperature);
 
     kernels::Context ctx(static_cast<int>(o->threads));
-    policy::Trainer learner(ctx, model.layout(), {});
-    const std::vector<float> logprobs = learner.logprobs(model.weights(), {sequence});
+    const std::vector<float> logprobs = model.trainer(ctx)->logprobs(model.arena(), {sequence});
     nlohmann::json tokens = nlohmann::json::array();
     double sum = 0;
     for (size_t i = 0; i < logprobs.size(); ++i) {

@@ -44,8 +44,12 @@ struct Tally {
 
 class Verifier {
  public:
-  Verifier(kernels::Context& ctx, const policy::ParamLayout& layout)
-      : ctx_(ctx), layout_(layout), learner_(ctx, layout, {}), pool_(layout, int64_t{1} << 60) {}
+  Verifier(kernels::Context& ctx, const rollout::HostModel& model)
+      : ctx_(ctx),
+        model_(model),
+        layout_(*model.model.layout),
+        learner_(model.trainer(ctx, {})),
+        pool_(layout_, int64_t{1} << 60) {}
 
   // REQUIRES what Attempt says of its versions.
   void add(Attempt attempt) {
@@ -78,7 +82,7 @@ class Verifier {
       }
     }
     const std::vector<float> logprobs =
-        whole.empty() ? std::vector<float>{} : learner_.logprobs(weights, whole);
+        whole.empty() ? std::vector<float>{} : learner_->logprobs(weights, whole);
     size_t begin = 0;
     for (const size_t index : whole_index) {
       Attempt& c = attempts_[index].attempt;
@@ -108,7 +112,7 @@ class Verifier {
     while (end + 1 < c.tokens.size() && c.versions[end + 1 - c.first] == version) ++end;
     const auto rows = static_cast<int64_t>(end - p.row);
     const int64_t width = layout_.config().hidden_size;
-    const policy::Weights w{&layout_, weights};
+    const policy::Weights w = model_.weights(weights);
     std::vector<float> hidden(static_cast<size_t>(rows * width)), logprob(static_cast<size_t>(rows)),
         lse(logprob);
     const policy::SequenceSlice slice = p.state.extend(0, rows);
@@ -130,8 +134,9 @@ class Verifier {
   }
 
   kernels::Context& ctx_;
+  const rollout::HostModel& model_;
   const policy::ParamLayout& layout_;
-  policy::Trainer learner_;
+  std::unique_ptr<policy::Trainer> learner_;
   policy::StatePool pool_;
   std::vector<Progress> attempts_;
   std::map<uint32_t, std::vector<size_t>> due_;
@@ -159,7 +164,8 @@ int verify(const Options& o) {
   const rollout::RunTasks tasks(config, layout->config(), *tokenizer);
   StoreReader store(place.store());
   kernels::Context ctx(static_cast<int>(o.threads));
-  Verifier verifier(ctx, *layout);
+  const rollout::HostModel model(config);
+  Verifier verifier(ctx, model);
   int64_t episodes = 0, unordered = 0, spanning = 0;
   uint32_t last = 0;
   const auto take = [&](int64_t id) {
@@ -187,7 +193,7 @@ int verify(const Options& o) {
   if (!verifier.empty()) {
     const uint32_t first = verifier.first_version();
     const bool live = isatty(STDERR_FILENO) != 0;
-    Rebuilder rebuilder(ctx, config, *layout, tasks, store, place.id, place.directory.string());
+    Rebuilder rebuilder(ctx, config, model, tasks, store, place.id, place.directory.string());
     rebuilt = rebuilder.run(first, last, [&](uint32_t version, const std::byte* weights) {
       verifier.visit(version, weights);
       if (live)

@@ -5,7 +5,10 @@
 #include <vector>
 
 #include "kernels/sampling/sampling.h"
-#include "policy/model/params.h"
+#include "policy/device/resident.h"
+#include "policy/engine/backend.h"
+#include "policy/learn/trainer.h"
+#include "policy/model/adapter.h"
 #include "policy/tokenizer/tokenizer.h"
 
 #include "apps/command.h"
@@ -14,18 +17,26 @@ namespace perigee::apps {
 
 class OpenModel {
  public:
-  // dtype: "float32", "bfloat16", or "auto" for that of the checkpoint. ERRORS (input): what load_model says.
+  // A directory of adapters (policy/weights/adapter_checkpoint.h) opens the model they stand beside too.
+  // dtype: "float32", "bfloat16", or "auto" for that of the checkpoint. ERRORS (input): what load_model says; adapters
+  // whose model cannot be had here.
   OpenModel(const std::string& directory, const std::string& dtype);
 
   const policy::ParamLayout& layout() const { return *layout_; }
   const policy::ModelConfig& config() const { return layout_->config(); }
-  const std::byte* weights() const { return aligned_; }
+  // What an engine or a trainer is handed: the arena of the weights, or of the adapters.
+  const std::byte* arena() const { return adapters_ ? adapter_arena_.data() : weights_.data(); }
+  std::unique_ptr<policy::Backend> engine_backend(kernels::Context& ctx, int64_t memory_bytes) const;
+  std::unique_ptr<policy::Trainer> trainer(kernels::Context& ctx) const;
   const policy::Tokenizer& tokenizer() const { return *tokenizer_; }
 
  private:
+  void open(const std::string& directory, policy::Dtype dtype);
+  void open_adapters(const std::string& directory, const std::string& dtype);
+
   std::shared_ptr<const policy::ParamLayout> layout_;
-  std::vector<std::byte> arena_;
-  std::byte* aligned_ = nullptr;
+  policy::ResidentWeights weights_, adapter_arena_;
+  std::unique_ptr<const policy::AdapterLayout> adapters_;
   std::unique_ptr<policy::Tokenizer> tokenizer_;
 };
 

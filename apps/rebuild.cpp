@@ -4,7 +4,6 @@
 #include <optional>
 
 #include "base/error.h"
-#include "base/hash.h"
 #include "rollout/batch.h"
 #include "rollout/checkpoints.h"
 
@@ -27,11 +26,11 @@ class Arena {
 }  // namespace
 
 Rebuilder::Rebuilder(kernels::Context& ctx, const rollout::RunConfig& config,
-                     const policy::ParamLayout& layout, const rollout::RunTasks& tasks, StoreQueries& store,
+                     const rollout::HostModel& model, const rollout::RunTasks& tasks, StoreQueries& store,
                      std::string run_id, std::string run_dir)
     : ctx_(ctx),
       config_(config),
-      layout_(layout),
+      model_(model),
       tasks_(tasks),
       store_(store),
       run_id_(std::move(run_id)),
@@ -59,20 +58,19 @@ Rebuilt Rebuilder::run(uint32_t first, uint32_t last,
                        const std::function<void(uint32_t, const std::byte*)>& visit) {
   std::map<uint32_t, PolicyVersion> versions;
   for (PolicyVersion& v : store_.versions(run_id_)) versions.emplace(v.version, std::move(v));
-  Arena current(layout_.weight_bytes()), next(layout_.weight_bytes());
-  const auto hash_of = [&](const std::byte* weights) {
-    return hash128(weights, static_cast<size_t>(layout_.weight_bytes())).hex();
-  };
+  const int64_t arena_bytes = model_.model.trained().weight_bytes();
+  Arena current(arena_bytes), next(arena_bytes);
+  const auto hash_of = [&](const std::byte* arena) { return model_.hash(arena); };
   std::vector<std::byte> reference;
-  std::optional<policy::Trainer> trainer;
+  std::unique_ptr<policy::Trainer> trainer;
   std::string phase;
   const auto enter = [&](const std::string& name) {
     if (trainer && phase == name) return;
     const auto& trainer_config = name == "warmup" ? config_.warmup.trainer : config_.learn.trainer;
     // The reference of a KL term: the weights that reinforcement learning starts from.
     if (name == "rl" && reference.empty() && config_.learn.trainer.loss.kl_coef != 0)
-      reference.assign(current.data(), current.data() + layout_.weight_bytes());
-    trainer.emplace(ctx_, layout_, trainer_config);
+      reference.assign(current.data(), current.data() + arena_bytes);
+    trainer = model_.trainer(ctx_, trainer_config);
     trainer->set_schedule(trainer_config.schedule, 0);
     phase = name;
   };
@@ -89,7 +87,7 @@ Rebuilt Rebuilder::run(uint32_t first, uint32_t last,
   for (auto c = checkpoints.rbegin(); c != checkpoints.rend() && !loaded; ++c) {
     const std::string directory = (std::filesystem::path(run_dir_) / c->path).string();
     try {
-      rollout::load_checkpoint_weights(directory, layout_, current.data());
+      rollout::load_checkpoint_weights(directory, model_.model, model_.base_fingerprint, current.data());
       const std::string hash = hash_of(current.data());
       if (hash != c->weights_hash)
         throw_environment("{}: the weights have hash {}, not {}: they are damaged", directory, hash,
@@ -105,10 +103,7 @@ Rebuilt Rebuilder::run(uint32_t first, uint32_t last,
       reference.clear();
     }
   }
-  if (!loaded) {
-    const std::vector<float> flat = rollout::initial_weights(config_, layout_);
-    layout_.flat_to_weights(flat.data(), current.data());
-  }
+  if (!loaded) rollout::first_arena(config_, model_.model, current.data());
 
   for (;; ++version) {
     const auto known = versions.find(version);

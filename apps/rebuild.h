@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/context.h"
+#include "rollout/host_model.h"
 #include "rollout/run_config.h"
 #include "rollout/setup.h"
 #include "storage/store.h"
@@ -25,10 +26,10 @@ struct Rebuilt {
 class Rebuilder {
  public:
   // All outlive the object. run_dir: where the run's checkpoints lie.
-  Rebuilder(kernels::Context& ctx, const rollout::RunConfig& config, const policy::ParamLayout& layout,
+  Rebuilder(kernels::Context& ctx, const rollout::RunConfig& config, const rollout::HostModel& model,
             const rollout::RunTasks& tasks, StoreQueries& store, std::string run_id, std::string run_dir);
 
-  // Calls visit(version, weights) for each version from first to last, ascending. Starts from the newest
+  // Calls visit(version, arena of model.trained()) for each version from first to last, ascending. Starts from the newest
   // checkpoint before `first` that is as the store says, or the run's first weights. ERRORS (environment): what the store or a
   // checkpoint lacks.
   Rebuilt run(uint32_t first, uint32_t last, const std::function<void(uint32_t, const std::byte*)>& visit);
@@ -38,7 +39,7 @@ class Rebuilder {
 
   kernels::Context& ctx_;
   const rollout::RunConfig& config_;
-  const policy::ParamLayout& layout_;
+  const rollout::HostModel& model_;
   const rollout::RunTasks& tasks_;
   StoreQueries& store_;
   std::string run_id_, run_dir_;

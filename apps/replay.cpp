@@ -21,9 +21,13 @@ struct Replayer::Spanning {
   std::vector<Running> running;  // one
 };
 
-Replayer::Replayer(kernels::Context& ctx, const policy::ParamLayout& layout,
+Replayer::Replayer(kernels::Context& ctx, const rollout::HostModel& model,
                    const policy::EngineConfig& engine, std::vector<int32_t> stop_tokens)
-    : ctx_(ctx), layout_(layout), config_(engine), stop_tokens_(std::move(stop_tokens)) {}
+    : ctx_(ctx), model_(model), config_(engine), stop_tokens_(std::move(stop_tokens)) {}
+
+std::unique_ptr<policy::Engine> Replayer::make_engine() const {
+  return std::make_unique<policy::Engine>(model_.engine_backend(ctx_, config_.memory_bytes), *model_.model.layout, config_);
+}
 Replayer::~Replayer() = default;
 
 void Replayer::add(Attempt a) {
@@ -138,7 +142,7 @@ void Replayer::visit(uint32_t version, const std::byte* weights) {
         continue;
       }
       auto spanning = std::make_unique<Spanning>();
-      spanning->engine = std::make_unique<policy::Engine>(ctx_, layout_, config_);
+      spanning->engine = make_engine();
       spanning->engine->set_weights(weights, version);
       spanning->running.push_back(r);
       submit(*spanning->engine, spanning->running);
@@ -152,7 +156,7 @@ void Replayer::visit(uint32_t version, const std::byte* weights) {
   }
   std::erase_if(spanning_, [](const auto& s) { return s->running[0].done; });
   if (within.empty()) return;
-  if (!engine_) engine_ = std::make_unique<policy::Engine>(ctx_, layout_, config_);
+  if (!engine_) engine_ = make_engine();
   engine_->set_weights(weights, version);
   submit(*engine_, within);
   generate(*engine_, within, version);

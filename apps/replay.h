@@ -11,6 +11,7 @@
 #include "apps/attempts.h"
 #include "kernels/context.h"
 #include "policy/engine/engine.h"
+#include "rollout/host_model.h"
 
 namespace perigee::apps {
 
@@ -35,7 +36,7 @@ struct ReplayTally {
 class Replayer {
  public:
   // All outlive the object.
-  Replayer(kernels::Context& ctx, const policy::ParamLayout& layout, const policy::EngineConfig& engine,
+  Replayer(kernels::Context& ctx, const rollout::HostModel& model, const policy::EngineConfig& engine,
            std::vector<int32_t> stop_tokens);
   ~Replayer();
 
@@ -55,11 +56,12 @@ class Replayer {
   // An attempt that several versions made has an engine of its own, which rests where the version changes.
   void generate(policy::Engine& engine, std::vector<Running>& running, uint32_t version);
   policy::GenerationRequest request_of(const Attempt& attempt, uint64_t id) const;
+  std::unique_ptr<policy::Engine> make_engine() const;
   bool take(Running& running, const policy::GeneratedToken& token);  // false: done with
   void submit(policy::Engine& engine, std::vector<Running>& running) const;
 
   kernels::Context& ctx_;
-  const policy::ParamLayout& layout_;
+  const rollout::HostModel& model_;
   policy::EngineConfig config_;
   std::vector<int32_t> stop_tokens_;
   std::vector<Attempt> attempts_;

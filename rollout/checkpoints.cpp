@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "base/hash.h"
+#include "rollout/base_weights.h"
 
 namespace perigee::rollout {
 namespace {
@@ -41,17 +42,22 @@ bool is_checkpoint_name(const std::string& name) {
 
 }  // namespace
 
-SavedCheckpoint save_checkpoint(const std::string& directory, const policy::ParamLayout& layout, const std::byte* weights,
+SavedCheckpoint save_checkpoint(const std::string& directory, const RunConfig& config, const RunModel& model,
+                                const std::string& base_fingerprint, const std::byte* weights,
                                 const policy::Trainer& trainer) {
+  const policy::ArenaLayout& trained = model.trained();
   const fs::path target(directory), parent = target.parent_path();
   make_directories(parent.string());
   const fs::path temporary = parent / fmt::format(".{}-{}", target.filename().string(), ::getpid());
   std::error_code ec;
   fs::remove_all(temporary, ec);
   SavedCheckpoint saved;
-  std::vector<float> flat(static_cast<size_t>(layout.elements()));
-  layout.weights_to_flat(weights, flat.data());
-  policy::save_model(temporary.string(), layout, flat.data(), policy::Dtype::kF32);
+  std::vector<float> flat(static_cast<size_t>(trained.elements()));
+  trained.weights_to_flat(weights, flat.data());
+  if (model.adapters)
+    policy::save_adapter(temporary.string(), *model.adapters, flat.data(), base_reference(config, *model.layout, base_fingerprint));
+  else
+    policy::save_model(temporary.string(), *model.layout, flat.data(), policy::Dtype::kF32);
   std::vector<std::byte> state(static_cast<size_t>(trainer.state_bytes()));
   trainer.save_state(state.data());
   {
@@ -59,7 +65,7 @@ SavedCheckpoint save_checkpoint(const std::string& directory, const policy::Para
     file.write(state.data(), state.size());
     file.commit();
   }
-  saved.weights_hash = hash128(weights, static_cast<size_t>(layout.weight_bytes())).hex();
+  saved.weights_hash = arena_hash(weights, trained.weight_bytes(), base_fingerprint);
   saved.optimizer_hash = hash128(state.data(), state.size()).hex();
   for (const auto& entry : fs::directory_iterator(temporary)) saved.bytes += static_cast<int64_t>(entry.file_size());
   // One of that name is from a learner that died before the store knew of it, or it was damaged.
@@ -92,7 +98,18 @@ void sweep_checkpoints(const std::string& run_dir, const std::set<std::string>& 
   for (const auto& path : obsolete) fs::remove_all(path, ec);  // what stays costs space and nothing else
 }
 
-void load_checkpoint_weights(const std::string& directory, const policy::ParamLayout& layout, std::byte* weights) {
+void load_checkpoint_weights(const std::string& directory, const RunModel& model, const std::string& base_fingerprint,
+                             std::byte* weights) {
+  if (model.adapters) {
+    const policy::AdapterHead head = policy::read_adapter_head(directory);
+    if (head.base.fingerprint != base_fingerprint)
+      throw_environment("{}: its adapters belong to a model with fingerprint {}, and the run's has {}: the files at model.path "
+                        "changed, or other code made the weights",
+                        directory, head.base.fingerprint, base_fingerprint);
+    model.adapters->flat_to_weights(policy::load_adapter(directory, *model.adapters).data(), weights);
+    return;
+  }
+  const policy::ParamLayout& layout = *model.layout;
   const auto loaded = policy::load_model(directory, layout.dtype(), layout.matrices());
   if (static_cast<int64_t>(loaded.flat.size()) != layout.elements())
     throw_environment("checkpoint {} is of another model", directory);

@@ -1,11 +1,13 @@
 // A checkpoint of a run: a directory with the model (config.json and safetensors in float32, as any other program reads
-// it) and optimizer.bin, the trainer's state. It appears complete or not at all.
+// it), or with adapters alone (policy/weights/adapter_checkpoint.h), and optimizer.bin, the trainer's state. It appears complete or not at all.
 #pragma once
 #include <set>
 #include <string>
 
 #include "policy/learn/trainer.h"
+#include "policy/weights/adapter_checkpoint.h"
 #include "policy/weights/checkpoint.h"
+#include "rollout/run_model.h"
 
 namespace perigee::rollout {
 
@@ -15,8 +17,10 @@ struct SavedCheckpoint {
 };
 
 // Writes `directory`. One of that name stays when it has the same content; another one is set aside until the new one
-// has its place, so that at no time there is none. weights: an arena of the layout.
-SavedCheckpoint save_checkpoint(const std::string& directory, const policy::ParamLayout& layout, const std::byte* weights,
+// has its place, so that at no time there is none. weights: an arena of model.trained(). Of adapters: they alone, with the
+// fingerprint of the model they stand beside.
+SavedCheckpoint save_checkpoint(const std::string& directory, const RunConfig& config, const RunModel& model,
+                                const std::string& base_fingerprint, const std::byte* weights,
                                 const policy::Trainer& trainer);
 
 // Removes from the run's directory of checkpoints what no run needs: what a killed learner began, and checkpoints that
@@ -24,8 +28,9 @@ SavedCheckpoint save_checkpoint(const std::string& directory, const policy::Para
 void sweep_checkpoints(const std::string& run_dir, const std::set<std::string>& kept);
 
 // The weights into an arena; with a trainer also its state, which must have the hash given.
-// ERRORS: Error(kEnvironment) naming the file that is missing or damaged.
-void load_checkpoint_weights(const std::string& directory, const policy::ParamLayout& layout, std::byte* weights);
+// ERRORS: Error(kEnvironment) naming the file that is missing or damaged; adapters of another model.
+void load_checkpoint_weights(const std::string& directory, const RunModel& model, const std::string& base_fingerprint,
+                             std::byte* weights);
 void load_checkpoint_state(const std::string& directory, const std::string& optimizer_hash, policy::Trainer& trainer);
 
 }  // namespace perigee::rollout

@@ -1,11 +1,14 @@
 // Where a role computes: on the CPU, or on the GPU that run.device names.
 #pragma once
 #include <memory>
+#include <stop_token>
 
 #include "policy/device/backend.h"
+#include "policy/device/resident.h"
 #include "policy/engine/backend.h"
 #include "policy/learn/backend.h"
 #include "rollout/run_config.h"
+#include "rollout/run_model.h"
 
 namespace perigee::rollout {
 
@@ -16,20 +19,27 @@ void check_device(const RunConfig& config, const policy::ParamLayout& layout);
 // Owns what the backends it makes compute with, and outlives them. Used on the thread that made it.
 class Compute {
  public:
-  explicit Compute(const RunConfig& config);
+  // With adapters it waits here until the model they stand beside is there (rollout/base_weights.h), and maps it.
+  // ERRORS (environment): the wait was stopped; there is nobody who keeps the model.
+  Compute(const RunConfig& config, const RunModel& model, const std::string& run_dir, std::stop_token stop = {});
   ~Compute();
 
   // For a policy worker: once.
-  std::unique_ptr<policy::Backend> engine_backend(const policy::ParamLayout& layout);
+  std::unique_ptr<policy::Backend> engine_backend();
   // For a learner, one after the other: the former is gone before the next is made.
-  std::unique_ptr<policy::LearnBackend> learn_backend(const policy::ParamLayout& layout, const policy::TrainerConfig& trainer);
+  std::unique_ptr<policy::LearnBackend> learn_backend(const policy::TrainerConfig& trainer);
+  // Of the model under adapters; empty when there are none.
+  const std::string& base_fingerprint() const { return fingerprint_; }
 
  private:
   kernels::Device& device(int64_t scratch_bytes);
 
   const RunConfig& config_;
+  const RunModel& model_;
   std::unique_ptr<kernels::Context> cpu_;
   std::unique_ptr<kernels::Device> device_;
+  policy::ResidentWeights base_;
+  std::string fingerprint_;
 };
 
 }  // namespace perigee::rollout

@@ -7,11 +7,11 @@
 #include <optional>
 #include <set>
 
-#include "base/hash.h"
 #include "rollout/batch.h"
 #include "rollout/checkpoints.h"
 #include "rollout/compute.h"
 #include "rollout/roles.h"
+#include "rollout/run_model.h"
 #include "rollout/setup.h"
 #include "rollout/weights_channel.h"
 
@@ -26,11 +26,11 @@ class Learner {
  public:
   explicit Learner(const RoleContext& role)
       : role_(role),
-        layout_(make_layout(role.config)),
-        tokenizer_(make_tokenizer(role.config, layout_->config())),
-        tasks_(role.config, layout_->config(), *tokenizer_),
-        compute_(role.config),
-        weights_(role.run_dir, layout_->weight_bytes()),
+        model_(make_run_model(role.config)),
+        tokenizer_(make_tokenizer(role.config, model_.layout->config())),
+        tasks_(role.config, model_.layout->config(), *tokenizer_),
+        compute_(role.config, model_, role.run_dir, role.stop),
+        weights_(role.run_dir, arena_bytes(), compute_.base_fingerprint()),
         client_(role.zmq, role.endpoint, "learner", role.name, role.run_id, [this] { return hello(); },
                 client_options(role.config)) {}
 
@@ -123,7 +123,7 @@ class Learner {
       const auto& config = phase == "warmup" ? role_.config.warmup.trainer : role_.config.learn.trainer;
       if (phase == "rl" && phase_ == "warmup") keep_reference();
       trainer_.reset();
-      trainer_.emplace(compute_.learn_backend(*layout_, config), *layout_, config);
+      trainer_ = model_.trainer(compute_.learn_backend(config), config);
       trainer_->set_schedule(config.schedule, 0);
       phase_ = phase;
     }
@@ -134,12 +134,12 @@ class Learner {
   void keep_reference() {
     if (role_.config.learn.trainer.loss.kl_coef == 0) return;
     allocate_reference();
-    std::memcpy(reference_.get(), weights_.data(version_), static_cast<size_t>(layout_->weight_bytes()));
+    std::memcpy(reference_.get(), weights_.data(version_), static_cast<size_t>(arena_bytes()));
   }
 
   // Aligned as kernels want weights to be.
   void allocate_reference() {
-    const size_t bytes = (static_cast<size_t>(layout_->weight_bytes()) + 63) / 64 * 64;
+    const size_t bytes = (static_cast<size_t>(arena_bytes()) + 63) / 64 * 64;
     reference_.reset(static_cast<std::byte*>(std::aligned_alloc(64, bytes)));
     if (!reference_) throw_environment("out of memory: {} MiB for the reference weights of learn.kl_coef", bytes >> 20);
   }
@@ -152,17 +152,17 @@ class Learner {
     trainer_.reset();
     phase_.clear();
     if (path->empty()) {
-      const auto flat = initial_weights(role_.config, *layout_);
-      layout_->flat_to_weights(flat.data(), memory);
+      first_arena(role_.config, model_, memory);
       phase_ = "warmup";
     } else {
       const std::string directory = (std::filesystem::path(role_.run_dir) / *path).string();
-      load_checkpoint_weights(directory, *layout_, memory);
+      load_checkpoint_weights(directory, model_, compute_.base_fingerprint(), memory);
       load_checkpoint_state(directory, field<std::string>(h, "optimizer_hash").value_or(""), trainer(*phase));
       const auto reference = field<std::string>(h, "reference");
       if (reference && !reference->empty() && role_.config.learn.trainer.loss.kl_coef != 0) {
         allocate_reference();
-        load_checkpoint_weights((std::filesystem::path(role_.run_dir) / *reference).string(), *layout_, reference_.get());
+        load_checkpoint_weights((std::filesystem::path(role_.run_dir) / *reference).string(), model_, compute_.base_fingerprint(),
+                                reference_.get());
       }
     }
     version_ = target_ = *version;
@@ -170,8 +170,10 @@ class Learner {
     client_.send_durable(BusMessage("loaded", {{"version", version_}, {"hash", hash(version_)}}));
   }
 
+  int64_t arena_bytes() const { return model_.trained().weight_bytes(); }
+
   std::string hash(uint32_t version) const {
-    return hash128(weights_.data(version), static_cast<size_t>(layout_->weight_bytes())).hex();
+    return arena_hash(weights_.data(version), arena_bytes(), compute_.base_fingerprint());
   }
 
   policy::StepMetrics step(policy::Trainer& trainer, const std::vector<policy::TrainSequence>& batch,
@@ -245,7 +247,7 @@ class Learner {
     // Before the first step of a phase its optimiser state is all zeros, which is a state like any other.
     auto& t = trainer(phase_.empty() ? "warmup" : phase_);
     const std::string directory = (std::filesystem::path(role_.run_dir) / path).string();
-    const auto saved = save_checkpoint(directory, *layout_, weights_.data(version_), t);
+    const auto saved = save_checkpoint(directory, role_.config, model_, compute_.base_fingerprint(), weights_.data(version_), t);
     client_.send_durable(BusMessage("saved", {{"version", version_},
                                               {"path", path},
                                               {"weights_hash", saved.weights_hash},
@@ -254,12 +256,12 @@ class Learner {
   }
 
   const RoleContext& role_;
-  std::shared_ptr<const policy::ParamLayout> layout_;
+  RunModel model_;
   std::unique_ptr<policy::Tokenizer> tokenizer_;
   RunTasks tasks_;
   Compute compute_;
   WeightsPublisher weights_;
-  std::optional<policy::Trainer> trainer_;
+  std::unique_ptr<policy::Trainer> trainer_;
   std::string phase_;
   std::unique_ptr<std::byte, Free> reference_;
   bool loaded_ = false, stopped_ = false;

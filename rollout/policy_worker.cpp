@@ -21,11 +21,12 @@ class PolicyWorker {
  public:
   explicit PolicyWorker(const RoleContext& role)
       : role_(role),
-        layout_(make_layout(role.config)),
+        model_(make_run_model(role.config)),
+        layout_(model_.layout),
         tokenizer_(make_tokenizer(role.config, layout_->config())),
         stop_tokens_(stop_tokens(layout_->config(), *tokenizer_)),
-        compute_(role.config),
-        engine_(compute_.engine_backend(*layout_), *layout_, role.config.engine),
+        compute_(role.config, model_, role.run_dir, role.stop),
+        engine_(compute_.engine_backend(), *layout_, role.config.engine),
         client_(role.zmq, role.endpoint, "policy", role.name, role.run_id, [this] { return hello(); },
                 client_options(role.config)) {}
 
@@ -84,7 +85,7 @@ class PolicyWorker {
   void change_weights(const WeightsNotice& notice) {
     const bool same = have_weights_ && engine_.version() == notice.version && hash_ == notice.hash;
     if (!same) {
-      if (!weights_.take(notice, layout_->weight_bytes())) {
+      if (!weights_.take(notice, model_.trained().weight_bytes(), compute_.base_fingerprint())) {
         // The learner died, or newer ones are on their way: the hub knows which.
         std::fputs(fmt::format("weights version {} are not there any more ({})\n", notice.version, notice.shm).c_str(), stderr);
         client_.send_durable(encode("weights_missing", notice));
@@ -163,6 +164,7 @@ class PolicyWorker {
   }
 
   const RoleContext& role_;
+  RunModel model_;
   std::shared_ptr<const policy::ParamLayout> layout_;
   std::unique_ptr<policy::Tokenizer> tokenizer_;
   std::vector<int32_t> stop_tokens_;

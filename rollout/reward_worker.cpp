@@ -44,6 +44,7 @@ RoleResult run_reward_worker(const RoleContext& role) {
       input.answer = text_field(request->task, "answer");
       input.verifier = text_field(request->task, "verifier");
       input.response = response_text(*tokenizer, stops, member);
+      input.tokens = member.tokens;
       input.finish = member.finish;
       input.response_tokens = static_cast<int64_t>(member.tokens.size());
       input.max_tokens = request->max_new_tokens;

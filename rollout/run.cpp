@@ -17,8 +17,10 @@
 #include "base/file.h"
 #include "base/json.h"
 #include "reward/rubric.h"
+#include "rollout/base_weights.h"
 #include "rollout/checkpoints.h"
 #include "rollout/roles.h"
+#include "rollout/run_memory.h"
 #include "rollout/setup.h"
 #include "rollout/supervisor.h"
 #include "storage/store.h"
@@ -74,7 +76,8 @@ std::string new_run_dir(const RunConfig& config) {
 
 // Everything that can be wrong with a configuration is found here, before anything is written.
 void check_everything(const RunConfig& config) {
-  const auto layout = make_layout(config);
+  const RunModel model = make_run_model(config);
+  const auto& layout = model.layout;
   check_device(config, *layout);
   config.rollout.sampling.validate(layout->config().vocab_size);
   const auto tokenizer = make_tokenizer(config, layout->config());
@@ -122,6 +125,18 @@ std::string open_run(const RunConfig& config, const std::string& run_dir, const 
   return state;
 }
 
+// Says what the run takes of the GPU, and refuses what does not fit.
+void look_at_memory(const RunConfig& config, const TrainOptions& options) {
+  if (config.run.device != "cuda") return;
+  const RunMemory memory = plan_run_memory(config, make_run_model(config));
+  const auto device = policy::device_at_rest(0);
+  check_run_memory(memory, device.name, device.free_bytes);
+  if (options.quiet) return;
+  fmt::print(options.out, "{}, {:.1f} GiB free\n", device.name, static_cast<double>(device.free_bytes) / (int64_t{1} << 30));
+  for (const std::string& line : memory.lines()) fmt::print(options.out, "  {}\n", line);
+  std::fflush(options.out);
+}
+
 RunOutcome supervised(const RunConfig& config, const std::string& run_dir, const std::string& run_id,
                       const TrainOptions& options) {
   {
@@ -155,6 +170,7 @@ RunOutcome train(RunConfig config, const TrainOptions& options) {
     throw_input("{} is there already and is no empty directory; choose another run.dir", run_dir);
   }
   check_everything(config);
+  look_at_memory(config, options);
   if (config.model.config.is_string()) {
     // The run keeps what it was made from: the file may change.
     config.model.config = policy::to_json(policy::load_model_config(config.model.config.get<std::string>()));
@@ -179,6 +195,7 @@ RunOutcome resume(const std::string& run_dir, const TrainOptions& options) {
   const std::string dir = fs::absolute(run_dir).lexically_normal().string();
   wait_for_former_hub(dir);
   if (open_run(config, dir, options.code_version) == "finished") return read_outcome(dir);
+  look_at_memory(config, options);
   return supervised(config, dir, config.run.name, options);
 }
 
@@ -242,8 +259,10 @@ int role_main(const std::string& role, const std::vector<std::string>& args) {
       run_policy_worker(context);
     } else if (role == "reward") {
       run_reward_worker(context);
+    } else if (role == "base") {
+      run_base(context);
     } else {
-      throw_input("there is no role {}; the roles are hub, learner, policy and reward", role);
+      throw_input("there is no role {}; the roles are hub, learner, policy, reward and base", role);
     }
     return 0;
   } catch (const Error& e) {

@@ -6,16 +6,19 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "base/json.h"
+#include "base/random.h"
 #include "rollout/protocol.h"
 
 namespace perigee::rollout {
 namespace {
 
 constexpr double kMany = 1e12;
+constexpr uint64_t kAdapterSeed = 0x6C6F7261u;
 
 // What stands in the file and is worked into RunConfig after reading.
 struct Raw {
   std::string advantage = "auto";
+  nlohmann::json lora;
   double kv_mib = 1024;
   nlohmann::json logit_bias = nlohmann::json::object();
 };
@@ -109,6 +112,9 @@ void describe_learning(Schema& s, RunConfig& c, Raw& raw) {
   s.section("learn", "Reinforcement learning.");
   s.field("learn.steps", &c.learn.steps, "optimiser steps, one a batch", Range{1, 1e9});
   auto& l = c.learn.trainer.loss;
+  s.field("learn.lora", &raw.lora,
+          "train low-rank adapters beside the frozen model, in the warm-up too: `{\"rank\": 16, \"alpha\": 32, \"targets\": [\"q_proj\", ...]}` "
+          "(docs/lora.md); null: train the model itself");
   s.field("learn.loss", &l.kind, "docs/losses.md", Names{"grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "k15"});
   s.field("learn.advantage", &raw.advantage, "`auto`: the one that the loss was published with",
           Names{"auto", "grpo", "mean", "rloo"});
@@ -167,7 +173,7 @@ RunConfig defaults() {
   return c;
 }
 
-void check(const Schema& schema, RunConfig& c, const Raw& raw, const std::string& where) {
+void check(const Schema& schema, RunConfig& c, Raw& raw, const std::string& where) {
   const auto fail = [&](const std::string& what) { throw_input("{}: {}", where, what); };
   const bool has_config = !c.model.config.is_null() && !(c.model.config.is_string() && c.model.config.get<std::string>().empty());
   if (has_config && !c.model.path.empty()) fail("model.config and model.path are both given: random weights or those at the path?");
@@ -202,6 +208,14 @@ void check(const Schema& schema, RunConfig& c, const Raw& raw, const std::string
     const bool warm = t == &c.warmup.trainer;
     if (t->schedule.min_lr > t->schedule.lr) fail(warm ? "warmup.min_lr is above warmup.lr" : "learn.min_lr is above learn.lr");
     t->schedule.total_steps = warm ? c.warmup.steps : c.learn.steps * c.learn.trainer.minibatches;
+  }
+  if (!raw.lora.is_null()) {
+    auto lora = policy::parse_lora_config(raw.lora, where, "learn.lora");
+    if (!raw.lora.contains("seed")) lora.seed = derive_seed(c.seed(), kAdapterSeed) >> 12;  // exact as a JSON number anywhere
+    raw.lora = policy::to_json(lora);
+    for (const auto* t : {&c.warmup.trainer, &c.learn.trainer})
+      if (t->router_bias_rate != 0) fail("learn.lora keeps the model frozen, and router_bias_rate changes it: set it to 0");
+    c.learn.lora = std::move(lora);
   }
   c.rollout.sampling.logit_bias = logit_bias_from_json(raw.logit_bias).value();  // its form was checked when it was set
   c.engine.memory_bytes = static_cast<int64_t>(raw.kv_mib * 1048576.0);

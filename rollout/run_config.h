@@ -4,11 +4,13 @@
 #include <nlohmann/json.hpp>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "policy/engine/engine.h"
 #include "policy/learn/trainer.h"
+#include "policy/model/adapter.h"
 
 namespace perigee::rollout {
 
@@ -63,6 +65,7 @@ struct RunConfig {
     int64_t steps = 100;
     kernels::AdvantageKind advantage = kernels::AdvantageKind::kGrpo;  // the loss's own where the key is "auto"
     int64_t ptx_batch = 0;  // worked examples added to each step
+    std::optional<policy::LoraConfig> lora;  // adapters are trained beside a frozen model; nullopt: the model itself
     policy::TrainerConfig trainer;
   } learn;
 

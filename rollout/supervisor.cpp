@@ -13,6 +13,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "base/process.h"
+#include "rollout/base_weights.h"
 #include "rollout/progress.h"
 #include "rollout/roles.h"
 #include "rollout/weights_channel.h"
@@ -85,6 +86,10 @@ class Supervisor {
     make_directories(log_dir());
     endpoint_ = options.in_process ? fmt::format("inproc://hub-{}", ::getpid()) : net::ipc_endpoint(run_dir + "/sockets", "hub");
     program_ = options.program.empty() && !options.in_process ? current_program() : options.program;
+    if (config.learn.lora) {
+      keeper_.emplace(run_dir);
+      add("base", "base");
+    }
     add("hub", "hub");
     add("learner", "learner");
     for (int64_t i = 0; i < config.workers.reward; ++i) add("reward", fmt::format("reward-{}", i));
@@ -124,9 +129,10 @@ class Supervisor {
     }
     stop_roles();
     progress_.close();
-    if (!options_.in_process) {
+    keeper_.reset();
+    if (!options_.in_process || config_.learn.lora) {
       std::error_code ec;
-      fs::remove_all(fs::path(endpoint_.substr(6)).parent_path(), ec);
+      fs::remove_all(fs::path(net::ipc_endpoint(run_dir_ + "/sockets", "hub").substr(6)).parent_path(), ec);
     }
     remove_leftovers(run_dir_);
     if (end_.state.empty()) end_.state = "failed";
@@ -174,6 +180,8 @@ class Supervisor {
           run_learner(context);
         else if (role == "policy")
           run_policy_worker(context);
+        else if (role == "base")
+          run_base(context);
         else
           run_reward_worker(context);
       } catch (const std::exception& e) {
@@ -212,6 +220,7 @@ class Supervisor {
       const auto ended = r.child.poll();
       if (!ended) continue;
       if (ended->signal == 0 && ended->exit_code == 0) {
+        if (r.role == "base") continue;  // it has handed over what it made
         // The hub told it to stop; its word on why is on the way. Only if the hub died before saying so is it needed again.
         r.waiting = true;
         r.start_at = Clock::now() + std::chrono::seconds(2);
@@ -231,7 +240,7 @@ class Supervisor {
       ++end_.restarts;
       const auto wait_ms = static_cast<int64_t>(std::min(5000.0, 50.0 * std::pow(2.0, r.deaths - 1)));
       log(fmt::format("{}; starting it again", what));
-      if (r.role != "hub") client.send_durable(BusMessage("gone", {{"name", r.name}}));
+      if (r.role != "hub" && r.role != "base") client.send_durable(BusMessage("gone", {{"name", r.name}}));
       r.waiting = true;
       r.start_at = Clock::now() + std::chrono::milliseconds(wait_ms);
     }
@@ -261,6 +270,7 @@ class Supervisor {
   const RunConfig& config_;
   std::string run_dir_, run_id_;
   const TrainOptions& options_;
+  std::optional<BaseKeeper> keeper_;  // before the roles, which ask it
   zmq::context_t zmq_;
   std::string endpoint_, program_;
   std::vector<Role> roles_;

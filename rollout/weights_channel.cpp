@@ -7,6 +7,7 @@
 #include <random>
 
 #include "base/hash.h"
+#include "rollout/run_model.h"
 
 namespace perigee::rollout {
 
@@ -22,7 +23,8 @@ int64_t remove_leftovers(const std::string& run_dir) {
   return n;
 }
 
-WeightsPublisher::WeightsPublisher(const std::string& run_dir, int64_t weight_bytes) : weight_bytes_(weight_bytes) {
+WeightsPublisher::WeightsPublisher(const std::string& run_dir, int64_t weight_bytes, std::string base_fingerprint)
+    : base_fingerprint_(std::move(base_fingerprint)), weight_bytes_(weight_bytes) {
   std::random_device random;
   prefix_ = fmt::format("{}{}-{:08x}-", shm_prefix(run_dir), ::getpid(), random());
 }
@@ -55,7 +57,7 @@ WeightsNotice WeightsPublisher::notice(uint32_t version) const {
   const auto it = objects_.find(version);
   PERIGEE_CHECK(it != objects_.end(), "version {}", version);
   const SharedMemory& object = it->second;
-  return {version, object.name(), hash128(object.data(), static_cast<size_t>(object.bytes())).hex(), object.bytes()};
+  return {version, object.name(), arena_hash(object.data(), object.bytes(), base_fingerprint_), object.bytes()};
 }
 
 void WeightsPublisher::retire(uint32_t below) {
@@ -65,13 +67,13 @@ void WeightsPublisher::retire(uint32_t below) {
   }
 }
 
-bool WeightsSubscriber::take(const WeightsNotice& notice, int64_t weight_bytes) {
+bool WeightsSubscriber::take(const WeightsNotice& notice, int64_t weight_bytes, const std::string& base_fingerprint) {
   SharedMemory fresh;
   if (!SharedMemory::open(notice.shm, fresh)) return false;
   if (fresh.bytes() != weight_bytes || notice.bytes != weight_bytes)
     throw_environment("weights version {} have {} bytes, not {}: learner and policy worker disagree about the model",
                       notice.version, fresh.bytes(), weight_bytes);
-  const std::string hash = hash128(fresh.data(), static_cast<size_t>(fresh.bytes())).hex();
+  const std::string hash = arena_hash(fresh.data(), fresh.bytes(), base_fingerprint);
   if (hash != notice.hash)
     throw_environment("weights version {} in {} have hash {}, not {}", notice.version, notice.shm, hash, notice.hash);
   former_ = std::move(current_);

@@ -18,7 +18,8 @@ int64_t remove_leftovers(const std::string& run_dir);
 // The learner's end. Names are unique to the object; they are removed when retired or when it dies.
 class WeightsPublisher {
  public:
-  WeightsPublisher(const std::string& run_dir, int64_t weight_bytes);
+  // base_fingerprint: of the model that the weights stand beside (rollout/run_model.h, arena_hash); empty: none.
+  WeightsPublisher(const std::string& run_dir, int64_t weight_bytes, std::string base_fingerprint = {});
   ~WeightsPublisher();
   WeightsPublisher(const WeightsPublisher&) = delete;
   WeightsPublisher& operator=(const WeightsPublisher&) = delete;
@@ -34,7 +35,7 @@ class WeightsPublisher {
   void retire(uint32_t below);
 
  private:
-  std::string prefix_;
+  std::string prefix_, base_fingerprint_;
   int64_t weight_bytes_;
   int64_t serial_ = 0;
   std::map<uint32_t, SharedMemory> objects_;
@@ -45,7 +46,7 @@ class WeightsSubscriber {
  public:
   // Maps a version. False when its name is gone (a newer one, or a new learner, is on its way). Throws
   // Error(kEnvironment) when size or hash are not what the notice says. The former mapping lives until release_former().
-  bool take(const WeightsNotice& notice, int64_t weight_bytes);
+  bool take(const WeightsNotice& notice, int64_t weight_bytes, const std::string& base_fingerprint = {});
   const std::byte* data() const { return current_.data(); }
   void release_former() { former_ = SharedMemory(); }
 
