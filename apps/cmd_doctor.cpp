@@ -25,6 +25,7 @@
 #include "kernels/device/device.h"
 #include "kernels/simd/simd.h"
 #include "rollout/run_config.h"
+#include "rollout/run_memory.h"
 
 namespace perigee::apps {
 namespace {
@@ -223,12 +224,29 @@ Finding check_files_open() {
   return f;
 }
 
-Finding check_configuration(const std::string& path) {
+// The configuration, and of a run on a GPU the memory it takes there.
+std::vector<Finding> check_configuration(const std::string& path, const std::optional<kernels::DeviceInfo>& gpu,
+                                         std::optional<double> memory_gib) {
   try {
-    rollout::load_run_config(path);
-    return {"configuration", path};
+    const rollout::RunConfig config = rollout::load_run_config(path);
+    std::vector<Finding> findings = {{"configuration", path}};
+    if (config.run.device != "cuda") return findings;
+    const rollout::RunMemory memory = rollout::plan_run_memory(config, rollout::make_run_model(config));
+    for (const rollout::RunMemory::Item& i : memory.items)
+      findings.push_back({i.name, fmt::format("{}, {}", human_bytes(static_cast<uint64_t>(i.bytes)), i.what)});
+    findings.push_back({"together", human_bytes(static_cast<uint64_t>(memory.total()))});
+    try {
+      if (memory_gib)
+        rollout::check_run_memory(memory, "a GPU", static_cast<int64_t>(*memory_gib * static_cast<double>(int64_t{1} << 30)));
+      else if (gpu)
+        rollout::check_run_memory(memory, gpu->name, gpu->free_bytes);
+    } catch (const Error& e) {
+      findings.back().verdict = Verdict::kFailure;
+      findings.back().fix = e.what();
+    }
+    return findings;
   } catch (const Error& e) {
-    return {"configuration", path, Verdict::kFailure, e.what()};
+    return {{"configuration", path, Verdict::kFailure, e.what()}};
   }
 }
 
@@ -283,8 +301,10 @@ void add_doctor(Program& program) {
       .example("doctor --model configs/model/kimi-linear-48b.json --device cuda --memory-gib 140");
   command.action([o] {
     const PlanOptions& p = o->plan;
-    if (p.model.empty() && (!p.device.empty() || !p.contexts.empty() || p.memory_gib))
-      throw_input("doctor: --device, --contexts and --memory-gib go with --model");
+    if (p.model.empty() && (!p.device.empty() || !p.contexts.empty()))
+      throw_input("doctor: --device and --contexts go with --model");
+    if (p.model.empty() && o->config.empty() && p.memory_gib)
+      throw_input("doctor: --memory-gib goes with --model or --config");
     std::optional<kernels::DeviceInfo> gpu;
     std::vector<Finding> findings = {check_cpu(), check_simd(), check_cores(), check_memory()};
     for (Finding& f : check_gpus(gpu)) findings.push_back(std::move(f));
@@ -299,7 +319,8 @@ void add_doctor(Program& program) {
     findings.push_back(check_files_open());
     findings.push_back(check_sqlite());
     findings.push_back(check_libraries());
-    if (!o->config.empty()) findings.push_back(check_configuration(shipped(o->config)));
+    if (!o->config.empty())
+      for (Finding& f : check_configuration(shipped(o->config), gpu, p.memory_gib)) findings.push_back(std::move(f));
     for (const EnvironmentVariable& v : environment_table())
       if (const char* value = std::getenv(std::string(v.name).c_str()))
         findings.push_back({std::string(v.name), value});

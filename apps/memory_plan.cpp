@@ -12,6 +12,7 @@
 #include "kernels/device/device.h"
 #include "kernels/mla/mla.h"
 #include "policy/device/backend.h"
+#include "policy/device/learn.h"
 #include "policy/engine/engine.h"
 #include "policy/model/forward.h"
 #include "policy/model/params.h"
@@ -24,6 +25,9 @@ using policy::MatrixForm;
 using policy::ModelConfig;
 using policy::ParamLayout;
 using policy::StateLayout;
+
+constexpr int64_t kLoraTokens = 16384;
+constexpr int64_t kContextBytes = int64_t{640} << 20;  // of a GPU, for each process
 
 int64_t percent_less(double part, double whole) {
   return static_cast<int64_t>(1000 * (1 - part / whole) + 0.5);  // tenths
@@ -140,6 +144,15 @@ MemoryPlan plan_memory(const ModelConfig& config, const std::string& model, cons
   p.training_bytes_per_element = narrow ? 16 : 12;
   p.training_bytes = p.training_bytes_per_element * layout.elements();
   p.training_fits = p.weight_bytes + p.training_bytes <= device.memory_bytes;
+  const policy::AdapterLayout adapters(layout, policy::LoraConfig{});
+  p.lora_rank = adapters.config().rank;
+  p.lora_parameters = adapters.parameter_count();
+  p.lora_tokens = kLoraTokens;
+  p.lora_bytes = 3 * adapters.weight_bytes() + adapters.elements() * p.training_bytes_per_element +
+                 (device.cuda ? policy::device_learn_scratch_bytes(adapters, kLoraTokens, true) + 2 * kContextBytes
+                              : 2 * host_scratch_bytes(config, kLoraTokens));
+  const int64_t shortest = p.contexts.empty() ? 0 : p.contexts.front().bytes;
+  p.lora_fits = p.weight_bytes + p.temporary_bytes + p.lora_bytes + shortest <= device.memory_bytes;
   return p;
 }
 
@@ -162,7 +175,13 @@ nlohmann::json MemoryPlan::to_json() const {
       {"training",
        {{"bytes", training_bytes},
         {"bytes_per_element", training_bytes_per_element},
-        {"fits", training_fits}}}};
+        {"fits", training_fits}}},
+      {"lora",
+       {{"rank", lora_rank},
+        {"parameters", lora_parameters},
+        {"tokens", lora_tokens},
+        {"bytes", lora_bytes},
+        {"fits", lora_fits}}}};
 }
 
 void MemoryPlan::print(const std::string& model) const {
@@ -185,6 +204,9 @@ void MemoryPlan::print(const std::string& model) const {
        fmt::format("{} bytes an element beside the weights ({}): {}", training_bytes_per_element,
                    training_bytes_per_element == 16 ? "gradient, moments, masters" : "gradient, moments",
                    training_fits ? "fits, activations apart" : "does not fit"));
+  line("LoRA training", lora_bytes,
+       fmt::format("rank {}, {} parameters, passes of {} tokens, the weights once: {}", lora_rank, lora_parameters,
+                   lora_tokens, lora_fits ? "fits beside sampling" : "does not fit"));
 }
 
 }  // namespace perigee::apps

@@ -48,6 +48,11 @@ struct MemoryPlan {
   int64_t training_bytes = 0;  // beside the weights, without activations
   bool training_fits = false;
 
+  // Adapters beside the frozen weights (learn.lora with its defaults), trained in packed passes of lora_tokens.
+  int64_t lora_rank = 0, lora_parameters = 0, lora_tokens = 0;
+  int64_t lora_bytes = 0;  // two sets, gradient, moments, masters; activations computed again; another GPU context
+  bool lora_fits = false;  // beside weights and temporary buffers, with room for a sequence of the first context
+
   nlohmann::json to_json() const;
   void print(const std::string& model) const;
 };
