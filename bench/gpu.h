@@ -93,6 +93,7 @@ Figure plain_figure(const std::string& name, const std::string& unit, double val
 void bench_gpu_kda(Rig& rig, double copy);
 void bench_gpu_mla(Rig& rig, double copy);
 void bench_gpu_train(Rig& rig);
+void bench_gpu_train_lora(Rig& rig);
 void bench_gpu_context(Rig& rig, double copy);
 std::vector<std::string> gpu_kernel_figure_names();
 std::vector<std::string> gpu_context_figure_names();
