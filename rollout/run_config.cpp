@@ -223,6 +223,11 @@ void check(const Schema& schema, RunConfig& c, Raw& raw, const std::string& wher
   if (c.run.numerics == "fast" && c.run.device == "cpu")
     fail("run.numerics is fast: run.device cpu is exact, and nothing else");
   c.effective = schema.dump();
+  // A learner has a trainer for version 0 even where no warm-up is to be: it must not take memory of its own.
+  if (c.warmup.steps == 0) {
+    c.warmup.trainer.micro_batch_tokens = c.learn.trainer.micro_batch_tokens;
+    c.warmup.trainer.recompute = c.learn.trainer.recompute;
+  }
 }
 
 void make_absolute(std::string& path, const std::filesystem::path& base) {
