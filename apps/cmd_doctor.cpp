@@ -21,6 +21,7 @@
 #include "apps/output.h"
 #include "apps/shipped.h"
 #include "base/error.h"
+#include "base/sandbox/sandbox.h"
 #include "base/text.h"
 #include "kernels/device/device.h"
 #include "kernels/simd/simd.h"
@@ -214,6 +215,15 @@ Finding check_libraries() {
   return f;
 }
 
+Finding check_sandbox() {
+  const std::string why = Sandbox::why_not();
+  if (why.empty())
+    return {"sandbox", geteuid() == 0 ? fmt::format("works; programs of tools run as user {}", Sandbox::kUser)
+                                      : "works; programs of tools run as this user without rights"};
+  return {"sandbox", "refused: " + why, Verdict::kWarning,
+          "python, shell and command tools are refused until that is mended; all else works"};
+}
+
 Finding check_files_open() {
   const long files = sysconf(_SC_OPEN_MAX);
   Finding f{"open files", fmt::format("at most {}", files)};
@@ -225,7 +235,8 @@ Finding check_files_open() {
 }
 
 // The configuration, and of a run on a GPU the memory it takes there.
-std::vector<Finding> check_configuration(const std::string& path, const std::optional<kernels::DeviceInfo>& gpu,
+std::vector<Finding> check_configuration(const std::string& path,
+                                         const std::optional<kernels::DeviceInfo>& gpu,
                                          std::optional<double> memory_gib) {
   try {
     const rollout::RunConfig config = rollout::load_run_config(path);
@@ -233,11 +244,13 @@ std::vector<Finding> check_configuration(const std::string& path, const std::opt
     if (config.run.device != "cuda") return findings;
     const rollout::RunMemory memory = rollout::plan_run_memory(config, rollout::make_run_model(config));
     for (const rollout::RunMemory::Item& i : memory.items)
-      findings.push_back({i.name, fmt::format("{}, {}", human_bytes(static_cast<uint64_t>(i.bytes)), i.what)});
+      findings.push_back(
+          {i.name, fmt::format("{}, {}", human_bytes(static_cast<uint64_t>(i.bytes)), i.what)});
     findings.push_back({"together", human_bytes(static_cast<uint64_t>(memory.total()))});
     try {
       if (memory_gib)
-        rollout::check_run_memory(memory, "a GPU", static_cast<int64_t>(*memory_gib * static_cast<double>(int64_t{1} << 30)));
+        rollout::check_run_memory(memory, "a GPU",
+                                  static_cast<int64_t>(*memory_gib * static_cast<double>(int64_t{1} << 30)));
       else if (gpu)
         rollout::check_run_memory(memory, gpu->name, gpu->free_bytes);
     } catch (const Error& e) {
@@ -316,11 +329,13 @@ void add_doctor(Program& program) {
         check_space("shared memory", "/dev/shm", uint64_t{256} << 20,
                     "weights pass between processes here: mount a tmpfs of 256 MiB or more (in a container: "
                     "--shm-size), or train with --in-process"));
+    findings.push_back(check_sandbox());
     findings.push_back(check_files_open());
     findings.push_back(check_sqlite());
     findings.push_back(check_libraries());
     if (!o->config.empty())
-      for (Finding& f : check_configuration(shipped(o->config), gpu, p.memory_gib)) findings.push_back(std::move(f));
+      for (Finding& f : check_configuration(shipped(o->config), gpu, p.memory_gib))
+        findings.push_back(std::move(f));
     for (const EnvironmentVariable& v : environment_table())
       if (const char* value = std::getenv(std::string(v.name).c_str()))
         findings.push_back({std::string(v.name), value});
