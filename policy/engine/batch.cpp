@@ -15,10 +15,12 @@ void Engine::Impl::admit() {
   const auto free_places = [&] {
     return config.max_running - static_cast<int64_t>(running.size()) - prompts;
   };
-  while (!resuming.empty() && free_places() > 0) move_to(resuming.front(), Member::Place::kRunning);
+  // Prompts do not keep them out: a group whose members wait for the memory of one of these would wait for ever.
+  while (!resuming.empty() && static_cast<int64_t>(running.size()) < config.max_running)
+    move_to(resuming.front(), Member::Place::kRunning);
   for (auto& g : groups) {
     if (!g->admitted) {
-      if (free_places() <= 0) return;
+      if (static_cast<int64_t>(running.size()) + prompts >= config.max_running) return;
       const int64_t bytes = prompt_bytes(*g);
       const int64_t first = member_bytes(*g, g->waiting.front());
       while (pool.reserved_bytes() + bytes + first > pool.budget_bytes()) {

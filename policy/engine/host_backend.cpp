@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <bit>
 #include <limits>
 #include <optional>
 
@@ -92,13 +93,22 @@ class HostBackend : public Backend {
     if (d.allowed.empty())
       return kernels::sample_token(d.logits, vocab, *d.sampling, d.seed, d.index, d.prompt, d.generated);
     constexpr float kNever = -std::numeric_limits<float>::infinity();
-    std::vector<float> masked(d.logits, d.logits + vocab);
+    PERIGEE_CHECK(static_cast<int64_t>(d.allowed.size()) == (vocab + 31) / 32, "a mask of {} words",
+                  d.allowed.size());
+    std::vector<float> masked(static_cast<size_t>(vocab), kNever);
     int32_t first = -1;
-    for (int64_t t = 0; t < vocab; ++t) {
-      if (!allows(d.allowed, static_cast<int32_t>(t)))
-        masked[static_cast<size_t>(t)] = kNever;
-      else if (first < 0)
-        first = static_cast<int32_t>(t);
+    for (size_t w = 0; w < d.allowed.size(); ++w) {  // by words: most of them are all or nothing
+      const auto begin = static_cast<int64_t>(w) * 32;
+      if (d.allowed[w] == 0) continue;
+      if (first < 0) first = static_cast<int32_t>(begin) + std::countr_zero(d.allowed[w]);
+      if (d.allowed[w] == ~0u) {
+        std::copy_n(d.logits + begin, std::min<int64_t>(32, vocab - begin), masked.data() + begin);
+        continue;
+      }
+      for (uint32_t bits = d.allowed[w]; bits != 0; bits &= bits - 1) {
+        const int64_t t = begin + std::countr_zero(bits);
+        if (t < vocab) masked[static_cast<size_t>(t)] = d.logits[t];
+      }
     }
     PERIGEE_CHECK(first >= 0, "a constraint allows no token");
     const int32_t token =

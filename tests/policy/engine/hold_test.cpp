@@ -350,6 +350,42 @@ TEST(Hold, SavedRestoredAndForkedGoOnWithTheSameBits) {
   EXPECT_GT(earlier, 10);
 }
 
+// One place and memory for one member at a time: the group's second member waits for what the first, held and extended,
+// gives back, and does not keep it from going on.
+TEST(Hold, AnExtendedSequencePassesAGroupThatWaitsForItsMemory) {
+  SmallModel model(81);
+  Random random(2);
+  const auto prompt = random_tokens(random, 40, 40);
+  kernels::Context ctx(1);
+  EngineConfig config;
+  config.max_running = 1;
+  {
+    Engine probe(ctx, model.layout, config);
+    config.memory_bytes = probe.bytes_for(40) + probe.bytes_for(40 + 120) + probe.bytes_for(0) / 2;
+  }
+  Engine engine(ctx, model.layout, config);
+  engine.set_weights(model.weights(), 1);
+  engine.submit(held_group(prompt, 1, 3, 30, 120));
+  std::map<uint64_t, int> turns;
+  std::vector<GeneratedToken> out;
+  int steps = 0;
+  for (; !engine.idle() && steps < 500; ++steps) {
+    engine.step(out);
+    for (uint64_t id = 1; id <= 3; ++id) {
+      if (!engine.held(id)) continue;
+      Extension x;
+      x.tokens = random_tokens(random, 5, 5);
+      x.max_new_tokens = 6;
+      if (turns[id]++ == 3)
+        engine.release(id);
+      else
+        ASSERT_TRUE(engine.extend(id, x));
+    }
+  }
+  EXPECT_LT(steps, 500) << "stuck";
+  EXPECT_EQ(engine.stats().memory_used_bytes, 0);
+}
+
 TEST(Hold, RestoredHistoryIsComputedByOneVersionEvenWhenWeightsChangeMeanwhile) {
   SmallModel a(61), b(62);
   Random random(5);
