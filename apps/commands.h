@@ -21,13 +21,15 @@ void add_checkout(Program&);
 void add_init(Program&);
 void add_score(Program&);
 void add_generate(Program&);
+void add_serve(Program&);
+void add_agent(Program&);
 void add_eval(Program&);
 void add_doctor(Program&);
 void add_bench(Program&);
 
 inline void add_commands(Program& program) {
   for (const auto add : {add_train, add_resume, add_config, add_runs, add_rollouts, add_show, add_verify, add_replay, add_checkout,
-                         add_init, add_score, add_generate, add_eval, add_doctor, add_bench})
+                         add_init, add_score, add_generate, add_serve, add_agent, add_eval, add_doctor, add_bench})
     add(program);
 }
 

@@ -82,7 +82,16 @@ void Generation::progress() {
 }
 
 void Generation::start(Host& host, HostRequest request) {
-  const uint64_t ticket = host.start(std::move(request), shared_from_this());
+  ++metrics_.generating;
+  hosted_ = true;
+  uint64_t ticket = 0;
+  try {
+    ticket = host.start(std::move(request), shared_from_this());
+  } catch (...) {
+    --metrics_.generating;
+    hosted_ = false;
+    throw;
+  }
   bool late = false;
   {
     const std::lock_guard lock(mutex_);
@@ -148,7 +157,7 @@ void Generation::on_prompt(std::vector<HostToken> tokens) {
 }
 
 void Generation::on_done(int choice, FinishReason finish, const HostUsage& usage, const std::string& error) {
-  bool wake = false;
+  bool wake = false, all = false;
   {
     const std::lock_guard lock(mutex_);
     Choice& c = choices_[static_cast<size_t>(choice)];
@@ -156,11 +165,12 @@ void Generation::on_done(int choice, FinishReason finish, const HostUsage& usage
     c.finish = finish;
     c.usage = usage;
     c.error = error;
-    const bool all = --open_ == 0;
+    all = --open_ == 0;
     if (all) metrics_.whole_request.add(std::chrono::duration<double>(Clock::now() - created_).count());
     wake = (all || each_token_) && !std::exchange(awake_, true);
   }
   if (wake) wake_.add(shared_from_this());
+  if (all && hosted_) --metrics_.generating;  // last: who waits for it destroys what is used above
 }
 
 }  // namespace perigee::agents

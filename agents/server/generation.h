@@ -50,6 +50,7 @@ class Histogram {
 struct ServerMetrics {
   Histogram first_token, whole_request, between_tokens;
   std::atomic<int64_t> streams{0};       // open now
+  std::atomic<int64_t> generating{0};    // generations that the host holds
   std::atomic<int64_t> disconnected{0};  // requests cancelled since their client went
   std::atomic<int64_t> stop_text{0};     // choices ended by a stop text
 };
@@ -112,6 +113,7 @@ class Generation : public HostSink, public std::enable_shared_from_this<Generati
   Host* host_ = nullptr;
   uint64_t ticket_ = 0;
   bool awake_ = false, started_ = false;
+  std::atomic<bool> hosted_{false};
   std::atomic<bool> cancelled_{false};
   int open_;
 };

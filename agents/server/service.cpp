@@ -140,12 +140,26 @@ Service::Service(ServiceConfig config, Host& host, const policy::Tokenizer& toke
 }
 
 Service::~Service() {
+  abort_all();
   std::vector<Spawned> all;
   {
     const std::lock_guard lock(mutex_);
     all.swap(spawned_);
   }
   for (Spawned& s : all) s.thread.join();
+  while (metrics_.generating > 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  // Answers whose server is gone: they and their generations hold each other.
+  for (const auto& [id, generation] : open_) generation->forget();
+}
+
+void Service::abort_all() {
+  stop_runs_.request_stop();
+  std::vector<std::shared_ptr<Generation>> found;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [id, generation] : open_) found.push_back(generation);
+  }
+  for (const auto& g : found) g->cancel();
 }
 
 void Service::attach(const net::http::Server* server, Wake::Post post) {

@@ -14,6 +14,7 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <stop_token>
 #include <string>
 #include <thread>
 #include <vector>
@@ -114,9 +115,11 @@ class Service {
   void opened(const std::string& id, std::shared_ptr<Generation> generation);
   void done(const std::string& id);
   bool abort(const std::string& id);
+  void abort_all();
 
   // Sessions whose answers are being written by the agent loop.
   bool begin_run();  // false: too many
+  std::stop_token run_stop() const { return stop_runs_.get_token(); }
   void end_run();
   // A thread for f, ended before the service is destroyed. f does not throw.
   void spawn(std::function<void()> f);
@@ -137,6 +140,7 @@ class Service {
   const std::unique_ptr<ResponseStore> responses_;
   std::atomic<bool> draining_{false};
   std::atomic<int> runs_{0};
+  std::stop_source stop_runs_;
   std::mutex mutex_;
   std::multimap<std::string, std::shared_ptr<Generation>> open_;
   friend void metrics_endpoint(Service&, std::shared_ptr<net::http::Exchange>);

@@ -246,6 +246,7 @@ void session_run(Service& service, std::shared_ptr<net::http::Exchange> exchange
   const auto stop = std::make_shared<std::stop_source>();
   exchange->on_gone([stop] { stop->request_stop(); });
   auto run = [&service, exchange, session, stop, drawing, tools, limits, turn = std::move(turn), &box] {
+    const std::stop_callback service_stops(service.run_stop(), [&] { stop->request_stop(); });
     try {
       SessionTurns source(service, session, drawing, tools, turn.position, turn.calls);
       Events events(service, *exchange, drawing.stream);

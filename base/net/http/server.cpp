@@ -661,6 +661,12 @@ void Server::post(std::function<void()> f) {
   asio::post(core_->io, std::move(f));
 }
 
+std::function<void(std::function<void()>)> Server::poster() const {
+  return [core = core_](std::function<void()> f) {
+    if (!core->stopped) asio::post(core->io, std::move(f));
+  };
+}
+
 ServerStats Server::stats() const {
   const Core& c = *core_;
   return {c.open, c.exchanges, c.accepted, c.refused, c.requests, c.bad, c.timeouts, c.gone, c.buffered};

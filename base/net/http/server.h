@@ -68,7 +68,9 @@ class Exchange {
   Request& request() { return request_; }  // for the handler, while nobody else looks: to move the body out
 
   // Goes with whatever is answered. By the handler, before it hands the exchange on.
-  void add_header(std::string name, std::string value) { headers_.emplace_back(std::move(name), std::move(value)); }
+  void add_header(std::string name, std::string value) {
+    headers_.emplace_back(std::move(name), std::move(value));
+  }
   void answer(Answer answer);
   // A stream: answer.body is its first piece. In chunks, or to the end of the connection for HTTP/1.0.
   void begin(Answer answer);
@@ -120,6 +122,8 @@ class Server {
   uint16_t port() const;
   // Runs f on the server's thread, soon; in order.
   void post(std::function<void()> f);
+  // post() for who may outlive the server: afterwards it does nothing.
+  std::function<void(std::function<void()>)> poster() const;
   ServerStats stats() const;
 
   // New connections are refused; answers still to be given say "Connection: close"; idle connections are closed.
