@@ -54,6 +54,10 @@ TEST(Plan, KnowsTheArchitecture) {
   EXPECT_EQ(plan["contexts"][2]["tokens"], 1 << 20);
   expect_consistent(plan);
   EXPECT_EQ(plan_of({"--device", "cpu", "--memory-gib", "2000"})["training"]["fits"], true);
+  // Of adapters only they are held again: 1/3000 of the model here.
+  EXPECT_EQ(plan["lora"]["rank"], 16);
+  EXPECT_GT(plan["lora"]["parameters"].get<int64_t>(), 5000000);
+  EXPECT_LT(plan["lora"]["bytes"].get<int64_t>(), plan["weight_bytes"].get<int64_t>() / 2);
 }
 
 TEST(Plan, OfAGpuThatIsElsewhere) {
