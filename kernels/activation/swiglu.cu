@@ -7,15 +7,15 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kHeld = 8;
 
-// A thread takes eight columns of a row, at once when the rows are aligned.
+// A thread takes eight columns of a row, at once when the rows are aligned. Narrow rows share a block.
 template <class T>
-__global__ void forward(int64_t d, bool vectors, const T* gate_up, T* h) {
+__global__ void forward(int64_t rows, int64_t d, bool vectors, const T* gate_up, T* h) {
   wait_for_previous();
   let_next_start();
-  const int64_t c = (blockIdx.y * int64_t{kThreads} + threadIdx.x) * kHeld;
-  if (c >= d) return;
-  const T* const gate = gate_up + blockIdx.x * 2 * d + c;
-  T* const out = h + blockIdx.x * d + c;
+  const int64_t row = blockIdx.x * int64_t{blockDim.y} + threadIdx.y, c = (blockIdx.y * int64_t{blockDim.x} + threadIdx.x) * kHeld;
+  if (c >= d || row >= rows) return;
+  const T* const gate = gate_up + row * 2 * d + c;
+  T* const out = h + row * d + c;
   if (vectors) {
     float g[kHeld], u[kHeld];
     load_vector(gate, g);
@@ -37,12 +37,12 @@ __device__ __forceinline__ void gradients(float& g, float& u, float dh) {
 }
 
 template <class T>
-__global__ void backward(int64_t d, bool vectors, const T* gate_up, const T* dh, T* dgate_up) {
-  const int64_t c = (blockIdx.y * int64_t{kThreads} + threadIdx.x) * kHeld;
-  if (c >= d) return;
-  const T* const gate = gate_up + blockIdx.x * 2 * d + c;
-  T* const out = dgate_up + blockIdx.x * 2 * d + c;
-  dh += blockIdx.x * d + c;
+__global__ void backward(int64_t rows, int64_t d, bool vectors, const T* gate_up, const T* dh, T* dgate_up) {
+  const int64_t row = blockIdx.x * int64_t{blockDim.y} + threadIdx.y, c = (blockIdx.y * int64_t{blockDim.x} + threadIdx.x) * kHeld;
+  if (c >= d || row >= rows) return;
+  const T* const gate = gate_up + row * 2 * d + c;
+  T* const out = dgate_up + row * 2 * d + c;
+  dh += row * d + c;
   if (vectors) {
     float g[kHeld], u[kHeld], v[kHeld];
     load_vector(gate, g);
@@ -62,8 +62,14 @@ __global__ void backward(int64_t d, bool vectors, const T* gate_up, const T* dh,
   }
 }
 
-dim3 grid_of(int64_t rows, int64_t d) {
-  return dim3(static_cast<unsigned>(rows), blocks_for(d, kThreads * kHeld));
+struct Geometry {
+  dim3 grid, block;
+};
+Geometry geometry_of(int64_t rows, int64_t d) {
+  unsigned across = 16;
+  while (across < kThreads && across * kHeld < d) across *= 2;
+  const unsigned down = kThreads / across;
+  return {dim3(blocks_for(rows, down), blocks_for(d, across * kHeld)), dim3(across, down)};
 }
 
 }  // namespace
@@ -72,7 +78,8 @@ template <class T>
 void swiglu_forward(Device& device, int64_t rows, int64_t d, const T* gate_up, T* h) {
   PERIGEE_CHECK(rows >= 0 && d > 0);
   if (rows == 0) return;
-  launch_dependent(forward<T>, grid_of(rows, d), dim3(kThreads), 0, device.stream(), d, d % kHeld == 0, gate_up, h);
+  const Geometry g = geometry_of(rows, d);
+  launch_dependent(forward<T>, g.grid, g.block, 0, device.stream(), rows, d, d % kHeld == 0, gate_up, h);
 }
 template void swiglu_forward(Device&, int64_t, int64_t, const float*, float*);
 template void swiglu_forward(Device&, int64_t, int64_t, const bf16*, bf16*);
@@ -81,7 +88,8 @@ template <class T>
 void swiglu_backward(Device& device, int64_t rows, int64_t d, const T* gate_up, const T* dh, T* dgate_up) {
   PERIGEE_CHECK(rows >= 0 && d > 0);
   if (rows == 0) return;
-  backward<<<grid_of(rows, d), kThreads, 0, device.stream()>>>(d, d % kHeld == 0, gate_up, dh, dgate_up);
+  const Geometry g = geometry_of(rows, d);
+  backward<<<g.grid, g.block, 0, device.stream()>>>(rows, d, d % kHeld == 0, gate_up, dh, dgate_up);
   PERIGEE_LAUNCHED();
 }
 template void swiglu_backward(Device&, int64_t, int64_t, const float*, const float*, float*);

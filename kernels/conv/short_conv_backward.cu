@@ -1,5 +1,7 @@
 // Some lanes walk along the rows of a piece of a slice and compute the raw outputs and their gradients again; a row
 // of dqkv is done when its four outputs have been met, so a piece reads three rows before and three after its own.
+#include <algorithm>
+
 #include "kernels/conv/short_conv_lanes.cuh"
 #include "kernels/device/sum_blocks.cuh"
 
@@ -10,7 +12,7 @@ using namespace conv;
 
 constexpr int kThreads = 128;
 constexpr int kRows = 64;      // of a piece
-constexpr int kWorkers = 44;   // blocks along the rows at most: for 32 heads 24 times as many are two waves of 132 * 4
+constexpr int kBlocks = 44 * 24;  // two waves of 132 * 4
 
 struct Arguments {
   int64_t heads, d;
@@ -156,7 +158,7 @@ void conv_backward(Device& device, const ConvShape& shape, const T* qkv, const f
     if constexpr (std::is_same_v<T, bf16>) {
     if (shape.d % 4 == 0) {
       const unsigned across = blocks_for(3 * shape.heads * Lane<T, true, 4>::kLanes, kThreads);
-      const int workers = static_cast<int>(items < kWorkers ? items : kWorkers);
+      const auto workers = static_cast<int>(std::min<int64_t>(items, std::max<int64_t>(1, kBlocks / across)));
       float* const partial = device.scratch.take<float>(workers * all * 4);
       backward<T, true><<<dim3(across, static_cast<unsigned>(workers)), kThreads, 0, stream>>>(a, qkv, dq, dk, dv, dqkv,
                                                                                                nullptr, partial);

@@ -12,8 +12,8 @@ namespace {
 
 using namespace kda_grad;
 
-// Chunks whose records are held at once: 79 KB per chunk and head.
-constexpr int64_t kSegment = 176;
+// Chunks times heads whose records are held at once: 79 KB each.
+constexpr int64_t kSegment = 176 * 32;
 constexpr int kSharedBytes = static_cast<int>(std::max(sizeof(prepare::Shared), sizeof(scan::Shared)));
 static_assert(3 * (kSharedBytes + 1024) <= 228 * 1024);
 
@@ -64,7 +64,8 @@ void kda_backward<bf16>(Device& dev, const KdaShape& shape, const bf16* q, const
   const DeviceScratch::Mark mark(dev.scratch);
   const int heads = static_cast<int>(shape.heads);
   const int64_t slots = kda_chunk_slots(batch.rows, batch.slices);
-  const int64_t segments = (slots + kSegment - 1) / kSegment, segment = (slots + segments - 1) / segments;
+  const int64_t most = std::max<int64_t>(1, kSegment / heads);
+  const int64_t segments = (slots + most - 1) / most, segment = (slots + segments - 1) / segments;
   int* slice_of = dev.scratch.take<int>(slots);
   std::byte* records[2] = {dev.scratch.take<std::byte>(segment * heads * Record::kBytes),
                            dev.scratch.take<std::byte>(segments > 1 ? segment * heads * Record::kBytes : 0)};
