@@ -68,6 +68,8 @@ class InputBlock {
     device_.copy_in(memory_, host_.data(), used_);
     sent_ = true;
   }
+  // All that was sent has been read: the host waited for the device.
+  void settle() { sent_ = false; }
 
  private:
   Device& device_;
@@ -437,6 +439,7 @@ void DeviceBackend<T>::draw(std::span<Draw> draws) {
   auto* entropy = logprob + n;
   sample_tokens(device_, n, vocab(), logits, vocab(), params_at, seen_at, bias_at, plain, tokens, logprob, entropy);
   device_.copy_out(results_host_.data(), results_, n * 12);
+  for (InputBlock* block : {&decode_inputs_, &other_inputs_, &draw_inputs_, &score_inputs_}) block->settle();
   const auto* got = reinterpret_cast<const int32_t*>(results_host_.data());
   const auto* numbers = reinterpret_cast<const float*>(results_host_.data()) + n;
   for (int64_t i = 0; i < n; ++i) {
