@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 
+#include "kernels/device/cuda/host_copy.h"
 #include "kernels/device/runtime.h"
 
 namespace perigee::kernels {
@@ -108,12 +109,20 @@ void Device::release(void* memory) {
 
 void Device::copy_in(void* device, const void* host, int64_t bytes) {
   if (bytes == 0) return;
+  if (bytes >= kLargeCopy) {
+    synchronize();
+    if (copy_large(ordinal_, device, host, bytes, cudaMemcpyHostToDevice)) return;
+  }
   // From pageable memory the copy is staged before the call returns, so the host memory is free again.
   PERIGEE_CUDA(cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream_));
 }
 
 void Device::copy_out(void* host, const void* device, int64_t bytes) {
   if (bytes == 0) return;
+  if (bytes >= kLargeCopy) {
+    synchronize();
+    if (copy_large(ordinal_, host, device, bytes, cudaMemcpyDeviceToHost)) return;
+  }
   PERIGEE_CUDA(cudaMemcpyAsync(host, device, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream_));
   synchronize();
 }
