@@ -148,7 +148,7 @@ class Python final : public ProgramTool {
                     one_text("code", "a whole program", kMaxCodeCharacters)) {}
   ToolResult call(const nlohmann::json& arguments, const ToolContext& context) override {
     SandboxJob job;
-    job.argv = {"python3", "-I", "-"};
+    job.argv = {"python3", "-I", "-B", "-"};
     job.input = arguments.at("code").get<std::string>();
     job.limits = options_.limits;
     return run(std::move(job), context);

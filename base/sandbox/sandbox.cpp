@@ -144,7 +144,8 @@ std::vector<std::string> bwrap_options(const SandboxJob& job) {
   add({"--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--ro-bind-try", "/etc/alternatives",
        "/etc/alternatives"});
   add({"--dir", "/dev"});
-  for (const char* device : {"/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"})
+  // No /dev/zero: mapped, it is memory that is shared without a file, which could not be counted.
+  for (const char* device : {"/dev/null", "/dev/full", "/dev/random", "/dev/urandom"})
     add({"--dev-bind", device, device});
   add({"--symlink", "/proc/self/fd", "/dev/fd", "--symlink", "/proc/self/fd/0", "/dev/stdin", "--symlink",
        "/proc/self/fd/1", "/dev/stdout", "--symlink", "/proc/self/fd/2", "/dev/stderr"});

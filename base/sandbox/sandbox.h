@@ -29,13 +29,12 @@ namespace perigee {
 
 struct SandboxLimits {
   double wall_s = 10;
-  double cpu_s = 10;  // of each process; the wall clock bounds their number times
-  int64_t memory_bytes =
-      512ll << 20;     // private and shared, of all processes together, supervised; writable, of each
-  int processes = 32;  // and threads, alive at the same time
-  int64_t output_bytes = 64 << 10;  // kept of each of the two output streams
-  int64_t disk_bytes = 64ll << 20;  // of /work, /tmp and /dev/shm each (held in memory), and of one file
-  int64_t files = 4096;             // in /work, /tmp and /dev/shm together
+  double cpu_s = 10;                   // of each process; the wall clock bounds their number times
+  int64_t memory_bytes = 512ll << 20;  // of all processes together, supervised; writable, of each
+  int processes = 32;                  // and threads, alive at the same time
+  int64_t output_bytes = 64 << 10;     // kept of each of the two output streams
+  int64_t disk_bytes = 64ll << 20;     // of /work, /tmp and /dev/shm each (held in memory), and of one file
+  int64_t files = 4096;                // in /work, /tmp and /dev/shm together
 };
 
 struct SandboxJob {

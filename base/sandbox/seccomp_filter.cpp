@@ -38,7 +38,7 @@ constexpr const char* kAllowed[] = {
     "timerfd_gettime", "signalfd", "signalfd4", "pause", "nanosleep", "clock_nanosleep", "alarm", "setitimer",
     "getitimer", "timer_create", "timer_settime", "timer_gettime", "timer_getoverrun", "timer_delete",
     // memory
-    "mmap", "munmap", "mremap", "mprotect", "madvise", "msync", "mincore", "brk", "membarrier",
+    "munmap", "mremap", "mprotect", "madvise", "msync", "mincore", "brk", "membarrier",
     // processes and threads
     "fork", "vfork", "execve", "execveat", "exit", "exit_group", "wait4", "waitid", "kill", "tkill", "tgkill",
     "pidfd_open", "pidfd_send_signal", "getpid", "getppid", "gettid", "getpgrp", "getpgid", "setpgid",
@@ -184,6 +184,11 @@ std::string build() {
     filter.add(SCMP_ACT_ALLOW, "ioctl", {SCMP_A1_64(SCMP_CMP_EQ, static_cast<uint64_t>(request))});
   for (const auto option : kPrctls)
     filter.add(SCMP_ACT_ALLOW, "prctl", {SCMP_A0_64(SCMP_CMP_EQ, static_cast<uint64_t>(option))});
+  // Memory that is shared without a file has no size that anyone could see: all but a page of it can be unmapped and
+  // still be held. Huge pages come out of a pool of the machine. Files in the sandbox's file systems can be shared.
+  constexpr uint64_t kMapKinds = MAP_SHARED | MAP_ANONYMOUS | MAP_HUGETLB;
+  for (const uint64_t kind : {uint64_t{0}, uint64_t{MAP_SHARED}, uint64_t{MAP_ANONYMOUS}})
+    filter.add(SCMP_ACT_ALLOW, "mmap", {SCMP_A3_64(SCMP_CMP_MASKED_EQ, kMapKinds, kind)});
   filter.add(SCMP_ACT_ALLOW, "socketpair", {SCMP_A0_64(SCMP_CMP_EQ, AF_UNIX)});
   return filter.program();
 }

@@ -5,8 +5,6 @@
 #include <unistd.h>
 
 #include <charconv>
-#include <cstring>
-#include <map>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -59,53 +57,20 @@ int64_t anonymous_bytes(int proc, const std::string& process) {
   return static_cast<int64_t>(take(rest, 10)) * 1024;
 }
 
-// Shared anonymous mappings: their pages live on when nobody has them in sight, so that only their size is a bound.
-void add_shared(int proc, const std::string& process, std::map<uint64_t, int64_t>& bytes_of_inode) {
-  const std::string text = read_entry(proc, process + "/maps");
-  std::string_view rest = text;
-  while (!rest.empty()) {
-    std::string_view line = rest.substr(0, rest.find('\n'));
-    rest.remove_prefix(std::min(rest.size(), line.size() + 1));
-    // begin-end perms offset device inode path
-    const bool shared = line.find("/dev/zero") != std::string_view::npos ||
-                        line.find("/memfd:") != std::string_view::npos ||
-                        line.find("/SYSV") != std::string_view::npos;
-    if (!shared) continue;
-    const uint64_t begin = take(line, 16);
-    line.remove_prefix(std::min<size_t>(line.size(), 1));
-    const uint64_t end = take(line, 16);
-    for (int field = 0; field < 3; ++field) {
-      line.remove_prefix(std::min(line.size(), line.find_first_not_of(' ')));
-      line.remove_prefix(std::min(line.size(), line.find(' ')));
-    }
-    const uint64_t inode = take(line, 10);
-    // A file mapped in pieces, or by several processes: the largest sum within one of them is at least what is new.
-    bytes_of_inode[inode] += static_cast<int64_t>(end - begin);
-  }
-}
-
 }  // namespace
 
 int64_t memory_bytes(int proc, int64_t enough_bytes) {
   const int64_t page = ::sysconf(_SC_PAGESIZE);
   const std::vector<std::string> all = processes(proc);
-  int64_t reserved = 0, resident = 0;
+  int64_t resident = 0;
   for (const std::string& process : all) {
     const std::string text = read_entry(proc, process + "/statm");
     std::string_view rest = text;
-    reserved += static_cast<int64_t>(take(rest, 10)) * page;
+    take(rest, 10);  // what it reserves
     resident += static_cast<int64_t>(take(rest, 10)) * page;
   }
-  if (reserved <= enough_bytes) return reserved;
-  std::map<uint64_t, int64_t> shared;
-  std::vector<std::map<uint64_t, int64_t>> by_process(all.size());
-  for (size_t i = 0; i < all.size(); ++i) {
-    add_shared(proc, all[i], by_process[i]);
-    for (const auto& [inode, bytes] : by_process[i]) shared[inode] = std::max(shared[inode], bytes);
-  }
+  if (resident <= enough_bytes) return resident;
   int64_t held = 0;
-  for (const auto& [inode, bytes] : shared) held += bytes;
-  if (resident + held <= enough_bytes) return resident + held;
   for (const std::string& process : all) held += anonymous_bytes(proc, process);
   return held;
 }

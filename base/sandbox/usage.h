@@ -4,9 +4,9 @@
 
 namespace perigee::sandbox {
 
-// Bytes of memory of all processes below `proc` (an open /proc of their process namespace): their private pages and
-// every shared anonymous mapping in full, once. Files in the sandbox's file systems have bounds of their own and do not
-// count. As long as a cheap upper estimate stays below enough_bytes, that estimate is the answer. What cannot be read
+// Bytes of memory of all processes below `proc` (an open /proc of their process namespace): their pages of no file, those
+// of several processes counted once. Files in the sandbox's file systems have bounds of their own and do not count, and
+// no other memory can be shared (seccomp_filter.cpp). As long as a cheap upper estimate stays below enough_bytes, that estimate is the answer. What cannot be read
 // (a process that just ended) counts as nothing.
 int64_t memory_bytes(int proc, int64_t enough_bytes);
 
