@@ -240,7 +240,7 @@ McpReply McpClient::call(const std::string& tool, const json& arguments, double 
       reply = try_call(*c, tool, arguments, wait);
     }
     return reply;
-  } catch (const Error& e) {
+  } catch (const std::exception& e) {
     McpReply reply;
     reply.message = e.what();
     return reply;

@@ -27,6 +27,7 @@ using Clock = std::chrono::steady_clock;
 
 constexpr auto kSoon = std::chrono::seconds(1);
 constexpr uint32_t kHeaderBytes = 64 << 10;
+constexpr size_t kHeaderValueBytes = 8 << 10;
 
 struct Url {
   std::string host, port, target;
@@ -182,6 +183,14 @@ class HttpTransport : public McpTransport {
   }
 
   McpReply request(const json& message, const McpHeaders& headers, const McpWait& wait) override {
+    for (const auto& [name, value] : headers)
+      if (value.size() > kHeaderValueBytes) {
+        McpReply reply;
+        reply.outcome = McpReply::kError;
+        reply.message = fmt::format("the argument that goes into the header {} is longer than {} bytes", name,
+                                    kHeaderValueBytes);
+        return reply;
+      }
     const bool begins = message.value("method", "") == "initialize";
     if (begins) set_session("");
     auto request = make_request(http::verb::post, headers);

@@ -44,7 +44,9 @@ std::vector<std::pair<std::string, std::string>> texts(JsonReader& reader, const
     const auto clean = [](const std::string& s) {
       return std::none_of(s.begin(), s.end(), [](char c) { return c == '\r' || c == '\n' || c == '\0'; });
     };
-    if (!value.is_string() || name.empty() || !clean(name) || !clean(value.get<std::string>()))
+    constexpr size_t kLongest = 8192;
+    if (!value.is_string() || name.empty() || !clean(name) || !clean(value.get<std::string>()) ||
+        name.size() + value.get<std::string>().size() > kLongest)
       reader.fail(key, fmt::format("{}: a text of one line is expected", quote(name)));
     out.emplace_back(name, value.get<std::string>());
   }
