@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <functional>
@@ -37,22 +38,25 @@ bool names_of(int directory, std::vector<std::string>& names) {
   return true;
 }
 
-bool read_all(int fd, int64_t limit, std::string& bytes) {
-  bytes.clear();
+// The file, expected to be of `expected` bytes, into bytes, whose memory is used again from file to file: fresh pages
+// would cost more than the copy. false: errno says why (EFBIG: more than limit).
+bool read_all(int fd, int64_t expected, int64_t limit, std::string& bytes) {
+  size_t size = 0;
+  bytes.resize(static_cast<size_t>(std::clamp<int64_t>(expected, 0, limit)) + 1);
   for (;;) {
-    constexpr size_t kStep = 256 << 10;
-    const size_t size = bytes.size();
-    bytes.resize(size + kStep);
-    const ssize_t got = ::read(fd, bytes.data() + size, kStep);
-    bytes.resize(size + static_cast<size_t>(std::max<ssize_t>(got, 0)));
+    if (size == bytes.size()) bytes.resize(size + (256 << 10));
+    const ssize_t got = ::read(fd, bytes.data() + size, bytes.size() - size);
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) return false;
-    if (got == 0) return true;
-    if (static_cast<int64_t>(bytes.size()) > limit) {
+    if (got == 0) break;
+    size += static_cast<size_t>(got);
+    if (static_cast<int64_t>(size) > limit) {
       errno = EFBIG;
       return false;
     }
   }
+  bytes.resize(size);
+  return true;
 }
 
 bool write_all(int fd, const std::string& bytes) {
@@ -157,8 +161,8 @@ void WorkCopy::fill_directory(int host, int box, const std::string& prefix, int 
       continue;
     }
     const Descriptor from(::openat(host, name.c_str(), kOpenFile));
-    std::string bytes;
-    if (!from.open() || !read_all(from.get(), limit_bytes_ - bytes_, bytes)) {
+    std::string& bytes = buffer_;
+    if (!from.open() || !read_all(from.get(), s.st_size, limit_bytes_ - bytes_, bytes)) {
       if (errno == EFBIG)
         throw_input("work folder {}: more than {}; the tool's limit disk_mib can be raised", path_,
                     human_bytes(static_cast<uint64_t>(limit_bytes_)));
@@ -215,8 +219,8 @@ std::string WorkCopy::write_file(int box, const std::string& path) {
   if (!from_directory.open()) return std::strerror(errno);
   const Descriptor from = open_again(from_directory.get(), name, kOpenFile);
   struct stat s {};
-  std::string bytes;
-  if (!from.open() || ::fstat(from.get(), &s) != 0 || !read_all(from.get(), limit_bytes_, bytes))
+  std::string& bytes = buffer_;
+  if (!from.open() || ::fstat(from.get(), &s) != 0 || !read_all(from.get(), s.st_size, limit_bytes_, bytes))
     return std::strerror(errno);
   const Known now = {static_cast<int64_t>(bytes.size()), hash128(bytes), (s.st_mode & 0100) != 0};
   const auto before = known_.find(path);
