@@ -1,6 +1,11 @@
 // Whole runs that train adapters beside a frozen model (learn.lora): as threads, as processes, killed and resumed.
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cstring>
 
 #include <fstream>
 #include <mutex>
@@ -224,6 +229,28 @@ TEST(BaseKeeper, GivesTheFirstOneToAllThatAskAndNothingBefore) {
   run_base(role);  // again: there is one
   EXPECT_EQ(ask_for_base(run_dir, nullptr, bytes)->fingerprint, first->fingerprint);
   EXPECT_THROW(ask_for_base(run_dir, nullptr, bytes + 64), Error);
+}
+
+// Packets that nobody of a run sends: it goes on, and gives nobody what is not there.
+TEST(BaseKeeper, LivesThroughWhatItDoesNotUnderstand) {
+  TempDir dir;
+  const std::string run_dir = dir.path.string(), path = net::ipc_endpoint(run_dir + "/sockets", "base").substr(6);
+  BaseKeeper keeper(run_dir);
+  Random random(7, 1);
+  for (int i = 0; i < 200; ++i) {
+    const int fd = ::socket(AF_UNIX, SOCK_SEQPACKET, 0);
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
+    ASSERT_EQ(::connect(fd, reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
+    std::string packet(static_cast<size_t>(random.next_int(0, 9000)), ' ');
+    for (char& c : packet) c = static_cast<char>(random.next_int(0, 255));
+    if (i % 4 == 0) packet = R"({"bytes": 64, "fingerprint": "0"})";  // without a descriptor
+    if (i % 4 == 1) packet = "[]";
+    if (i % 3 != 0) ::send(fd, packet.data(), packet.size(), MSG_NOSIGNAL);
+    ::close(fd);
+  }
+  EXPECT_FALSE(ask_for_base(run_dir, nullptr, 64));
 }
 
 }  // namespace
