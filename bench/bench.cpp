@@ -32,7 +32,8 @@ std::vector<std::string> figure_names() {
          {"decode-1", "decode-deep", "decode-64", "prefill-512", "prefill-4096", "train"})
       names.push_back(std::string(figure) + "-" + dtype);
   for (const char* name : {"tiny-decode", "tiny-train", "kda-chunked", "kda-recurrent", "store-episodes",
-                           "store-groups", "bus-messages", "bus-bytes", "grammar-mask"})
+                           "store-groups", "bus-messages", "bus-bytes", "grammar-mask", "sessions-begin",
+                           "sessions-memory", "sessions-disk", "sessions-start", "sessions-resume"})
     names.emplace_back(name);
   for (std::string& name : gpu_figure_names()) names.push_back(std::move(name));
   return names;
@@ -62,6 +63,7 @@ Report run(const Options& options, void (*done)(const Figure&)) {
   bench_store(rig);
   bench_bus(rig);
   bench_grammar(rig);
+  bench_sessions(rig);
   bench_gpu(rig);
   return report;
 }

@@ -142,7 +142,7 @@ struct HostStats {
   int64_t sessions = 0, sessions_in_memory = 0, sessions_on_disk = 0, turns = 0, forks = 0;
   int64_t suspends = 0, resumes = 0,
           replays = 0;  // resumes: from a snapshot; replays: tokens prefilled again
-  int64_t snapshot_bytes_written = 0, snapshots_failed = 0,
+  int64_t snapshots_written = 0, snapshot_bytes_written = 0, snapshots_failed = 0,
           snapshots_refused = 0;  // refused: damaged or foreign files
   double suspend_seconds = 0, resume_seconds = 0;
   int64_t log_commits = 0;

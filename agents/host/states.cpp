@@ -116,7 +116,12 @@ void Host::Impl::written(const std::shared_ptr<Session>& s, const Snapshot& snap
   }
   count([&](HostStats& st) {
     st.suspend_seconds += seconds;
-    (error.empty() ? st.snapshot_bytes_written : st.snapshots_failed) += error.empty() ? bytes : 1;
+    if (!error.empty()) {
+      ++st.snapshots_failed;
+      return;
+    }
+    ++st.snapshots_written;
+    st.snapshot_bytes_written += bytes;
   });
   show_place(*s);
 }
