@@ -162,8 +162,9 @@ struct ArgumentSchema::Compiler {
       if (!value.is_object()) fail(at, "an object is expected");
       return value;
     };
-    if (key == "title" || key == "description" || key == "default" || key == "examples" || key == "$schema")
-      return;
+    for (const char* said_only : {"title", "description", "default", "examples", "$schema", "$comment",
+                                  "deprecated", "readOnly", "writeOnly"})
+      if (key == said_only) return;
     if (key == "type") {
       if (!value.is_array()) {
         node.types = type_bit(value, at);
@@ -387,7 +388,9 @@ struct ArgumentSchema::Checker {
                            const Bad& bad) {
     for (const auto& name : n.required)
       if (!v.contains(name)) return bad([&] { return fmt::format("{} is missing", quote(name)); });
-    for (const auto& [name, value] : v.items()) {
+    for (auto it = v.begin(); it != v.end(); ++it) {
+      const std::string& name = it.key();
+      const Json& value = *it;
       const auto known_property = n.properties.find(name);
       const int sub = known_property != n.properties.end() ? known_property->second : n.additional;
       if (sub < 0 || valid(value, sub)) continue;
