@@ -85,6 +85,7 @@ struct MlaActivations {
   T* ol = nullptr;        // [rows, H * latent]
   float* lse = nullptr;   // [rows, H]; training
   T* o = nullptr;         // [rows, H * v]
+  bool kept = false;      // ol and lse have memory of the caller's, and are not computed again where x is null
   LowRows<T> low;
 };
 // q [rows, H * (nope + rope)] -> o [rows, H * v] of the rows in pass.expanded. bf16.

@@ -9,13 +9,18 @@
 
 namespace perigee::policy::device {
 
+// Of a pass of this many tokens.
+int64_t kept_attention_bytes(const ModelConfig& config, int64_t tokens, int64_t activation_bytes);
+
 // T is the type of activations: float (the CPU's bits, forwards and backwards) or bf16.
 // Between forward() and the object's end its activations live in the device's scratch: objects nest like a stack.
 template <class T>
 class TrainPass {
  public:
-  // weights hold device memory. recompute: keep only the inputs of each half layer and compute the rest again.
-  TrainPass(kernels::Device& device, const Weights& weights, bool recompute);
+  // weights hold device memory. recompute: keep only the inputs of each half layer and compute the rest again; with
+  // keep_attention, for a backward that follows, also what latent attention gave (kept_attention_bytes), which grows with
+  // the square of a sequence to compute.
+  TrainPass(kernels::Device& device, const Weights& weights, bool recompute, bool keep_attention = false);
   ~TrainPass();
   TrainPass(const TrainPass&) = delete;
   TrainPass& operator=(const TrainPass&) = delete;

@@ -102,11 +102,11 @@ void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, con
   const DeviceBatch& absorb_batch = pass.expanded != nullptr ? pass.expanded->rest : pass.batch;
   const bool absorb = absorb_batch.slices > 0;
   a.qa = absorb ? pass.take<T>(H * width) : nullptr;
-  a.ol = absorb ? pass.take<T>(H * latent) : nullptr;
+  if (!a.kept) a.ol = absorb ? pass.take<T>(H * latent) : nullptr;
   a.o = pass.take<T>(H * v);
   if (pass.training()) {
     a.c = pass.take<T>(width);
-    a.lse = pass.take<float>(H);
+    if (!a.kept) a.lse = pass.take<float>(H);
   }
 
   if (h == nullptr) rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, a.h, D);
@@ -125,7 +125,7 @@ void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, con
     matmul<T>(dev, heads);
     constexpr int64_t kT = sizeof(T);
     dev.copy_2d(a.qa + latent, width * kT, a.q + nope, q_width * kT, rope * kT, rows * H);
-    mla_forward<T>(dev, shape, a.qa, absorb_batch, page, a.c, a.ol, a.lse);
+    if (x != nullptr || !a.kept) mla_forward<T>(dev, shape, a.qa, absorb_batch, page, a.c, a.ol, a.lse);
     heads.clear();
     for (int64_t h = 0; h < H; ++h)
       heads.push_back(product<T>(pass, p.absorb_v + static_cast<int>(h), a.ol + h * latent, H * latent, a.o + h * v,

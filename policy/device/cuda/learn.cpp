@@ -69,7 +69,7 @@ class DeviceLearnBackend : public LearnBackend {
     logprob_ = device_.scratch.template take<float>(n);
     lse_ = device_.scratch.template take<float>(n);
     entropy_ = device_.scratch.template take<float>(n);
-    pass_.emplace(device_, view(), keep ? recompute_ : true);
+    pass_.emplace(device_, view(), keep ? recompute_ : true, keep);
     const T* hidden = pass_->forward(b.tokens, b.lengths);
     moe_gather<T>(device_, n, D, hidden, entry_rows_, hidden_);
     vocab_logprob_forward<T>(device_, n, D, hidden_, D, head(), layout_.config().vocab_size, inv_temperature(b), targets_,
@@ -257,7 +257,8 @@ int64_t device_learn_scratch_bytes(const ParamLayout& layout, int64_t tokens, bo
   const int64_t states = kda_chunk_slots(tokens, tokens / 16 + 1) * c.kda_heads * c.kda_head_dim * c.kda_head_dim *
                          dtype_bytes(layout.dtype());
   const int64_t halves = recompute ? 2 : 2 * c.num_layers;
-  return score + halves * (forward - (int64_t{640} << 20)) + (recompute ? 1 : c.num_layers) * states + 2 * forward;
+  const int64_t kept = recompute ? device::kept_attention_bytes(c, tokens, dtype_bytes(layout.dtype())) : 0;
+  return score + halves * (forward - (int64_t{640} << 20)) + (recompute ? 1 : c.num_layers) * states + 2 * forward + kept;
 }
 
 std::unique_ptr<LearnBackend> device_learn_backend(Device& device, const ParamLayout& layout, bool recompute) {
@@ -289,7 +290,8 @@ int64_t device_learn_scratch_bytes(const AdapterLayout& adapter, int64_t tokens,
   const int64_t states = 2 * kda_chunk_slots(tokens, tokens / 16 + 1) * w * d;
   const int64_t half = std::max({tokens * kda + states, tokens * mla, tokens * experts});
   // Kernels' own: records of KDA's chunks, pieces of gradients, rounding up.
-  return tokens * stream + std::max(half + low, kLogitBytes) + (int64_t{1280} << 20);
+  return tokens * stream + std::max(half + low, kLogitBytes) + (int64_t{1280} << 20) +
+         device::kept_attention_bytes(c, tokens, 2);
 }
 
 std::unique_ptr<LearnBackend> device_learn_backend(Device& device, const AdapterLayout& adapter, bool recompute,

@@ -25,12 +25,19 @@ struct LayerActivations {
 
 }  // namespace
 
+int64_t kept_attention_bytes(const ModelConfig& c, int64_t tokens, int64_t activation_bytes) {
+  int64_t layers = 0;
+  for (int64_t i = 0; i < c.num_layers; ++i) layers += c.is_kda(i) ? 0 : 1;
+  return layers * (tokens * c.num_heads * (c.kv_lora_rank * activation_bytes + 4) + 2 * 1024);
+}
+
 template <class T>
 struct TrainPass<T>::State {
-  State(Device& device, const Weights& w, bool again) : dev(device), weights(w), recompute(again), mark(device.scratch) {}
+  State(Device& device, const Weights& w, bool again, bool keep)
+      : dev(device), weights(w), recompute(again), keep_attention(again && keep), mark(device.scratch) {}
   Device& dev;
   Weights weights;
-  bool recompute;
+  bool recompute, keep_attention;
   DeviceScratch::Mark mark;
   std::vector<LayerActivations<T>> layers;
   DeviceBatch batch;
@@ -42,8 +49,8 @@ struct TrainPass<T>::State {
 };
 
 template <class T>
-TrainPass<T>::TrainPass(Device& device, const Weights& weights, bool recompute)
-    : state_(std::make_unique<State>(device, weights, recompute)) {}
+TrainPass<T>::TrainPass(Device& device, const Weights& weights, bool recompute, bool keep_attention)
+    : state_(std::make_unique<State>(device, weights, recompute, keep_attention)) {}
 template <class T>
 TrainPass<T>::~TrainPass() = default;
 
@@ -91,6 +98,11 @@ const T* TrainPass<T>::forward(std::span<const int32_t> tokens, std::span<const 
     LayerActivations<T>& a = s.layers[static_cast<size_t>(layer)];
     a.attention_input = x;
     float* sum = next();
+    if (s.keep_attention && !c.is_kda(layer)) {
+      a.mla.kept = true;
+      a.mla.ol = pass.template take<T>(c.num_heads * c.kv_lora_rank);
+      a.mla.lse = pass.template take<float>(c.num_heads);
+    }
     {
       std::optional<DeviceScratch::Mark> half;
       if (s.recompute) half.emplace(dev.scratch);

@@ -72,13 +72,14 @@ Passed on_cpu(const ParamLayout& layout, const std::byte* weights, bool recomput
 }
 
 template <class T>
-Passed on_device(kernels::Device& device, const ParamLayout& layout, const std::byte* weights, bool recompute) {
+Passed on_device(kernels::Device& device, const ParamLayout& layout, const std::byte* weights, bool recompute,
+                 bool keep_attention = false) {
   const auto tokens = some_tokens(layout.config().vocab_size);
   const int64_t cells = static_cast<int64_t>(tokens.size()) * layout.config().hidden_size;
   DeviceArray<std::byte> arena(device, {weights, weights + layout.weight_bytes()});
   DeviceArray<float> dhidden(device, some_gradient(cells));
   DeviceArray<float> gradient(device, std::vector<float>(static_cast<size_t>(layout.elements())));
-  device::TrainPass<T> pass(device, {&layout, arena.data()}, recompute);
+  device::TrainPass<T> pass(device, {&layout, arena.data()}, recompute, keep_attention);
   const T* hidden = pass.forward(tokens, kLengths);
   std::vector<T> values(static_cast<size_t>(cells));
   device.copy_out(values.data(), hidden, cells * static_cast<int64_t>(sizeof(T)));
@@ -163,6 +164,19 @@ TEST_F(DeviceTrainPass, a_bfloat16_mla_layer_is_near_the_cpu) {
 TEST_F(DeviceTrainPass, a_bfloat16_layer_of_experts_is_near_the_cpu) {
   compare(device(), one_layer(LayerKind::kMla, true), 0.02, 0.05);
 }
+TEST_F(DeviceTrainPass, attention_that_is_kept_gives_the_bits_of_attention_again) {
+  const ModelConfig c = even_config();
+  ParamLayout tiles(c, Dtype::kBf16, MatrixForm::kTiles);
+  std::vector<float> flat(static_cast<size_t>(tiles.elements()));
+  initialize(tiles, 7, flat.data());
+  testing::Arena arena(tiles);
+  tiles.flat_to_weights(flat.data(), arena.data());
+  const Passed again = on_device<bf16>(device(), tiles, arena.data(), true, false);
+  const Passed kept = on_device<bf16>(device(), tiles, arena.data(), true, true);
+  EXPECT_EQ(kernels::first_difference(kept.hidden, again.hidden), -1);
+  EXPECT_EQ(kernels::first_difference(kept.gradient, again.gradient), -1);
+}
+
 TEST_F(DeviceTrainPass, a_bfloat16_model_is_near_the_cpu) { compare(device(), even_config(), 0.05, 0.15); }
 
 }  // namespace
