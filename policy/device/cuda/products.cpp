@@ -1,5 +1,7 @@
 #include "policy/device/products.h"
 
+#include "kernels/gemm/low_rank_device.h"
+
 namespace perigee::policy::device {
 
 using namespace kernels;
@@ -49,7 +51,7 @@ std::vector<DeviceMatmulTask<T>> with_adapters(const Pass& pass, std::initialize
       tasks.push_back(t);
     }
   }
-  if (!down.empty()) matmul<T>(pass.device, down);
+  low_rank_rows<T>(pass.device, down);
   return tasks;
 }
 

@@ -6,6 +6,7 @@
 #include "base/random.h"
 #include "kernels/gemm/gemm_device.h"
 #include "kernels/gemm/gemm_device_grad.h"
+#include "kernels/gemm/low_rank_device.h"
 #include "tests/kernels/device_fixture.h"
 #include "tests/kernels/gemm/gemm_ref.h"
 
@@ -121,6 +122,47 @@ TEST_F(LowRankDevice, bf16_gradients_agree_with_float64_and_repeat) {
         EXPECT_EQ(first_difference(got, first), -1);
       }
       first = got;
+    }
+  }
+}
+
+// low = scale * (x Aᵀ) of several matrices at once: rounded once, and a row the same in any batch.
+TEST_F(LowRankDevice, rows_agree_with_float64_and_know_no_batch) {
+  struct Down {
+    int64_t rank, k;
+  };
+  for (const Down s : {Down{16, 2304}, Down{8, 72}, Down{64, 1000}, Down{40, 4096}, Down{24, 8}}) {
+    const int64_t most = 700, ldx = s.k + 8, ldy = s.rank + 8;
+    const std::vector<float> x = normals(most * ldx, 1), one = normals(s.rank * s.k, 2), two = normals(s.rank * s.k, 3);
+    const DeviceArray<bf16> xd(device(), narrow(x)), a(device(), tiles(one, s.rank, s.k)), b(device(), tiles(two, s.rank, s.k));
+    const auto run = [&](int64_t first, int64_t rows) {
+      const DeviceArray<bf16> y(device(), std::vector<bf16>(static_cast<size_t>(rows * ldy))),
+          z(device(), std::vector<bf16>(static_cast<size_t>(rows * ldy)));
+      std::array<DeviceMatmulTask<bf16>, 2> t = {{{a, s.rank, s.k, xd + first * ldx, ldx, rows, y, ldy, Store::kAct},
+                                                  {b, s.rank, s.k, xd + first * ldx, ldx, rows, z, ldy, Store::kAct}}};
+      t[1].scale = 0.75f;
+      low_rank_rows<bf16>(device(), t);
+      std::vector<float> both = widen(y.get()), other = widen(z.get());
+      both.insert(both.end(), other.begin(), other.end());
+      return both;
+    };
+    std::vector<double> expected(static_cast<size_t>(2 * most * ldy), 0.0);
+    for (int64_t r = 0; r < most; ++r)
+      for (int64_t i = 0; i < s.rank; ++i)
+        for (int64_t j = 0; j < s.k; ++j) {
+          expected[r * ldy + i] += double{x[r * ldx + j]} * one[i * s.k + j];
+          expected[(most + r) * ldy + i] += 0.75 * x[r * ldx + j] * two[i * s.k + j];
+        }
+    const std::vector<float> all = run(0, most);
+    EXPECT_LT(relative_error(all, expected), 0x1p-9) << "rank " << s.rank << " k " << s.k;  // half of bf16's last place
+    for (const int64_t rows : {1, 7, 64, 200, 256, 300}) {
+      const int64_t first = most - rows - 5;
+      const std::vector<float> part = run(first, rows);
+      for (int64_t which = 0; which < 2; ++which) {
+        const auto from = all.begin() + (which * most + first) * ldy, mine = part.begin() + which * rows * ldy;
+        EXPECT_EQ(first_difference({mine, mine + rows * ldy}, {from, from + rows * ldy}), -1)
+            << "rank " << s.rank << " k " << s.k << " rows " << rows;
+      }
     }
   }
 }
