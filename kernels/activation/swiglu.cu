@@ -12,7 +12,8 @@ template <class T>
 __global__ void forward(int64_t rows, int64_t d, bool vectors, const T* gate_up, T* h) {
   wait_for_previous();
   let_next_start();
-  const int64_t row = blockIdx.x * int64_t{blockDim.y} + threadIdx.y, c = (blockIdx.y * int64_t{blockDim.x} + threadIdx.x) * kHeld;
+  const int64_t row = blockIdx.x * int64_t{blockDim.y} + threadIdx.y,
+                c = (blockIdx.y * int64_t{blockDim.x} + threadIdx.x) * kHeld;
   if (c >= d || row >= rows) return;
   const T* const gate = gate_up + row * 2 * d + c;
   T* const out = h + row * d + c;
@@ -24,7 +25,8 @@ __global__ void forward(int64_t rows, int64_t d, bool vectors, const T* gate_up,
     for (int j = 0; j < kHeld; ++j) g[j] = silu_for<T>(g[j]) * u[j];
     store_vector(out, g);
   } else {
-    for (int j = 0; j < kHeld && c + j < d; ++j) out[j] = from_float<T>(silu_for<T>(to_float(gate[j])) * to_float(gate[d + j]));
+    for (int j = 0; j < kHeld && c + j < d; ++j)
+      out[j] = from_float<T>(silu_for<T>(to_float(gate[j])) * to_float(gate[d + j]));
   }
 }
 
@@ -38,7 +40,8 @@ __device__ __forceinline__ void gradients(float& g, float& u, float dh) {
 
 template <class T>
 __global__ void backward(int64_t rows, int64_t d, bool vectors, const T* gate_up, const T* dh, T* dgate_up) {
-  const int64_t row = blockIdx.x * int64_t{blockDim.y} + threadIdx.y, c = (blockIdx.y * int64_t{blockDim.x} + threadIdx.x) * kHeld;
+  const int64_t row = blockIdx.x * int64_t{blockDim.y} + threadIdx.y,
+                c = (blockIdx.y * int64_t{blockDim.x} + threadIdx.x) * kHeld;
   if (c >= d || row >= rows) return;
   const T* const gate = gate_up + row * 2 * d + c;
   T* const out = dgate_up + row * 2 * d + c;

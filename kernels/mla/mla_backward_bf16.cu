@@ -70,8 +70,8 @@ int span_of(int64_t max_count) {
 }
 
 bool on_tensor_cores(const Device& device, const MlaShape& shape) {
-  return device.info().capability == 90 && (shape.latent == 512 || shape.latent == 256) && shape.rope == kKeyColumns &&
-         shape.heads % 2 == 0;
+  return device.info().capability == 90 && (shape.latent == 512 || shape.latent == 256) &&
+         shape.rope == kKeyColumns && shape.heads % 2 == 0;
 }
 
 int64_t scratch_bytes(const Device& device, const MlaShape& shape, int64_t rows, int64_t max_count) {

@@ -161,8 +161,7 @@ __device__ __forceinline__ void make_weights(const Params& p, const Job& job, ui
         for (int step = 0; step < 4; ++step) {
           const uint64_t b = operand(stage + k * kStreamChunk) + step * kOperandStep;
           wgmma<32>(score, operand(base + k * kHeldChunk) + step * kOperandStep, b);
-          if (k < V)
-            wgmma<32>(dp, operand(base + L::kHeldValues + k * kHeldChunk) + step * kOperandStep, b);
+          if (k < V) wgmma<32>(dp, operand(base + L::kHeldValues + k * kHeldChunk) + step * kOperandStep, b);
         }
       wgmma_commit();
       wgmma_wait<0>();
@@ -193,8 +192,8 @@ __device__ __forceinline__ void make_weights(const Params& p, const Job& job, ui
           w[e] = exp2_fast(__fmaf_rn(score[4 * j + 2 * h + e], scale2, -l));
           ds[e] = p.scale * (w[e] * (dp[4 * j + 2 * h + e] - d));
           if (!all) {
-            const bool seen = kKeys ? job.held0 + row + 8 * h <= last
-                                    : tile * kStreamRows + 8 * j + pair + e <= token[h];
+            const bool seen =
+                kKeys ? job.held0 + row + 8 * h <= last : tile * kStreamRows + 8 * j + pair + e <= token[h];
             w[e] = seen ? w[e] : 0.0f;
             ds[e] = seen ? ds[e] : 0.0f;
           }
@@ -292,8 +291,7 @@ __device__ __forceinline__ void produce(const Params& p, const Job& job, uint32_
     if constexpr (kKeys) {
       for (int k = 0; k <= V; ++k) {
         tensor_load(stage + k * L::kStageStep, &p.stream, 0, row, k, full);
-        if (k < V)
-          tensor_load(stage + k * L::kStageStep + kStreamChunk, &p.stream_values, 0, row, k, full);
+        if (k < V) tensor_load(stage + k * L::kStageStep + kStreamChunk, &p.stream_values, 0, row, k, full);
       }
     } else {
       tensor_load(stage, &p.stream, 0, row, 0, full);

@@ -10,8 +10,8 @@ namespace {
 
 // A warp per row of the arena.
 __global__ void __launch_bounds__(256)
-    gather(const ExpandedPiece* pieces, int count, int rows, const std::byte* const* pages, int64_t page_offset,
-           int max_pages, int row_pieces, bf16* c) {
+    gather(const ExpandedPiece* pieces, int count, int rows, const std::byte* const* pages,
+           int64_t page_offset, int max_pages, int row_pieces, bf16* c) {
   constexpr int kTileBytes = 8192;
   const int row = static_cast<int>(blockIdx.x) * 8 + static_cast<int>(threadIdx.x / 32),
             lane = static_cast<int>(threadIdx.x % 32);
@@ -38,8 +38,8 @@ __global__ void __launch_bounds__(256)
 }  // namespace
 
 bool expanded_supported(const Device& device, int64_t latent, int64_t nope, int64_t rope, int64_t value) {
-  return device.info().capability == 90 && latent % 64 == 0 && nope == kExpandedNope && rope == kExpandedRope &&
-         value == kExpandedValue;
+  return device.info().capability == 90 && latent % 64 == 0 && nope == kExpandedNope &&
+         rope == kExpandedRope && value == kExpandedValue;
 }
 
 ExpandedPlan plan_expanded(std::span<const DeviceSlice> slices, int64_t least_rows, int64_t arena) {
@@ -108,8 +108,8 @@ void attend_expanded(Device& device, const ExpandedShape& shape, const DeviceBat
   a.log_sum = log_sum;
   a.out = out;
   allow_shared_memory(attend, kSharedBytes);
-  attend<<<dim3(static_cast<unsigned>(round.tiles), static_cast<unsigned>(shape.heads)), kThreads, kSharedBytes,
-           device.stream()>>>(a);
+  attend<<<dim3(static_cast<unsigned>(round.tiles), static_cast<unsigned>(shape.heads)), kThreads,
+           kSharedBytes, device.stream()>>>(a);
   PERIGEE_LAUNCHED();
 }
 

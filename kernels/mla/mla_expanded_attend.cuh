@@ -13,7 +13,8 @@ namespace perigee::kernels::expanded {
 inline constexpr int kRows = 128, kThreads = 3 * 128;
 inline constexpr int kChunk = kRows * 128;  // bytes of 64 columns
 inline constexpr int kQueryBytes = 3 * kChunk, kKeyBytes = 3 * kChunk, kValueBytes = 2 * kChunk;
-inline constexpr int kKeys = kQueryBytes, kValues = kKeys + 2 * kKeyBytes, kBarriers = kValues + 2 * kValueBytes;
+inline constexpr int kKeys = kQueryBytes, kValues = kKeys + 2 * kKeyBytes,
+                     kBarriers = kValues + 2 * kValueBytes;
 inline constexpr int kQueryFull = kBarriers, kKeyFull = kBarriers + 8, kKeyEmpty = kKeyFull + 16,
                      kValueFull = kKeyEmpty + 16, kValueEmpty = kValueFull + 16;
 inline constexpr int kSharedBytes = kBarriers + 128 + 1024;  // and the alignment
@@ -63,32 +64,38 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
-__device__ __forceinline__ void named_barrier(int id) { asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory"); }
-__device__ __forceinline__ void named_arrive(int id) { asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory"); }
+__device__ __forceinline__ void named_barrier(int id) {
+  asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory");
+}
+__device__ __forceinline__ void named_arrive(int id) {
+  asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory");
+}
 
 #define PERIGEE_ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define PERIGEE_ACC16(i) PERIGEE_ACC4(i), PERIGEE_ACC4(i + 4), PERIGEE_ACC4(i + 8), PERIGEE_ACC4(i + 12)
 #define PERIGEE_ACC64 PERIGEE_ACC16(0), PERIGEE_ACC16(16), PERIGEE_ACC16(32), PERIGEE_ACC16(48)
-#define PERIGEE_D64                                                      \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+#define PERIGEE_D64                                                                   \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
 // d [64, 128] = a [64, 16] b [128, 16]ᵀ, plus d if `add`.
 __device__ __forceinline__ void multiply(float (&d)[64], uint64_t a, uint64_t b, int add) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " PERIGEE_D64 "%64, %65, p, 1, 1, 0, 0;\n}\n"
-               : PERIGEE_ACC64
-               : "l"(a), "l"(b), "r"(add));
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " PERIGEE_D64 "%64, %65, p, 1, 1, 0, 0;\n}\n"
+      : PERIGEE_ACC64
+      : "l"(a), "l"(b), "r"(add));
 }
 // d [64, 128] = a [64, 16] b [16, 128], plus d if `add`; a in registers, b's rows in memory.
-__device__ __forceinline__ void multiply_rows(float (&d)[64], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                              uint64_t b, int add) {
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
-               "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " PERIGEE_D64
-               "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
-               : PERIGEE_ACC64
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add));
+__device__ __forceinline__ void multiply_rows(float (&d)[64], uint32_t a0, uint32_t a1, uint32_t a2,
+                                              uint32_t a3, uint64_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " PERIGEE_D64
+      "{%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}\n"
+      : PERIGEE_ACC64
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add));
 }
 #undef PERIGEE_D64
 #undef PERIGEE_ACC64
@@ -97,7 +104,8 @@ __device__ __forceinline__ void multiply_rows(float (&d)[64], uint32_t a0, uint3
 
 // Rows of the summed dimension in chunks of 64 columns, kChunk apart; sixteen rows further is kRowStep.
 __device__ __forceinline__ uint64_t rows_operand(uint32_t address) {
-  return (uint64_t{1} << 62) | (uint64_t{64} << 32) | (uint64_t{kChunk >> 4} << 16) | ((address & 0x3ffffu) >> 4);
+  return (uint64_t{1} << 62) | (uint64_t{64} << 32) | (uint64_t{kChunk >> 4} << 16) |
+         ((address & 0x3ffffu) >> 4);
 }
 inline constexpr uint64_t kRowStep = 2048 >> 4;
 
@@ -128,7 +136,8 @@ __device__ __forceinline__ void fetch_values(const Args& a, const Work& w, uint3
 // The 64 rows of a warpgroup.
 class Rows {
  public:
-  __device__ Rows(const Args& a, const Work& w, uint32_t base, int group) : a_(a), w_(w), base_(base), group_(group) {
+  __device__ Rows(const Args& a, const Work& w, uint32_t base, int group)
+      : a_(a), w_(w), base_(base), group_(group) {
     lane_ = static_cast<int>(threadIdx.x) % 32;
     row_ = group * 64 + static_cast<int>(threadIdx.x) / 32 % 4 * 16 + lane_ / 4;
   }
@@ -198,7 +207,8 @@ class Rows {
     if (group_ == 0 || j + 1 < w_.tiles) named_arrive(2 - group_);
   }
   __device__ __forceinline__ void scores(float (&s)[64], int stage) const {
-    const uint32_t queries = base_ + static_cast<uint32_t>(group_) * (kChunk / 2), keys = base_ + kKeys + stage * kKeyBytes;
+    const uint32_t queries = base_ + static_cast<uint32_t>(group_) * (kChunk / 2),
+                   keys = base_ + kKeys + stage * kKeyBytes;
 #pragma unroll
     for (int c = 0; c < 3; ++c)
 #pragma unroll
@@ -210,7 +220,8 @@ class Rows {
     const uint64_t values = rows_operand(base_ + kValues + stage * kValueBytes);
 #pragma unroll
     for (int k = 0; k < 8; ++k)
-      multiply_rows(o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], values + k * kRowStep, k > 0 || add);
+      multiply_rows(o, p[4 * k], p[4 * k + 1], p[4 * k + 2], p[4 * k + 3], values + k * kRowStep,
+                    k > 0 || add);
   }
   // Scores of tile j to weights, relative to the largest so far; alpha is what that makes of the sums before.
   __device__ __forceinline__ void weigh(float (&s)[64], int j, float (&alpha)[2]) {
@@ -329,7 +340,8 @@ __global__ void __launch_bounds__(kThreads, 1) attend(const __grid_constant__ Ar
     fence_barrier_init();
   }
   __syncthreads();
-  const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0), head = static_cast<int>(blockIdx.y);
+  const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0),
+            head = static_cast<int>(blockIdx.y);
   if (group == 2) {
     hopper::give_registers<24>();
     if (threadIdx.x == 256) fetch_keys(a, w, base, head);

@@ -35,7 +35,7 @@ struct ExpandedPiece {
   int32_t key_begin = 0, keys = 0;  // positions in the sequence; key_begin is a multiple of kExpandedTile
   int32_t arena = 0;                // where key_begin lies: a row of the arena, a multiple of kExpandedTile
   int32_t first_tile = 0, tiles = 0;
-  int32_t tiles_before = 0;         // in the round
+  int32_t tiles_before = 0;  // in the round
 };
 struct ExpandedRound {
   int32_t first_piece = 0, pieces = 0;

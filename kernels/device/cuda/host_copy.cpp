@@ -24,8 +24,8 @@ struct Lane {
 };
 
 // Threads take pieces from `next` until none is left: one is copied by the device while the other is by the processor.
-cudaError_t work(Lane& lane, int ordinal, std::byte* to, const std::byte* from, int64_t bytes, cudaMemcpyKind kind,
-                 std::atomic<int64_t>& next) {
+cudaError_t work(Lane& lane, int ordinal, std::byte* to, const std::byte* from, int64_t bytes,
+                 cudaMemcpyKind kind, std::atomic<int64_t>& next) {
   cudaError_t error = cudaSetDevice(ordinal);
   struct Piece {
     int64_t at = 0, bytes = 0;
@@ -79,7 +79,8 @@ bool copy_large(int ordinal, void* to, const void* from, int64_t bytes, cudaMemc
   std::atomic<int64_t> next{0};
   std::vector<cudaError_t> errors(lanes.size(), cudaSuccess);
   const auto run = [&](size_t i) {
-    errors[i] = work(lanes[i], ordinal, static_cast<std::byte*>(to), static_cast<const std::byte*>(from), bytes, kind, next);
+    errors[i] = work(lanes[i], ordinal, static_cast<std::byte*>(to), static_cast<const std::byte*>(from),
+                     bytes, kind, next);
   };
   {
     std::vector<std::jthread> threads;

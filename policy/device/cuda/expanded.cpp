@@ -40,10 +40,10 @@ void expanded_attention<bf16>(const Pass& pass, int64_t layer, const bf16* q, bf
     for (int64_t h = 0; h < H; ++h) {
       const ParamSpec& k = pass.weights.layout->tensor(p.absorb_k + static_cast<int>(h));
       const ParamSpec& v = pass.weights.layout->tensor(p.absorb_v + static_cast<int>(h));
-      make_keys.push_back({pass.weights.table(p.absorb_k + static_cast<int>(h)), k.n, k.k, latents, width, round.rows,
-                           keys + h * kExpandedNope, H * kExpandedNope, Store::kAct});
-      make_values.push_back({pass.weights.table(p.absorb_v + static_cast<int>(h)), v.n, v.k, latents, width, round.rows,
-                             values + h * kExpandedValue, H * kExpandedValue, Store::kAct});
+      make_keys.push_back({pass.weights.table(p.absorb_k + static_cast<int>(h)), k.n, k.k, latents, width,
+                           round.rows, keys + h * kExpandedNope, H * kExpandedNope, Store::kAct});
+      make_values.push_back({pass.weights.table(p.absorb_v + static_cast<int>(h)), v.n, v.k, latents, width,
+                             round.rows, values + h * kExpandedValue, H * kExpandedValue, Store::kAct});
     }
     matmul_grad_input<bf16>(dev, make_keys);
     matmul<bf16>(dev, make_values);

@@ -15,7 +15,9 @@ using MlaExpanded = DeviceTest;
 
 constexpr int64_t kNope = kExpandedNope, kRope = kExpandedRope, kValue = kExpandedValue;
 
-double wide(const std::vector<bf16>& x, int64_t i) { return from_bf16(x[static_cast<size_t>(i)].bits); }
+double wide(const std::vector<bf16>& x, int64_t i) {
+  return from_bf16(x[static_cast<size_t>(i)].bits);
+}
 
 // Rows of sequences in one batch, and keys of all their positions.
 struct Case {
@@ -25,7 +27,8 @@ struct Case {
   std::vector<std::vector<bf16>> k, common, v;  // of each slice's sequence
   int64_t rows = 0;
 
-  Case(int64_t heads, const std::vector<DeviceSlice>& parts, float q_scale = 1.0f) : shape{heads, 64, 0.0721687824f} {
+  Case(int64_t heads, const std::vector<DeviceSlice>& parts, float q_scale = 1.0f)
+      : shape{heads, 64, 0.0721687824f} {
     uint64_t seed = 3;
     for (DeviceSlice s : parts) {
       s.begin = static_cast<int32_t>(rows);
@@ -54,12 +57,16 @@ struct Case {
       const std::vector<ExpandedPiece> pieces(plan.pieces.begin() + round.first_piece,
                                               plan.pieces.begin() + round.first_piece + round.pieces);
       EXPECT_LE(round.rows, arena);
-      const auto array = [&](int64_t row) { return std::vector<bf16>(static_cast<size_t>(round.rows * row)); };
+      const auto array = [&](int64_t row) {
+        return std::vector<bf16>(static_cast<size_t>(round.rows * row));
+      };
       std::vector<bf16> c = array(width), keys = array(heads * kNope), values = array(heads * kValue);
       for (const ExpandedPiece& p : pieces) {
-        const auto put = [&](std::vector<bf16>& to, int64_t ld, int64_t column, const std::vector<bf16>& from, int64_t row) {
+        const auto put = [&](std::vector<bf16>& to, int64_t ld, int64_t column, const std::vector<bf16>& from,
+                             int64_t row) {
           for (int64_t i = 0; i < p.keys; ++i)
-            std::copy_n(from.begin() + (p.key_begin + i) * row, row, to.begin() + (p.arena + i) * ld + column);
+            std::copy_n(from.begin() + (p.key_begin + i) * row, row,
+                        to.begin() + (p.arena + i) * ld + column);
         };
         const auto s = static_cast<size_t>(p.slice);
         put(c, width, shape.latent, common[s], kRope);
@@ -85,8 +92,10 @@ struct Case {
       const int64_t row = ((s.begin + r) * heads + h) * (kNope + kRope);
       for (int64_t i = 0; i <= last; ++i) {
         double dot = 0;
-        for (int64_t j = 0; j < kNope; ++j) dot += wide(q, row + j) * wide(k[slice], (i * heads + h) * kNope + j);
-        for (int64_t j = 0; j < kRope; ++j) dot += wide(q, row + kNope + j) * wide(common[slice], i * kRope + j);
+        for (int64_t j = 0; j < kNope; ++j)
+          dot += wide(q, row + j) * wide(k[slice], (i * heads + h) * kNope + j);
+        for (int64_t j = 0; j < kRope; ++j)
+          dot += wide(q, row + kNope + j) * wide(common[slice], i * kRope + j);
         w.push_back(dot * static_cast<double>(shape.scale));
         most = std::max(most, w.back());
       }
@@ -146,7 +155,8 @@ TEST_F(MlaExpanded, SlicesStandAlone) {
 }
 
 TEST(MlaExpandedPlan, CutsKeysIntoRounds) {
-  const std::vector<DeviceSlice> slices = {{0, 100, 0, 0}, {100, 10, 5, 0}, {110, 300, 900, 0}, {410, 200, 0, 0}};
+  const std::vector<DeviceSlice> slices = {
+      {0, 100, 0, 0}, {100, 10, 5, 0}, {110, 300, 900, 0}, {410, 200, 0, 0}};
   const ExpandedPlan plan = plan_expanded(slices, 64, 512);
   std::vector<int64_t> next(slices.size());
   for (const ExpandedRound& round : plan.rounds) {
