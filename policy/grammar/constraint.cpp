@@ -142,7 +142,7 @@ void MachineConstraint::drop_second_keys(const std::vector<Config>& configs) {
     if (set < 0) continue;
     const std::string so_far = machine_->text(c.counter);
     for (int32_t key : machine_->keys(set)) {
-      const std::string& text = machine_->text(key);
+      const std::string text = machine_->text(key);
       if (!text.starts_with(so_far)) continue;
       const int32_t node = index_.find(text.substr(so_far.size()) + '"');
       if (node < 0) continue;

@@ -8,6 +8,7 @@ namespace perigee::policy {
 
 Machine::Machine(const Automaton& automaton, int depth) : automaton_(automaton), depth_(depth) {
   frames_.push_back({-1, -1, -1, depth, 0});
+  texts_.emplace_back(-1, 0);
 }
 
 int32_t Machine::start(int32_t node, int32_t counter) {
@@ -61,10 +62,10 @@ int32_t Machine::target(int32_t state, uint16_t symbol) {
           if (c.counter < n.min) continue;
           break;
         case Op::kKeyStart:
-          counter = key_set(c.frame) < 0 ? 0 : add_text("");
+          counter = 0;
           break;
         case Op::kKeyByte:
-          if (key_set(c.frame) >= 0) counter = add_text(text(c.counter) + static_cast<char>(symbol));
+          if (key_set(c.frame) >= 0) counter = longer_text(c.counter, static_cast<uint8_t>(symbol));
           break;
         case Op::kKeyEnd: {
           const int32_t set = key_set(c.frame);
@@ -175,10 +176,24 @@ int32_t Machine::frame(int32_t to, int32_t parent, int32_t keys, int depth) {
   return it->second;
 }
 
-int32_t Machine::add_text(std::string text) {
-  const auto [it, added] = text_ids_.emplace(std::move(text), static_cast<int32_t>(texts_.size()));
-  if (added) texts_.push_back(&it->first);
+int32_t Machine::longer_text(int32_t text, uint8_t byte) {
+  const uint64_t key = static_cast<uint64_t>(text) << 8 | byte;
+  const auto [it, added] = text_ids_.emplace(key, static_cast<int32_t>(texts_.size()));
+  if (added) texts_.emplace_back(text, byte);
   return it->second;
+}
+
+int32_t Machine::add_text(std::string_view text) {
+  int32_t id = 0;
+  for (char c : text) id = longer_text(id, static_cast<uint8_t>(c));
+  return id;
+}
+
+std::string Machine::text(int32_t id) const {
+  std::string out;
+  for (; id != 0; id = texts_[id].first) out += static_cast<char>(texts_[id].second);
+  std::reverse(out.begin(), out.end());
+  return out;
 }
 
 int32_t Machine::add_set(std::vector<int32_t> texts) {

@@ -59,7 +59,7 @@ class Machine {
     return parent < 0 ? -1 : frames_[parent].keys;
   }
   const std::vector<int32_t>& keys(int32_t set) const { return sets_[set]; }
-  const std::string& text(int32_t id) const { return *texts_[id]; }
+  std::string text(int32_t id) const;
   // Of the objects open around this frame, outwards.
   void open_key_sets(int32_t frame, std::vector<int32_t>& sets) const;
 
@@ -92,7 +92,8 @@ class Machine {
   void enter(int32_t node, int32_t counter, int32_t frame, Building& out);
   int32_t intern(Building& b);
   int32_t frame(int32_t to, int32_t parent, int32_t keys, int depth);
-  int32_t add_text(std::string text);
+  int32_t add_text(std::string_view text);
+  int32_t longer_text(int32_t text, uint8_t byte);
   int32_t add_set(std::vector<int32_t> texts);
   int32_t initial_set(int32_t keys);
   int32_t adopt_frame(const Machine& from, int32_t frame);
@@ -104,8 +105,9 @@ class Machine {
   std::map<std::array<int32_t, 3>, int32_t> frame_ids_;
   std::vector<State> states_;
   std::map<std::pair<std::vector<Config>, bool>, int32_t> state_ids_;
-  std::vector<const std::string*> texts_;
-  std::unordered_map<std::string, int32_t> text_ids_;
+  // Texts of keys, as a tree: each is its parent and one byte more. [0] is the empty one.
+  std::vector<std::pair<int32_t, uint8_t>> texts_;
+  std::unordered_map<uint64_t, int32_t> text_ids_;
   std::vector<std::vector<int32_t>> sets_;
   std::map<std::vector<int32_t>, int32_t> set_ids_;
   std::unordered_map<int32_t, int32_t> initial_sets_;
