@@ -79,7 +79,7 @@ bool Host::Impl::serve() {
       s.weights_version = engine->version();
       s.busy_seconds += seconds_since(start);
       s.paused = paused ? 1 : 0;
-      s.running = static_cast<int64_t>(requests.size()) - queued;
+      s.running = std::max<int64_t>(static_cast<int64_t>(requests.size()) - queued, 0);
     });
   }
   return stepped || !now.empty();

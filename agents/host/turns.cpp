@@ -36,7 +36,6 @@ std::string sampling_json(const kernels::SamplingParams& p, const HostRequest& r
 
 Host::Impl::Begun Host::Impl::begin_turn(const std::shared_ptr<Request>& r) {
   Session& s = *r->session;
-  std::vector<int32_t> tokens;
   if (s.id == 0) {
     if (r->loaded == nullptr && r->stage == Request::Stage::kWaiting) {
       if (s.leaving != nullptr) {
@@ -57,7 +56,19 @@ Host::Impl::Begun Host::Impl::begin_turn(const std::shared_ptr<Request>& r) {
     q.snapshot = r->loaded;
     const int64_t length = static_cast<int64_t>(q.tokens.size());
     const int64_t known = r->loaded != nullptr ? r->loaded->position : 0;
-    if (!engine->restore(q)) return Begun::kNoMemory;
+    try {
+      if (!engine->restore(q)) return Begun::kNoMemory;
+    } catch (const Error& e) {
+      if (q.snapshot == nullptr) {
+        end_request(*r, FinishReason::kError, e.what());
+        return Begun::kYes;
+      }
+      warn("a state of session " + s.info.name + " is not used: " + e.what());
+      count([](HostStats& st) { ++st.snapshots_refused; });
+      r->loaded.reset();
+      r->stage = Request::Stage::kLoaded;
+      return begin_turn(r);  // from its tokens
+    }
     s.id = q.id;
     r->loaded.reset();
     r->stage =
