@@ -199,6 +199,7 @@ void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivation
   if (dense && !together) swiglu_forward<T>(dev, rows, I, a.gate_up, a.inner);
   beside.clear();
   if (dense) beside = with_adapters<T>(pass, {{p.down, a.inner, I, shared, D, Store::kAct}}, a.low);
+  if (x == nullptr) beside.clear();  // of the shared experts nothing but what adapters keep is wanted again
   auto down = expert_product<T>(pass, p.expert_down, a.expert_inner, nullptr, a.offsets, a.expert_out);
   down.settled = true;
   matmul_experts<T>(dev, down, beside);
