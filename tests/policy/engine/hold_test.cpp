@@ -309,6 +309,7 @@ TEST(Hold, SavedRestoredAndForkedGoOnWithTheSameBits) {
       std::vector<GeneratedToken> out;
       while (!e.idle()) e.step(out);
       EXPECT_TRUE(e.held(id)) << "what was restored stays held";
+      EXPECT_EQ(e.held_bytes(id), e.bytes_for(static_cast<int64_t>(e.tokens(id).size())));
       for (const GeneratedToken& t : out) story.add(t);
       return story;
     };
