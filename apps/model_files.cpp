@@ -47,11 +47,12 @@ void OpenModel::open_adapters(const std::string& directory, const std::string& d
     weights_ = policy::ResidentWeights::create(nullptr, layout_->weight_bytes());
     layout_->flat_to_weights(flat.data(), weights_.writable());
     tokenizer_ = policy::load_tokenizer(directory, layout_->config());
-    if (const std::string mine = policy::weights_fingerprint(weights_.data(), weights_.bytes());
-        dtype == "auto" && mine != head.base.fingerprint)
-      throw_input("{}: its adapters belong to a model with fingerprint {}, and the seed gives one with {}", directory,
-                  head.base.fingerprint, mine);
   }
+  // Of bfloat16 at a path the fingerprint may be of the form that a GPU computes with, which is not made here.
+  if (dtype == "auto" && (path.empty() || type == policy::Dtype::kF32))
+    if (const std::string mine = policy::weights_fingerprint(weights_.data(), weights_.bytes()); mine != head.base.fingerprint)
+      throw_input("{}: its adapters belong to a model with fingerprint {}, and {} gives one with {}", directory,
+                  head.base.fingerprint, path.empty() ? "the seed" : path, mine);
   adapters_ = std::make_unique<const policy::AdapterLayout>(*layout_, head.lora);
   adapter_arena_ = policy::ResidentWeights::create(nullptr, adapters_->weight_bytes());
   adapters_->flat_to_weights(policy::load_adapter(directory, *adapters_).data(), adapter_arena_.writable());
