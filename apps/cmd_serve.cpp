@@ -10,6 +10,7 @@
 
 #include "agents/host/host.h"
 #include "agents/server/api_server.h"
+#include "agents/mcp/mcp_tools.h"
 #include "agents/tools/toolbox.h"
 #include "apps/commands.h"
 #include "apps/model_files.h"
@@ -19,9 +20,9 @@
 #include "base/file.h"
 #include "base/json.h"
 #include "base/text.h"
+#include "kernels/context.h"
 #include "policy/engine/backend.h"
 #include "policy/grammar/token_index.h"
-#include "rollout/compute.h"
 
 namespace perigee::apps {
 namespace {
@@ -29,7 +30,7 @@ namespace {
 namespace fs = std::filesystem;
 
 struct Options {
-  std::string model, dtype = "auto", device = "cpu", name, directory, tools, stop = "finish";
+  std::string model, dtype = "auto", name, directory, tools, stop = "finish";
   std::optional<std::string> key_file;
   agents::ListenConfig listen;
   std::vector<std::string> hosts, origins;
@@ -73,10 +74,12 @@ class Weights {
   uint32_t update(agents::Host& host, const std::string& directory, std::optional<int64_t> version) {
     const std::lock_guard lock(mutex_);
     auto next = std::make_unique<OpenModel>(directory, dtype_);
-    policy::ModelConfig a = now_->config(), b = next->config();
-    if (!(a == b)) throw_input("{}: another architecture than that of the model being served", directory);
+    if (!(now_->config() == next->config()) || now_->has_adapters() != next->has_adapters())
+      throw_input(
+          "{}: another architecture than that of the model being served, or adapters in place of a model",
+          directory);
     const uint32_t number = version ? static_cast<uint32_t>(*version) : host.stats().weights_version + 1;
-    host.set_weights(next->weights(), number);
+    host.set_weights(next->arena(), number);
     before_ = std::move(now_);
     now_ = std::move(next);
     return number;
@@ -147,24 +150,18 @@ int serve(const Options& o) {
     const bool inline_list = o.tools.starts_with('[');
     tools = agents::make_toolbox(
         parse_json(inline_list ? o.tools : read_file(o.tools), inline_list ? "--tools" : o.tools),
-        inline_list ? "--tools" : o.tools);
+        inline_list ? "--tools" : o.tools, {{"mcp", agents::add_mcp_tools}});
   }
 
-  rollout::RunConfig compute_config;
-  compute_config.run.device = o.device;
-  compute_config.workers.threads = o.threads;
-  compute_config.engine = config.engine;
-  if (o.device != "cpu" && o.device != "cuda")
-    throw_input("--device {}: cpu or cuda is expected", quote(o.device));
-  rollout::check_device(compute_config, model.layout());
-  std::unique_ptr<rollout::Compute> compute;
+  // What the engine computes with. It outlives the host.
+  std::unique_ptr<kernels::Context> ctx;
   agents::Host host(
       model.layout(), config,
       [&](const policy::EngineConfig& engine_config) {
-        compute = std::make_unique<rollout::Compute>(compute_config);
-        auto engine = std::make_unique<policy::Engine>(compute->engine_backend(model.layout()),
+        ctx = std::make_unique<kernels::Context>(static_cast<int>(o.threads));
+        auto engine = std::make_unique<policy::Engine>(model.engine_backend(*ctx, engine_config.memory_bytes),
                                                        model.layout(), engine_config);
-        engine->set_weights(model.weights(), 0);
+        engine->set_weights(model.arena(), 0);
         return engine;
       },
       log.get());
@@ -246,7 +243,6 @@ void add_serve(Program& program) {
       .flag("--no-thinking", o->no_thinking, "<think>...</think> stays in the content")
       .option("--dtype", o->dtype, "NAME",
               "compute with float32 or bfloat16 weights; auto: as in the checkpoint")
-      .option("--device", o->device, "NAME", "cpu or cuda")
       .option("--threads", o->threads, "N", "0: one per processor")
       .example("serve --model models/tiny --port 8000 --dir serve")
       .example("serve --model models/tiny --host 0.0.0.0 --key-file key --admin-port 8001");

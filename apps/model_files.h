@@ -25,6 +25,7 @@ class OpenModel {
   const policy::ParamLayout& layout() const { return *layout_; }
   const policy::ModelConfig& config() const { return layout_->config(); }
   // What an engine or a trainer is handed: the arena of the weights, or of the adapters.
+  bool has_adapters() const { return adapters_ != nullptr; }
   const std::byte* arena() const { return adapters_ ? adapter_arena_.data() : weights_.data(); }
   std::unique_ptr<policy::Backend> engine_backend(kernels::Context& ctx, int64_t memory_bytes) const;
   std::unique_ptr<policy::Trainer> trainer(kernels::Context& ctx) const;
