@@ -78,8 +78,9 @@ class Weights {
       throw_input(
           "{}: another architecture than that of the model being served, or adapters in place of a model",
           directory);
-    const uint32_t number = version ? static_cast<uint32_t>(*version) : host.stats().weights_version + 1;
+    const uint32_t number = version ? static_cast<uint32_t>(*version) : version_ + 1;
     host.set_weights(next->arena(), number);
+    version_ = number;
     before_ = std::move(now_);
     now_ = std::move(next);
     return number;
@@ -89,6 +90,7 @@ class Weights {
   const std::string dtype_;
   std::mutex mutex_;
   std::unique_ptr<OpenModel> now_, before_;
+  uint32_t version_ = 0;  // as the engine was given them first
 };
 
 int serve(const Options& o) {

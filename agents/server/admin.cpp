@@ -35,6 +35,7 @@ void admin_endpoint(Service& service, std::shared_ptr<net::http::Exchange> excha
   }
   const json value = request.body.empty() ? json::object() : parse_body(request.body);
   Fields body(value, "");
+  std::optional<uint32_t> version_now;  // the host's numbers are of its last step
   if (action == "pause") {
     // abort: what runs is cancelled; wait: it is finished first; keep: it stays where it is.
     const std::string mode = body.string("mode").value_or("keep");
@@ -53,7 +54,7 @@ void admin_endpoint(Service& service, std::shared_ptr<net::http::Exchange> excha
     const auto version = body.integer("version", 0, UINT32_MAX);
     body.finish();
     if (!service.config().update_weights) throw ApiError(501, "this server does not change its weights");
-    service.config().update_weights(path, version);
+    version_now = service.config().update_weights(path, version);
   } else if (action == "abort") {
     body.need("request_id");
     const std::string id = *body.string("request_id", 200);
@@ -64,7 +65,9 @@ void admin_endpoint(Service& service, std::shared_ptr<net::http::Exchange> excha
     throw ApiError(404, fmt::format("Invalid URL ({} {})", request.method, quote(request.path)), "",
                    "unknown_url");
   }
-  exchange->answer({200, status_of(service).dump()});
+  ordered_json status = status_of(service);
+  if (version_now) status["weight_version"] = *version_now;
+  exchange->answer({200, status.dump()});
 }
 
 }  // namespace perigee::agents
