@@ -1,5 +1,6 @@
 // perigee eval: a model on held-out tasks.
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -14,6 +15,7 @@
 #include "kernels/context.h"
 #include "policy/engine/engine.h"
 #include "reward/rubric.h"
+#include "rollout/agent_episodes.h"
 #include "rollout/run.h"
 #include "rollout/setup.h"
 
@@ -33,6 +35,7 @@ struct Options {
 struct Answer {
   rollout::PreparedTask task;
   std::vector<int32_t> tokens;
+  std::vector<uint8_t> mask;  // 1: sampled; 0: a tool's answer
   FinishReason finish = FinishReason::kNone;
   std::string response;
   Reward reward;
@@ -51,6 +54,9 @@ std::vector<Answer> generate_all(const rollout::RunConfig& config, const Options
   kernels::Context ctx(static_cast<int>(o.threads));
   policy::Engine engine(model.engine_backend(ctx, config.engine.memory_bytes), model.layout(), config.engine);
   engine.set_weights(model.arena(), 0);
+  std::optional<rollout::AgentEpisodes> episodes;
+  const auto work = std::filesystem::temp_directory_path() / fmt::format("perigee-eval-{}", ::getpid());
+  if (tasks.environment() != nullptr) episodes.emplace(engine, model.tokenizer(), *tasks.environment(), work);
   std::vector<Answer> answers(static_cast<size_t>(o.tasks.value_or(config.eval.tasks)));
   for (size_t i = 0; i < answers.size(); ++i) {
     answers[i].task = tasks.held_out(static_cast<int64_t>(i));
@@ -63,18 +69,32 @@ std::vector<Answer> generate_all(const rollout::RunConfig& config, const Options
     request.max_new_tokens = config.rollout.max_new_tokens;
     request.sampling.temperature = static_cast<float>(o.temperature.value_or(config.eval.temperature));
     request.sampling.validate(model.config().vocab_size);
+    if (episodes) {
+      request.hold = true;
+      request.reserve_tokens = request.max_new_tokens;
+      episodes->begin({.id = i,
+                     .folder = std::to_string(i),
+                     .max_new_tokens = request.max_new_tokens,
+                     .files = tasks.files(answers[i].task.index, true)});
+    }
     group.members.push_back(std::move(request));
     engine.submit(std::move(group));
   }
   std::vector<policy::GeneratedToken> tokens;
-  while (!engine.idle()) {
+  while (!engine.idle() || (episodes && episodes->waiting())) {
+    if (episodes) {
+      if (engine.idle()) episodes->wait(100);
+      for (const auto& a : episodes->advance()) answers[a.id].finish = a.finish;
+    }
     tokens.clear();
     engine.step(tokens);
     for (const policy::GeneratedToken& t : tokens) {
       answers[t.id].tokens.push_back(t.token);
-      answers[t.id].finish = t.finish;
+      answers[t.id].mask.push_back(t.fed ? 0 : 1);
+      answers[t.id].finish = episodes ? episodes->take(t) : t.finish;
     }
   }
+  rollout::remove_workspace(work);
   return answers;
 }
 
@@ -85,6 +105,8 @@ void score(Answer& a, const reward::Rubric& rubric, const OpenModel& model, cons
   if (!said.empty() && std::find(stops.begin(), stops.end(), said.back()) != stops.end()) said.pop_back();
   std::erase_if(said, [&](int32_t id) { return !model.tokenizer().in_range(id); });
   a.response = model.tokenizer().decode(said);
+  if (tasks.environment() != nullptr)
+    a.response = policy::parse_assistant(model.tokenizer(), rollout::last_turn(a.tokens, a.mask)).content;
   reward::RewardInput input;
   input.prompt = a.task.task.value("prompt", "");
   input.answer = a.task.task.value("answer", "");
@@ -92,7 +114,7 @@ void score(Answer& a, const reward::Rubric& rubric, const OpenModel& model, cons
   input.response = a.response;
   input.tokens = a.tokens;
   input.finish = a.finish;
-  input.response_tokens = static_cast<int64_t>(a.tokens.size());
+  input.response_tokens = rollout::sampled_tokens(a.tokens, a.mask);
   input.max_tokens = limit;
   a.reward = rubric.score_group(std::span(&input, 1)).front();
   a.correct = rubric.correct(a.reward);
@@ -119,7 +141,8 @@ int evaluate(const Options& o) {
   if (held_out > 0 && wanted > held_out)
     throw_input("eval: {} tasks are asked for and {} are held out; give --tasks {}", wanted, held_out,
                 held_out);
-  const reward::Rubric rubric = reward::Rubric::parse(config.reward, config_path + ": reward");
+  reward::Rubric rubric = reward::Rubric::parse(config.reward, config_path + ": reward");
+  if (tasks.environment() != nullptr) rubric.set_outcomes(tasks.environment()->config().rewards);
   std::vector<Answer> answers = generate_all(config, o, model, tasks);
   int64_t correct = 0, tokens = 0, failed = 0;
   double reward = 0;

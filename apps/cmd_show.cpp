@@ -123,6 +123,37 @@ void print_tokens(const EpisodeRecord& e, const policy::Tokenizer& tokenizer) {
   table.print();
 }
 
+void print_tool(const ToolEvent& t) {
+  fmt::print("\ntool {} ({}, {:.1f} ms)\n  in   {}\n  out  {}\n", printable_line(t.name, 80), printable_line(t.status),
+             static_cast<double>(t.duration_us) / 1000, printable_line(t.input, 500), printable_line(t.output, 500));
+}
+
+// Turn by turn: what the policy wrote, then the tools that it asked for. Of an episode without tools, all of it.
+void print_response(const EpisodeRecord& e, const policy::Tokenizer& tokenizer) {
+  std::vector<std::vector<int32_t>> turns(1);
+  std::vector<ToolEvent> tools;
+  bool fed = false;
+  for (const Segment& s : e.segments) {
+    for (size_t i = 0; i < s.tokens.size(); ++i) {
+      const bool sampled = s.mask.empty() || s.mask[i] != 0;
+      if (sampled && fed) turns.emplace_back();
+      if (sampled) turns.back().push_back(s.tokens[i]);
+      fed = !sampled;
+    }
+    tools.insert(tools.end(), s.tools.begin(), s.tools.end());
+  }
+  size_t next = 0;
+  for (size_t turn = 0; turn < turns.size(); ++turn) {
+    if (turns.size() > 1)
+      fmt::print("\nturn {}\n", turn + 1);
+    else
+      fmt::print("\nresponse\n");
+    fmt::print("{}\n", printable(decode(tokenizer, turns[turn])));
+    for (; next < tools.size() && (tools[next].turn <= static_cast<int32_t>(turn) || turn + 1 == turns.size()); ++next)
+      print_tool(tools[next]);
+  }
+}
+
 int show(Options o) {
   // `show --latest 17`: the one positional is the episode.
   if (o.run.latest && o.episode.empty()) std::swap(o.run.run, o.episode);
@@ -153,12 +184,8 @@ int show(Options o) {
   fmt::print("sampling   seed {}, temperature {:g}, policy version {}\n", e.spec.seed, e.spec.temperature,
              versions);
   fmt::print("task       {}\n", printable_line(group.task, 200));
-  fmt::print("\nprompt\n{}\n\nresponse\n{}\n", printable(e.spec.prompt_text),
-             printable(decode(*tokenizer, generated(e))));
-  for (const Segment& s : e.segments)
-    for (const ToolEvent& t : s.tools)
-      fmt::print("\ntool {} ({})\n  in   {}\n  out  {}\n", printable_line(t.name), printable_line(t.status),
-                 printable_line(t.input, 500), printable_line(t.output, 500));
+  fmt::print("\nprompt\n{}\n", printable(e.spec.prompt_text));
+  print_response(e, *tokenizer);
   print_reward(e);
   if (o.tokens) print_tokens(e, *tokenizer);
   return 0;

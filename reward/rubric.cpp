@@ -14,6 +14,7 @@ namespace {
 
 constexpr size_t kMaxDetailBytes = 200;
 constexpr double kMaxWeight = 1e6;
+constexpr std::string_view kOutcome = "outcome";
 
 // What ended the sample before it was finished, so that no verifier can judge it.
 bool finished(FinishReason finish) {
@@ -42,6 +43,7 @@ Rubric Rubric::parse(const nlohmann::json& list, std::string_view where) {
     const int64_t limit_ms = entry.integer("time_limit_ms", 1, 3'600'000, kDefaultTimeLimit.count());
     auto verifier = make_verifier(kind, entry);
     entry.finish();
+    if (name == kOutcome) entry.fail("name", "\"outcome\" is the name of the reward of how an episode ended");
     for (const auto& other : rubric.components_)
       if (other.name == name)
         entry.fail("name", fmt::format("{} stands twice; give one of them another \"name\"", quote(name)));
@@ -114,7 +116,17 @@ void Rubric::add_up(Reward& reward) {
   if (reward.failed) reward.total = 0;
 }
 
+std::optional<Reward> Rubric::outcome(FinishReason finish) const {
+  const auto it = outcomes_.find(finish);
+  if (it == outcomes_.end()) return std::nullopt;
+  Reward reward;
+  reward.components.push_back({std::string(kOutcome), it->second, 1, "ok", std::string(finish_name(finish))});
+  reward.total = it->second;
+  return reward;
+}
+
 Reward Rubric::score(const RewardInput& input) const {
+  if (auto known = outcome(input.finish)) return *known;
   Reward reward;
   for (const auto& c : components_) reward.components.push_back(run(c, input, nullptr));
   add_up(reward);
@@ -123,16 +135,24 @@ Reward Rubric::score(const RewardInput& input) const {
 
 std::vector<Reward> Rubric::score_group(std::span<const RewardInput> inputs) const {
   std::vector<Reward> rewards(inputs.size());
+  std::vector<bool> judged_by_outcome(inputs.size());
   GroupContext group;
+  bool first = true;
   for (size_t i = 0; i < inputs.size(); ++i) {
-    group.min_tokens =
-        i == 0 ? inputs[i].response_tokens : std::min(group.min_tokens, inputs[i].response_tokens);
+    if (auto known = outcome(inputs[i].finish)) {
+      rewards[i] = std::move(*known);
+      judged_by_outcome[i] = true;
+      continue;
+    }
+    group.min_tokens = first ? inputs[i].response_tokens : std::min(group.min_tokens, inputs[i].response_tokens);
+    first = false;
     group.max_tokens = std::max(group.max_tokens, inputs[i].response_tokens);
     rewards[i].components.resize(components_.size());
   }
   // What judges one sample alone first: the others compare by it.
   const int judge_index = judge();
   for (size_t i = 0; i < inputs.size(); ++i) {
+    if (judged_by_outcome[i]) continue;
     auto& results = rewards[i].components;
     for (size_t c = 0; c < components_.size(); ++c)
       if (!components_[c].verifier->needs_group()) results[c] = run(components_[c], inputs[i], nullptr);
@@ -149,6 +169,7 @@ std::vector<Reward> Rubric::score_group(std::span<const RewardInput> inputs) con
 bool Rubric::correct(const Reward& reward) const {
   const int index = judge();
   if (index < 0 || reward.failed) return false;
+  if (reward.components.size() == 1 && reward.components[0].name == kOutcome) return false;
   PERIGEE_CHECK(reward.components.size() == components_.size(), "{} of {} components",
                 reward.components.size(), components_.size());
   return reward.components[static_cast<size_t>(index)].value >= 1;

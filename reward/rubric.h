@@ -10,7 +10,9 @@
 #include <nlohmann/json_fwd.hpp>
 
 #include <chrono>
+#include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -31,6 +33,10 @@ class Rubric {
   void add(std::string name, double weight, std::unique_ptr<Verifier> verifier,
            std::chrono::milliseconds time_limit = kDefaultTimeLimit);
 
+  // Samples that ended so get this reward, as one component "outcome", and no verifier sees them: an agent that used up
+  // its turns has no answer to judge.
+  void set_outcomes(std::map<FinishReason, double> outcomes) { outcomes_ = std::move(outcomes); }
+
   // The components in order and total = sum of weight * value. FAILS CLOSED: when any component fails or
   // times out, `failed` is set and total is 0, which nobody may train on. A sample that ended in kCancelled,
   // kError or kNone fails as a whole. episode_id is the caller's to fill in. A component that needs the group
@@ -41,7 +47,7 @@ class Rubric {
   // Some component compares the samples of a group: call score_group.
   bool needs_group() const;
 
-  // The first component that judges answers says 1: what accuracy counts. False for a failed one.
+  // The first component that judges answers says 1: what accuracy counts. False for a failed one, and for an outcome.
   bool correct(const Reward& reward) const;
   size_t size() const { return components_.size(); }
 
@@ -58,7 +64,11 @@ class Rubric {
   int judge() const;  // index of the first component that judges, or -1
   static void add_up(Reward& reward);
 
+  // The reward of an outcome, or nullopt when verifiers judge.
+  std::optional<Reward> outcome(FinishReason finish) const;
+
   std::vector<Component> components_;
+  std::map<FinishReason, double> outcomes_;
 };
 
 }  // namespace perigee::reward

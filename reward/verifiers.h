@@ -16,6 +16,10 @@
 //   countdown   answer "24 from 3 5 8": 1 when the section is an expression of that value that uses each
 //               number at most once, "use_all" (false): exactly once; "partial" (0): for a lawful expression
 //               of another value
+//   code        1 when the function in the response (its last ``` block, or all of it) gives the results of all hidden
+//               tests, in a sandbox. The answer is {"function": NAME, "tests": [{"arguments": [...], "result": ...}]}.
+//               "wall_s" (5) of all tests together, "memory_mib" (256), "partial" (false): below 1 by the share that
+//               passes, at most 0.99
 //   format      1 when the response is a thinking block and then an answer. "think_open", "think_close",
 //               "opened_by_prompt" (false: the prompt does not already end with think_open), "answer_open",
 //               "answer_close" ("": no answer block)
@@ -50,6 +54,7 @@ std::unique_ptr<Verifier> make_exact(JsonReader& options);
 std::unique_ptr<Verifier> make_numeric(JsonReader& options);
 std::unique_ptr<Verifier> make_regex(JsonReader& options);
 std::unique_ptr<Verifier> make_countdown(JsonReader& options);
+std::unique_ptr<Verifier> make_code(JsonReader& options);
 std::unique_ptr<Verifier> make_format(JsonReader& options);
 std::unique_ptr<Verifier> make_length(JsonReader& options);
 std::unique_ptr<Verifier> make_length_k15(JsonReader& options);

@@ -259,6 +259,8 @@ void EpisodeBook::lease_group(LiveGroup& group, const std::string& peer, PolicyW
   lease.max_new_tokens = first.max_new_tokens;
   lease.temperature = first.temperature;
   lease.sampling = Json::parse(first.sampling, nullptr, false);
+  lease.task_index = group.record.task_index;
+  lease.held_out = group.evaluation;
   lease.prompt = first.prompt;
   for (auto& m : group.members) {
     if (m.state != LiveEpisode::State::kOpen) continue;
@@ -274,7 +276,7 @@ void EpisodeBook::lease_group(LiveGroup& group, const std::string& peer, PolicyW
     m.deadline_ms = deadline(m, now_ms);
     ++worker.leased;
     ++counts_.leases;
-    lease.members.push_back({{m.spec.episode_id, m.attempt}, m.spec.seed, m.segment_count, m.tokens});
+    lease.members.push_back({{m.spec.episode_id, m.attempt}, m.spec.seed, m.segment_count, m.tokens, m.mask});
   }
   if (!lease.members.empty()) out.push_back({peer, encode(lease)});
 }
@@ -311,7 +313,7 @@ void EpisodeBook::assign(int64_t now_ms, std::vector<Outgoing>& out) {
         if (it->second < kScoresInFlight && (best == reward_workers_.end() || it->second < best->second)) best = it;
       if (best == reward_workers_.end()) continue;
       ScoreRequest request{g->record.group_id, g->task, g->members.front().spec.max_new_tokens, {}};
-      for (const auto& m : g->members) request.members.push_back({m.spec.episode_id, m.tokens, m.finish});
+      for (const auto& m : g->members) request.members.push_back({m.spec.episode_id, m.tokens, m.mask, m.finish});
       g->scorer = best->first;
       g->score_deadline_ms = now_ms + options_.score_ms;
       ++best->second;

@@ -1,11 +1,14 @@
-// The policy worker: leases in, tokens out. One thread: receive what is there, take one engine step, send segments.
+// The policy worker: leases in, tokens out. One thread: receive what is there, take one engine step, send segments. In an
+// environment the calls of tools run beside it, and a segment ends where the policy goes on after their answers.
 #include <fmt/format.h>
 
 #include <cstdio>
+#include <filesystem>
 #include <map>
 #include <optional>
 
 #include "policy/engine/engine.h"
+#include "rollout/agent_episodes.h"
 #include "rollout/compute.h"
 #include "rollout/roles.h"
 #include "rollout/setup.h"
@@ -28,13 +31,20 @@ class PolicyWorker {
         compute_(role.config, model_, role.run_dir, role.stop),
         engine_(compute_.engine_backend(), *layout_, role.config.engine),
         client_(role.zmq, role.endpoint, "policy", role.name, role.run_id, [this] { return hello(); },
-                client_options(role.config)) {}
+                client_options(role.config)) {
+    if (!environment_config(role.config)) return;
+    tasks_.emplace(role.config, layout_->config(), *tokenizer_);
+    agents_.emplace(engine_, *tokenizer_, *tasks_->environment(), std::filesystem::path(role.run_dir) / "work");
+  }
 
   RoleResult run() {
     std::vector<policy::GeneratedToken> tokens;
     while (!role_.stop.stop_requested() && !stopped_) {
+      if (agents_) take_answers();
       const bool work = !engine_.idle() && have_weights_ && client_.unacknowledged_bytes() < kMaxUnacknowledgedBytes;
-      int timeout_ms = work ? 0 : 100;
+      const bool tools = agents_ && agents_->waiting();
+      if (!work && tools) agents_->wait(1);
+      int timeout_ms = work || tools ? 0 : 100;
       while (auto message = client_.receive(timeout_ms)) {
         handle(*message);
         timeout_ms = 0;
@@ -50,7 +60,8 @@ class PolicyWorker {
  private:
   struct Running {
     EpisodeKey key;
-    Segment segment;  // the one being filled
+    Segment segment;      // the one being filled
+    bool fed = false;     // its last token was not sampled
   };
 
   Json hello() const {
@@ -113,23 +124,55 @@ class PolicyWorker {
       request.committed = m.committed;
       request.max_new_tokens = lease.max_new_tokens;
       request.sampling = *sampling;
+      if (agents_) {
+        request.hold = true;
+        request.reserve_tokens = lease.max_new_tokens;
+      }
       group.members.push_back(std::move(request));
       Running running;
       running.key = m.key;
       running.segment.index = m.first_index;
       running_[m.key.episode_id] = std::move(running);
+      if (agents_) begin_agent(lease, m);
     }
     try {
       engine_.submit(std::move(group));
     } catch (const Error& e) {
       // The same would happen to any worker: the run is misconfigured.
-      for (const auto& m : lease.members) running_.erase(m.key.episode_id);
+      for (const auto& m : lease.members) stop_generating(m.key.episode_id);
       client_.send_durable(BusMessage("failed", {{"line", fmt::format("group {} cannot be generated: {}", lease.group_id, e.what())}}));
     }
   }
 
+  void begin_agent(const Lease& lease, const LeaseMember& m) {
+    AgentEpisodes::Begin begin;
+    begin.id = static_cast<uint64_t>(m.key.episode_id);
+    begin.folder = m.key.episode_id < 0 ? fmt::format("evaluation-{}", -m.key.episode_id) : std::to_string(m.key.episode_id);
+    begin.committed = m.committed;
+    begin.mask = m.mask;
+    begin.max_new_tokens = lease.max_new_tokens;
+    if (tasks_->environment()->has_folder()) begin.files = tasks_->files(lease.task_index, lease.held_out);
+    agents_->begin(begin);
+  }
+
   void stop_generating(int64_t episode_id) {
-    if (running_.erase(episode_id) > 0) engine_.cancel(static_cast<uint64_t>(episode_id));
+    if (running_.erase(episode_id) == 0) return;
+    engine_.cancel(static_cast<uint64_t>(episode_id));
+    if (agents_) agents_->drop(static_cast<uint64_t>(episode_id));
+  }
+
+  // Tools that answered, and agents whose time is over.
+  void take_answers() {
+    for (auto& a : agents_->advance()) {
+      const auto it = running_.find(static_cast<int64_t>(a.id));
+      if (it == running_.end()) continue;
+      Running& r = it->second;
+      for (auto& event : a.events) r.segment.tools.push_back(std::move(event));
+      if (a.finish == FinishReason::kNone) continue;
+      r.segment.finish = a.finish;
+      send(r);
+      running_.erase(it);
+    }
   }
 
   void drop(const EpisodeKey& key) {
@@ -144,23 +187,33 @@ class PolicyWorker {
     const auto it = running_.find(static_cast<int64_t>(t.id));
     if (it == running_.end()) return;
     Running& r = it->second;
+    // What a tool answered is committed with the turn that asked for it, before the policy goes on.
+    if (r.fed && !t.fed) send(r);
     Segment& s = r.segment;
+    if (t.fed) s.mask.resize(s.tokens.size(), 1);
     s.tokens.push_back(t.token);
     s.logprobs.push_back(t.logprob);
     s.versions.push_back(t.version);
-    s.finish = t.finish;
+    if (t.fed) s.mask.push_back(0);
+    r.fed = t.fed;
+    s.finish = agents_ ? agents_->take(t) : t.finish;
+    // A turn that asks for tools waits for their answers, so that what is committed never ends between the two.
+    const bool held = t.finish != FinishReason::kNone;
     const bool full = static_cast<int64_t>(s.tokens.size()) >= role_.config.rollout.segment_tokens;
-    if (t.finish == FinishReason::kNone && !full) return;
-    s.episode_id = r.key.episode_id;
-    s.attempt = r.key.attempt;
-    client_.send_durable(encode(s));
-    if (t.finish != FinishReason::kNone) {
-      running_.erase(it);
-      return;
-    }
-    const int32_t next = s.index + 1;
-    s = Segment();
-    s.index = next;
+    if (s.finish == FinishReason::kNone && (t.fed || held || !full)) return;
+    const bool over = s.finish != FinishReason::kNone;
+    send(r);
+    if (over) running_.erase(it);
+  }
+
+  void send(Running& r) {
+    r.segment.episode_id = r.key.episode_id;
+    r.segment.attempt = r.key.attempt;
+    client_.send_durable(encode(r.segment));
+    const int32_t next = r.segment.index + 1;
+    r.segment = Segment();
+    r.segment.index = next;
+    r.fed = false;
   }
 
   const RoleContext& role_;
@@ -170,6 +223,8 @@ class PolicyWorker {
   std::vector<int32_t> stop_tokens_;
   Compute compute_;
   policy::Engine engine_;
+  std::optional<RunTasks> tasks_;        // in an environment
+  std::optional<AgentEpisodes> agents_;  // likewise
   WeightsSubscriber weights_;
   bool have_weights_ = false, stopped_ = false;
   std::string hash_;

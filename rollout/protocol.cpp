@@ -42,7 +42,9 @@ BusMessage encode(const Lease& lease) {
                       {"version", lease.version},
                       {"max_new_tokens", lease.max_new_tokens},
                       {"temperature", lease.temperature},
-                      {"sampling", lease.sampling}});
+                      {"sampling", lease.sampling},
+                      {"task_index", lease.task_index},
+                      {"held_out", lease.held_out}});
   Json members = Json::array();
   for (const auto& member : lease.members)
     members.push_back({{"episode", member.key.episode_id},
@@ -51,7 +53,10 @@ BusMessage encode(const Lease& lease) {
                        {"index", member.first_index}});
   m.header["members"] = std::move(members);
   m.frames.push_back(net::to_frame(lease.prompt));
-  for (const auto& member : lease.members) m.frames.push_back(net::to_frame(member.committed));
+  for (const auto& member : lease.members) {
+    m.frames.push_back(net::to_frame(member.committed));
+    m.frames.push_back(net::to_frame(member.mask));
+  }
   return m;
 }
 
@@ -62,9 +67,11 @@ std::optional<Lease> decode_lease(const BusMessage& message) {
   f.get("version", lease.version);
   f.get("max_new_tokens", lease.max_new_tokens);
   f.get("temperature", lease.temperature);
+  f.get("task_index", lease.task_index);
+  f.get("held_out", lease.held_out);
   const auto members = message.header.find("members");
   if (!f.ok() || members == message.header.end() || !members->is_array() ||
-      message.frames.size() != members->size() + 1 || !message.header.contains("sampling"))
+      message.frames.size() != 2 * members->size() + 1 || !message.header.contains("sampling"))
     return std::nullopt;
   lease.sampling = message.header["sampling"];
   auto prompt = net::from_frame<int32_t>(message.frames[0]);
@@ -79,9 +86,11 @@ std::optional<Lease> decode_lease(const BusMessage& message) {
     g.get("attempt", member.key.attempt);
     g.get("seed", member.seed);
     g.get("index", member.first_index);
-    auto committed = net::from_frame<int32_t>(message.frames[i + 1]);
-    if (!g.ok() || !committed) return std::nullopt;
+    auto committed = net::from_frame<int32_t>(message.frames[2 * i + 1]);
+    auto mask = net::from_frame<uint8_t>(message.frames[2 * i + 2]);
+    if (!g.ok() || !committed || !mask || (!mask->empty() && mask->size() != committed->size())) return std::nullopt;
     member.committed = std::move(*committed);
+    member.mask = std::move(*mask);
     lease.members.push_back(std::move(member));
   }
   return lease;
@@ -94,8 +103,46 @@ BusMessage encode(const Segment& segment) {
                         {"finish", finish_name(segment.finish)}});
   m.frames = {net::to_frame(segment.tokens), net::to_frame(segment.logprobs), net::to_frame(segment.versions),
               net::to_frame(segment.mask)};
+  if (segment.tools.empty()) return m;
+  Json rows = Json::array();
+  for (const ToolEvent& e : segment.tools) {
+    rows.push_back({{"turn", e.turn}, {"started_us", e.started_us}, {"duration_us", e.duration_us}, {"status", e.status},
+                    {"digest", e.digest}});
+    // What a policy or a tool wrote is bytes, not text.
+    for (const std::string* bytes : {&e.name, &e.input, &e.output}) m.frames.push_back(*bytes);
+  }
+  m.header["tools"] = std::move(rows);
   return m;
 }
+
+namespace {
+
+// The events in the frames from the fifth on; false: not of the form.
+bool decode_tools(const BusMessage& message, std::vector<ToolEvent>& tools) {
+  constexpr size_t kFirst = 4, kEach = 3;
+  const auto rows = message.header.find("tools");
+  if (rows == message.header.end()) return message.frames.size() == kFirst;
+  if (!rows->is_array() || message.frames.size() != kFirst + kEach * rows->size()) return false;
+  for (size_t i = 0; i < rows->size(); ++i) {
+    const Json& row = (*rows)[i];
+    if (!row.is_object()) return false;
+    ToolEvent e;
+    Fields g(row);
+    g.get("turn", e.turn);
+    g.get("started_us", e.started_us);
+    g.get("duration_us", e.duration_us);
+    g.get("status", e.status);
+    g.get("digest", e.digest);
+    if (!g.ok() || e.turn < 0) return false;
+    e.name = message.frames[kFirst + kEach * i];
+    e.input = message.frames[kFirst + kEach * i + 1];
+    e.output = message.frames[kFirst + kEach * i + 2];
+    tools.push_back(std::move(e));
+  }
+  return true;
+}
+
+}  // namespace
 
 std::optional<Segment> decode_segment(const BusMessage& message) {
   Segment segment;
@@ -106,7 +153,7 @@ std::optional<Segment> decode_segment(const BusMessage& message) {
   f.get("index", segment.index);
   f.get("finish", finish);
   const auto reason = parse_finish(finish);
-  if (!f.ok() || !reason || message.frames.size() != 4) return std::nullopt;
+  if (!f.ok() || !reason || message.frames.size() < 4 || !decode_tools(message, segment.tools)) return std::nullopt;
   auto tokens = net::from_frame<int32_t>(message.frames[0]);
   auto logprobs = net::from_frame<float>(message.frames[1]);
   auto versions = net::from_frame<uint32_t>(message.frames[2]);
@@ -130,6 +177,7 @@ BusMessage encode(const ScoreRequest& request) {
   for (const auto& member : request.members) {
     rows.push_back({{"episode", member.episode_id}, {"finish", finish_name(member.finish)}});
     m.frames.push_back(net::to_frame(member.tokens));
+    m.frames.push_back(net::to_frame(member.mask));
   }
   m.header["members"] = std::move(rows);
   return m;
@@ -142,7 +190,7 @@ std::optional<ScoreRequest> decode_score(const BusMessage& message) {
   f.get("max_new_tokens", request.max_new_tokens);
   const auto rows = message.header.find("members");
   const auto task = message.header.find("task");
-  if (!f.ok() || rows == message.header.end() || !rows->is_array() || rows->size() != message.frames.size() ||
+  if (!f.ok() || rows == message.header.end() || !rows->is_array() || 2 * rows->size() != message.frames.size() ||
       task == message.header.end() || !task->is_object())
     return std::nullopt;
   request.task = *task;
@@ -155,10 +203,12 @@ std::optional<ScoreRequest> decode_score(const BusMessage& message) {
     g.get("episode", member.episode_id);
     g.get("finish", finish);
     const auto reason = parse_finish(finish);
-    auto tokens = net::from_frame<int32_t>(message.frames[i]);
-    if (!g.ok() || !reason || !tokens) return std::nullopt;
+    auto tokens = net::from_frame<int32_t>(message.frames[2 * i]);
+    auto mask = net::from_frame<uint8_t>(message.frames[2 * i + 1]);
+    if (!g.ok() || !reason || !tokens || !mask || (!mask->empty() && mask->size() != tokens->size())) return std::nullopt;
     member.finish = *reason;
     member.tokens = std::move(*tokens);
+    member.mask = std::move(*mask);
     request.members.push_back(std::move(member));
   }
   return request;

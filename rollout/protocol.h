@@ -24,6 +24,7 @@ struct LeaseMember {
   uint64_t seed = 0;
   int32_t first_index = 0;  // of the next segment
   std::vector<int32_t> committed;
+  std::vector<uint8_t> mask = {};  // [committed] 1: sampled; empty: all
 };
 
 // Work for a policy worker: generate these members of one group.
@@ -33,6 +34,8 @@ struct Lease {
   int32_t max_new_tokens = 0;  // committed ones included
   float temperature = 1;
   Json sampling = Json::object();  // further sampling parameters (sampling_from_json)
+  int64_t task_index = 0;          // where the folder of an agent's tools comes from
+  bool held_out = false;           // its task is one of those
   std::vector<int32_t> prompt;
   std::vector<LeaseMember> members;
 };
@@ -48,6 +51,7 @@ std::optional<Segment> decode_segment(const BusMessage& message);
 struct ScoreMember {
   int64_t episode_id = 0;
   std::vector<int32_t> tokens;  // generated, the stop token included
+  std::vector<uint8_t> mask;    // [tokens] 1: sampled; empty: all
   FinishReason finish = FinishReason::kNone;
 };
 struct ScoreRequest {

@@ -22,13 +22,20 @@ std::string response_text(const policy::Tokenizer& tokenizer, const std::vector<
   return tokenizer.decode(tokens);
 }
 
+// What an agent's last turn says: nothing that a tool printed, no call.
+std::string answer_text(const policy::Tokenizer& tokenizer, const ScoreMember& member) {
+  return policy::parse_assistant(tokenizer, last_turn(member.tokens, member.mask)).content;
+}
+
 }  // namespace
 
 RoleResult run_reward_worker(const RoleContext& role) {
   const auto layout = make_layout(role.config);
   const auto tokenizer = make_tokenizer(role.config, layout->config());
   const auto stops = stop_tokens(layout->config(), *tokenizer);
-  const auto rubric = reward::Rubric::parse(role.config.reward, "reward");
+  auto rubric = reward::Rubric::parse(role.config.reward, "reward");
+  const auto environment = environment_config(role.config);
+  if (environment) rubric.set_outcomes(environment->rewards);
   HubClient client(role.zmq, role.endpoint, "reward", role.name, role.run_id, {}, client_options(role.config));
   while (!role.stop.stop_requested()) {
     const auto message = client.receive(100);
@@ -43,10 +50,10 @@ RoleResult run_reward_worker(const RoleContext& role) {
       input.prompt = text_field(request->task, "prompt");
       input.answer = text_field(request->task, "answer");
       input.verifier = text_field(request->task, "verifier");
-      input.response = response_text(*tokenizer, stops, member);
+      input.response = environment ? answer_text(*tokenizer, member) : response_text(*tokenizer, stops, member);
       input.tokens = member.tokens;
       input.finish = member.finish;
-      input.response_tokens = static_cast<int64_t>(member.tokens.size());
+      input.response_tokens = sampled_tokens(member.tokens, member.mask);
       input.max_tokens = request->max_new_tokens;
       inputs.push_back(std::move(input));
     }

@@ -7,6 +7,7 @@
 #include "base/file.h"
 #include "base/json.h"
 #include "base/random.h"
+#include "rollout/environment.h"
 #include "rollout/protocol.h"
 
 namespace perigee::rollout {
@@ -45,6 +46,8 @@ void describe_start(Schema& s, RunConfig& c) {
   s.field("tokenizer.path", &c.tokenizer.path, "a tiktoken.model, or its directory; empty: bytes with the special tokens");
 
   s.field("tasks", &c.tasks, "where tasks come from (docs/tasks.md)");
+  s.field("environment", &c.environment,
+          "tools and limits of an agent: with it an episode is a conversation of several turns (docs/environments.md); empty: none");
   s.field("reward", &c.reward, "the list of verifiers with weights (docs/rewards.md)");
 }
 
@@ -182,6 +185,12 @@ void check(const Schema& schema, RunConfig& c, Raw& raw, const std::string& wher
     fail("model.config is neither a path nor an object");
   if (!c.tasks.is_object() || c.tasks.empty()) fail("no tasks: give the section tasks (docs/tasks.md)");
   if (!c.reward.is_array() || c.reward.empty()) fail("no reward: give the list reward (docs/rewards.md)");
+
+  try {
+    environment_config(c);
+  } catch (const Error& e) {
+    fail(e.what());
+  }
 
   auto& loss = c.learn.trainer.loss;
   const kernels::LossConfig usual = kernels::loss_defaults(loss.kind);

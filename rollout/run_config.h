@@ -36,6 +36,7 @@ struct RunConfig {
   } tokenizer;
 
   nlohmann::json tasks = nlohmann::json::object();   // rollout/tasks.h
+  nlohmann::json environment = nlohmann::json::object();  // rollout/environment.h; empty: none
   nlohmann::json reward = nlohmann::json::array();   // reward/rubric.h
 
   struct Warmup {

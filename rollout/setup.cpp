@@ -1,12 +1,16 @@
 #include "rollout/setup.h"
 
+#include <unistd.h>
+
 #include <algorithm>
+#include <atomic>
 #include <filesystem>
 
 #include "base/error.h"
 #include "base/random.h"
 #include "policy/tokenizer/chat.h"
 #include "policy/weights/checkpoint.h"
+#include "rollout/workspace.h"
 
 namespace perigee::rollout {
 namespace {
@@ -76,6 +80,7 @@ std::vector<int32_t> stop_tokens(const policy::ModelConfig& model, const policy:
 RunTasks::RunTasks(const RunConfig& config, const policy::ModelConfig& model, const policy::Tokenizer& tokenizer)
     : tokenizer_(tokenizer),
       source_(make_task_source(config.tasks, "tasks", derive_seed(config.seed(), kTaskSeeds))),
+      environment_(Environment::make(config)),
       bos_(model.bos_id),
       eos_(model.eos_id),
       stop_tokens_(rollout::stop_tokens(model, tokenizer)),
@@ -84,6 +89,14 @@ RunTasks::RunTasks(const RunConfig& config, const policy::ModelConfig& model, co
 }
 
 std::vector<int32_t> RunTasks::prompt_tokens(const Task& task) const {
+  if (environment_) {
+    const EnvironmentConfig& e = environment_->config();
+    std::vector<policy::Message> messages = task.messages;
+    if (messages.empty()) messages.push_back({policy::Role::kUser, task.prompt});
+    if (!e.system.empty()) messages.insert(messages.begin(), {policy::Role::kSystem, e.system});
+    const std::string& tools = e.declare ? environment_->tools().declarations() : task.tools;
+    return policy::render_chat(tokenizer_, messages, tools, true);
+  }
   if (task.messages.empty()) {
     std::vector<int32_t> ids{bos_};
     tokenizer_.append_plain(task.prompt, ids);
@@ -98,7 +111,7 @@ void RunTasks::check(const RunConfig& config, int64_t max_length) const {
   const bool worked = config.warmup.steps > 0 || config.learn.ptx_batch > 0;
   const auto check_one = [&](const Task& task, bool is_train) {
     const std::string where = task.where.empty() ? "" : task.where + ": ";
-    if (is_train && worked && task.worked_example.empty()) refuse_worked_example(task);
+    if (is_train && worked && task.worked_example.empty() && task.worked_turns.empty()) refuse_worked_example(task);
     const auto prompt = static_cast<int64_t>(prompt_tokens(task).size());
     if (prompt + config.rollout.max_new_tokens > max_length)
       throw_input("{}rollout.max_new_tokens: {} after a prompt of {} tokens exceed the model's {}", where,
@@ -129,16 +142,68 @@ PreparedTask RunTasks::held_out(int64_t index) const { return prepare(source_->h
 
 policy::TrainSequence RunTasks::worked_example(int64_t index) const {
   const Task task = source_->train(source_->train_index(static_cast<uint64_t>(kWorkedOffset + index)));
-  if (task.worked_example.empty())
-    refuse_worked_example(task);
+  if (task.worked_example.empty() && task.worked_turns.empty()) refuse_worked_example(task);
   policy::TrainSequence s;
   s.tokens = prompt_tokens(task);
   s.mask.assign(s.tokens.size(), 0);
-  tokenizer_.append_plain(task.worked_example, s.tokens);
-  s.tokens.push_back(task.messages.empty() ? eos_ : tokenizer_.special(policy::special::kImEnd));
-  s.mask.resize(s.tokens.size(), 1);
   s.curated = true;
+  if (!task.worked_turns.empty()) {
+    append_worked_turns(task, s);
+    return s;
+  }
+  tokenizer_.append_plain(task.worked_example, s.tokens);
+  const bool chat = environment_ != nullptr || !task.messages.empty();
+  s.tokens.push_back(chat ? tokenizer_.special(policy::special::kImEnd) : eos_);
+  s.mask.resize(s.tokens.size(), 1);
   return s;
+}
+
+// Each turn as the policy would have sampled it after its opening, and what an environment feeds in between.
+void RunTasks::append_worked_turns(const Task& task, policy::TrainSequence& s) const {
+  const std::string where = task.where.empty() ? "tasks" : task.where;
+  std::vector<int32_t> opening;
+  policy::append_generation_prompt(tokenizer_, opening);
+  const auto& turns = task.worked_turns;
+  int64_t calls = 0;
+  int32_t number = 0;
+  std::filesystem::path folder;
+  for (size_t i = 0; i < turns.size(); ++number) {
+    if (turns[i].role != policy::Role::kAssistant) throw_input("{}: a worked turn is of the role {}", where, policy::role_name(turns[i].role));
+    std::vector<int32_t> message;
+    policy::append_message(tokenizer_, turns[i], calls, message);
+    const std::vector<int32_t> turn(message.begin() + static_cast<int64_t>(opening.size()), message.end());
+    s.tokens.insert(s.tokens.end(), turn.begin(), turn.end());
+    s.mask.resize(s.tokens.size(), 1);
+    const bool last = ++i == turns.size();
+    if (last) break;
+    if (turns[i - 1].tool_calls.empty()) throw_input("{}: a worked turn without tool calls is not the last one", where);
+    std::vector<int32_t> fed;
+    if (turns[i].role == policy::Role::kTool) {
+      for (; i < turns.size() && turns[i].role == policy::Role::kTool; ++i)
+        policy::append_message(tokenizer_, turns[i], calls, fed);
+      fed.insert(fed.end(), opening.begin(), opening.end());
+    } else {
+      if (!environment_) throw_input("{}: a worked turn calls tools, and the run has no environment", where);
+      if (folder.empty() && environment_->has_folder()) {
+        static std::atomic<int64_t> serial{0};
+        folder = std::filesystem::temp_directory_path() / fmt::format("perigee-worked-{}-{}", ::getpid(), ++serial);
+        prepare_workspace(folder, task.files);
+      }
+      agents::ToolContext context;
+      context.work = folder;
+      const auto parsed = policy::parse_assistant(tokenizer_, turn);
+      const auto events = agents::run_calls(environment_->tools(), parsed, number, context, environment_->config().limits);
+      fed = agents::answer_tokens(tokenizer_, parsed, events);
+    }
+    s.tokens.insert(s.tokens.end(), fed.begin(), fed.end());
+    s.mask.resize(s.tokens.size(), 0);
+  }
+  if (!folder.empty()) remove_workspace(folder);
+}
+
+std::vector<TaskFile> RunTasks::files(int64_t task_index, bool held_out) const {
+  const auto index = static_cast<uint64_t>(task_index);
+  return held_out ? source_->held_out(index).files : source_->train(index).files;
 }
 
 void RunTasks::feedback(int64_t task_index, const std::vector<double>& totals) {

@@ -7,6 +7,7 @@
 
 #include "policy/learn/trainer.h"
 #include "policy/tokenizer/tokenizer.h"
+#include "rollout/environment.h"
 #include "rollout/run_config.h"
 #include "rollout/schedule.h"
 #include "rollout/tasks.h"
@@ -33,19 +34,25 @@ class RunTasks {
   int64_t held_out_count() const { return static_cast<int64_t>(source_->held_out_count()); }
   PreparedTask train(int64_t ordinal) const;
   PreparedTask held_out(int64_t index) const;
-  // The index-th worked example: prompt, example and stop token. ERRORS (input): the source has none.
+  // The index-th worked example: prompt, example and stop token; of an environment the tools' answers too, which are not
+  // trained on. ERRORS (input): the source has none.
   policy::TrainSequence worked_example(int64_t index) const;
   void feedback(int64_t task_index, const std::vector<double>& totals);
   // The feed of a hub, borrowing this object.
   TaskFeed feed();
+  // What the folder of an agent's tools begins with.
+  std::vector<TaskFile> files(int64_t task_index, bool held_out) const;
+  const Environment* environment() const { return environment_.get(); }  // null: none
   const std::vector<int32_t>& stop_tokens() const { return stop_tokens_; }
 
  private:
   PreparedTask prepare(const Task& task) const;
   std::vector<int32_t> prompt_tokens(const Task& task) const;
+  void append_worked_turns(const Task& task, policy::TrainSequence& s) const;
 
   const policy::Tokenizer& tokenizer_;
   std::unique_ptr<TaskSource> source_;
+  std::unique_ptr<Environment> environment_;
   int32_t bos_ = 0, eos_ = 0;
   std::vector<int32_t> stop_tokens_;
   std::vector<LevelRecord> records_;

@@ -21,8 +21,13 @@ struct Kind {
   std::string_view name;
   MakeGenerator make;
 };
-constexpr std::array<Kind, 3> kGenerators{
-    {{"arithmetic", make_arithmetic}, {"countdown", make_countdown_tasks}, {"sort", make_sort}}};
+constexpr std::array<Kind, 7> kGenerators{{{"arithmetic", make_arithmetic},
+                                           {"countdown", make_countdown_tasks},
+                                           {"sort", make_sort},
+                                           {"calculate", make_calculate},
+                                           {"sql", make_sql_tasks},
+                                           {"document", make_document},
+                                           {"code", make_code_tasks}}};
 
 enum class Side : uint64_t { kTrain = 1, kHeldOut = 2 };
 

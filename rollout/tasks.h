@@ -6,6 +6,13 @@
 //   {"kind": "countdown", "min_numbers": 3, "max_numbers": 4, "max_number": 10, "max_target": 100}
 //   {"kind": "sort", "items": "numbers", "min_length": 3, "max_length": 6, "max_number": 99}
 //    ("items": or "letters")
+// For environments (docs/environments.md):
+//   {"kind": "calculate", "min_digits": 3, "max_digits": 5, "min_operands": 2, "max_operands": 2, "operators": "+-*",
+//    "call_share": 1}
+//    (so large a share of the worked examples ask the calculator, the others know the answer)
+//   {"kind": "sql", "min_rows": 20, "max_rows": 60}
+//   {"kind": "document", "bytes": 60000, "facts": 24, "min_asked": 2, "max_asked": 3}
+//   {"kind": "code", "tests": 12, "max_length": 12}
 //   {"kind": "jsonl", "path": "train.jsonl", "held_out_path": ""}
 //
 // Generators also take "think_open", "think_close" (of worked examples) and "levels": a list of objects, each
@@ -31,6 +38,14 @@
 
 namespace perigee::rollout {
 
+// Of the folder that an episode's tools work in.
+struct TaskFile {
+  std::string name;       // plain
+  std::string text;       // its content; of a database the SQL that makes it
+  bool database = false;  // SQLite
+  bool operator==(const TaskFile&) const = default;
+};
+
 struct Task {
   uint64_t index = 0;
   std::string prompt;             // plain text; empty when messages are given
@@ -38,8 +53,12 @@ struct Task {
   std::string tools;              // for the chat template: the text of the list of tools, or ""
   std::string answer;             // for the verifier
   std::string worked_example;     // a whole response ending in the answer, for the warm-up; files: may be ""
+  // The same as a conversation that goes on from the prompt: turns of the assistant, of which the last is the answer.
+  // Where a turn's calls are not followed by messages of the role tool, the environment's tools answer them.
+  std::vector<policy::Message> worked_turns;
+  std::vector<TaskFile> files;    // of an environment
   std::string difficulty;         // the level's name
-  std::string verifier;  // that the answer is for: "numeric", "countdown", "exact"; empty: the run's default
+  std::string verifier;  // that the answer is for: "numeric", "countdown", "exact", "code"; empty: the run's default
   std::string where;     // FILE:LINE that it stands in; empty: generated
   bool operator==(const Task&) const = default;
 };

@@ -183,7 +183,7 @@ class Arithmetic : public Generator {
     problem.task.verifier = "numeric";
     problem.task.worked_example =
         style_.think_open + arithmetic_steps(operands, operators) + style_.think_close + problem.task.answer;
-    problem.canonical = canonical(operands, operators);
+    problem.canonical = canonical_arithmetic(operands, operators);
     return problem;
   }
 
@@ -197,15 +197,6 @@ class Arithmetic : public Generator {
       if (section.value < 0) return true;
     return false;
   }
-  // The operands in order, each with the operator before it: the same for 47+38 and 38+47, and coarser than
-  // need be for longer problems, which only makes the two sides differ more.
-  static std::string canonical(const std::vector<int64_t>& operands, const std::string& operators) {
-    std::vector<int64_t> sorted_operands = operands;
-    std::string sorted_operators = operators;
-    std::sort(sorted_operands.begin(), sorted_operands.end());
-    std::sort(sorted_operators.begin(), sorted_operators.end());
-    return fmt::format("arithmetic {} {}", sorted_operators, fmt::join(sorted_operands, " "));
-  }
 
   WorkedStyle style_;
   int64_t min_digits_, max_digits_, min_operands_, max_operands_;
@@ -214,6 +205,16 @@ class Arithmetic : public Generator {
 };
 
 }  // namespace
+
+// The operands in order, and the operators: the same for 47+38 and 38+47, and coarser than need be for longer problems,
+// which only makes the two sides differ more.
+std::string canonical_arithmetic(std::span<const int64_t> operands, std::string_view operators) {
+  std::vector<int64_t> sorted_operands(operands.begin(), operands.end());
+  std::string sorted_operators(operators);
+  std::sort(sorted_operands.begin(), sorted_operands.end());
+  std::sort(sorted_operators.begin(), sorted_operators.end());
+  return fmt::format("arithmetic {} {}", sorted_operators, fmt::join(sorted_operands, " "));
+}
 
 std::string arithmetic_steps(std::span<const int64_t> operands, std::string_view operators) {
   const auto sections = work_out(operands, operators);

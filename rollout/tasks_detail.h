@@ -22,10 +22,18 @@ class Generator {
   virtual Problem draw(Random& random) const = 0;
 };
 
+// The operators and operands of a problem whatever their order; that of a generator of arithmetic.
+std::string canonical_arithmetic(std::span<const int64_t> operands, std::string_view operators);
+
 // Read their options; the caller finishes the reader.
 std::unique_ptr<Generator> make_arithmetic(JsonReader& options, const WorkedStyle& style);
 std::unique_ptr<Generator> make_countdown_tasks(JsonReader& options, const WorkedStyle& style);
 std::unique_ptr<Generator> make_sort(JsonReader& options, const WorkedStyle& style);
+// For environments (docs/environments.md).
+std::unique_ptr<Generator> make_calculate(JsonReader& options, const WorkedStyle& style);
+std::unique_ptr<Generator> make_sql_tasks(JsonReader& options, const WorkedStyle& style);
+std::unique_ptr<Generator> make_document(JsonReader& options, const WorkedStyle& style);
+std::unique_ptr<Generator> make_code_tasks(JsonReader& options, const WorkedStyle& style);
 std::unique_ptr<TaskSource> make_jsonl(JsonReader& options, uint64_t seed);
 
 }  // namespace perigee::rollout

@@ -1,7 +1,8 @@
 // Tasks from files with one JSON object per line:
 //   {"prompt": "..." | "messages": [{"role": "user", "content": "..."}], "answer": "...",
-//    "verifier": "numeric", "worked_example": "...", "tools": [...]}
-// with messages and tools as in rollout/conversation.h. verifier, worked_example and tools may be absent; id, source
+//    "verifier": "numeric", "worked_example": "..." | "worked_turns": [...], "tools": [...],
+//    "files": {"NAME": "TEXT"}, "databases": {"NAME": "SQL"}}
+// with messages, worked_turns and tools as in rollout/conversation.h. All but the first two may be absent; id, source
 // and metadata may stand there and mean nothing. Empty lines are skipped.
 #include <algorithm>
 #include <bit>
@@ -34,6 +35,17 @@ uint64_t permuted(uint64_t i, uint64_t n, uint64_t key) {
   return i;
 }
 
+void read_files(JsonReader& line, const char* key, bool database, Task& task) {
+  const nlohmann::json* files = line.find(key);
+  if (files == nullptr) return;
+  if (!files->is_object()) line.fail(key, "an object from names to texts is expected");
+  for (const auto& [name, text] : files->items()) {
+    if (!text.is_string() || name.empty() || name[0] == '.' || name.find('/') != name.npos)
+      line.fail(key, fmt::format("{}: a plain name and a text are expected", quote(name)));
+    task.files.push_back({name, text.get<std::string>(), database});
+  }
+}
+
 Task read_task(std::string_view text, const std::string& where) {
   const nlohmann::json value = parse_json(text, where);
   JsonReader line(value, where);
@@ -58,6 +70,15 @@ Task read_task(std::string_view text, const std::string& where) {
     task.answer = line.string("answer");
   task.verifier = line.string("verifier", "");
   task.worked_example = line.string("worked_example", "");
+  if (line.has("worked_turns")) {
+    if (!task.worked_example.empty()) line.fail("worked_turns", "worked_example stands there too");
+    task.worked_turns = read_messages(*line.find("worked_turns"), where);
+    if (task.worked_turns.back().role != policy::Role::kAssistant || !task.worked_turns.back().tool_calls.empty())
+      line.fail("worked_turns", "the last one is expected to be the assistant's answer");
+  }
+  line.ignore("worked_turns");
+  read_files(line, "files", false, task);
+  read_files(line, "databases", true, task);
   for (const char* key : {"id", "source", "metadata"}) line.ignore(key);
   line.finish();
   const auto& known = reward::task_verifier_names();
@@ -75,6 +96,7 @@ std::string canonical(const Task& task) {
     if (!m.tool_call_id.empty()) text += '\x1d' + m.tool_call_id;
   }
   if (!task.tools.empty()) text += '\x1c' + task.tools;
+  for (const auto& file : task.files) text += fmt::format("\x1b{}\x1f{}", file.name, file.text);
   return text;
 }
 

@@ -19,7 +19,9 @@ Lease sample_lease() {
   lease.temperature = 0.7f;
   lease.sampling = {{"top_k", 5}};
   lease.prompt = {1, 2, 3};
-  lease.members = {{{9, 2}, ~uint64_t{0}, 4, {7, 8}}, {{10, 1}, 5, 0, {}}};
+  lease.task_index = 77;
+  lease.held_out = true;
+  lease.members = {{{9, 2}, ~uint64_t{0}, 4, {7, 8}, {1, 0}}, {{10, 1}, 5, 0, {}}};
   return lease;
 }
 
@@ -32,7 +34,9 @@ Segment sample_segment() {
   s.logprobs = {-0.1f, -0.0f};
   s.versions = {3, 4};
   s.mask = {1, 0};
-  s.finish = FinishReason::kStop;
+  s.finish = FinishReason::kTurns;
+  s.tools = {{2, 1700000000000000, 15, "calc\xff", "{\"a\": 1}", std::string("4\0\x80", 3), "ok", "d1"},
+             {2, 1700000000000001, 0, "", "", "no such tool", "error", "d2"}};
   return s;
 }
 
@@ -68,6 +72,10 @@ TEST(Protocol, EverythingComesBackAsItWent) {
   ASSERT_TRUE(lease);
   EXPECT_EQ(lease->members[0].seed, ~uint64_t{0});
   EXPECT_EQ(lease->members[0].committed, (std::vector<int32_t>{7, 8}));
+  EXPECT_EQ(lease->members[0].mask, (std::vector<uint8_t>{1, 0}));
+  EXPECT_TRUE(lease->members[1].mask.empty());
+  EXPECT_EQ(lease->task_index, 77);
+  EXPECT_TRUE(lease->held_out);
   EXPECT_EQ(lease->members[1].key, (EpisodeKey{10, 1}));
   EXPECT_EQ(lease->temperature, 0.7f);
   EXPECT_EQ(lease->sampling, sample_lease().sampling);
@@ -78,7 +86,8 @@ TEST(Protocol, EverythingComesBackAsItWent) {
   EXPECT_EQ(segment->tokens, sample_segment().tokens);
   EXPECT_TRUE(std::signbit(segment->logprobs[1]));
   EXPECT_EQ(segment->mask, sample_segment().mask);
-  EXPECT_EQ(segment->finish, FinishReason::kStop);
+  EXPECT_EQ(segment->finish, FinishReason::kTurns);
+  EXPECT_EQ(segment->tools, sample_segment().tools);
 
   const auto train = decode_train(encode(sample_train()));
   ASSERT_TRUE(train);
