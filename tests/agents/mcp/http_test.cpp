@@ -24,7 +24,13 @@ class FakeHttp {
     server_ = std::make_unique<net::http::Server>(
         net::http::ServerOptions{}, [this](std::shared_ptr<Exchange> e) { take(std::move(e)); });
   }
-  ~FakeHttp() { server_->stop(); }
+  ~FakeHttp() {
+    {
+      const std::lock_guard lock(mutex_);
+      held_.clear();  // they answer through the server
+    }
+    server_->stop();
+  }
   std::string url() const { return fmt::format("http://127.0.0.1:{}/mcp", server_->port()); }
   std::vector<Request> requests() {
     const std::lock_guard lock(mutex_);
