@@ -75,6 +75,9 @@ class Device {
   static std::string why_none();
   // Throws Error(kEnvironment) when there is no such device or not enough memory for the scratch block, with numbers.
   explicit Device(int ordinal, int64_t scratch_bytes);
+  // Whether kernels over bf16 run there: they are for compute capability 9.0 (H100, H200), in builds with its code
+  // (PERIGEE_CUDA_ARCH=90a). Kernels over float run on 8.0 and newer. REQUIRES ordinal < count().
+  static bool runs_bf16(int ordinal);
   ~Device();
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;

@@ -19,7 +19,8 @@ int64_t device_scratch_bytes(const ParamLayout& layout, int64_t rows);
 // Sequence states on the device, of a model in this layout: float32 in panels, or bfloat16 in tiles.
 StateLayout device_state_layout(const ParamLayout& layout);
 
-// ERRORS (input): the sizes of a bfloat16 model that the device's kernels do not take, by name.
+// ERRORS (input): a bfloat16 model on a device without such kernels, or of sizes that they do not take, by name.
+// REQUIRES Device::count() > 0.
 void check_device_model(const ParamLayout& layout);
 
 // layout: MatrixForm::kTiles for bfloat16, panels for float32. device and layout outlive the backend. Everything but

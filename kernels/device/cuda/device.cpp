@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "kernels/device/cuda/host_copy.h"
+#include "kernels/device/features.h"
 #include "kernels/device/runtime.h"
 
 namespace perigee::kernels {
@@ -54,6 +55,11 @@ std::string Device::why_none() {
   return fmt::format("no CUDA device: {}", cudaGetErrorString(error));
 }
 
+bool Device::runs_bf16(int ordinal) {
+  PERIGEE_CUDA(cudaSetDevice(ordinal));
+  return features_here().tensor_kernels;
+}
+
 Device::Device(int ordinal, int64_t scratch_bytes) : ordinal_(ordinal) {
   const int n = count();
   if (n == 0) throw_environment("{}; use --device cpu", why_none());
@@ -67,6 +73,10 @@ Device::Device(int ordinal, int64_t scratch_bytes) : ordinal_(ordinal) {
   if (info_.capability < kLeastCapability)
     throw_environment("{} has compute capability {}.{}; {}.{} is the least supported: use --device cpu", info_.name,
                       properties.major, properties.minor, kLeastCapability / 10, kLeastCapability % 10);
+  if (!features_here().runs)
+    throw_environment("{} has compute capability {}.{}, for which this program has no code: build it with "
+                      "-DPERIGEE_CUDA_ARCH={}{}", info_.name, properties.major, properties.minor, properties.major,
+                      properties.minor);
   PERIGEE_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   size_t free = 0, total = 0;
   PERIGEE_CUDA(cudaMemGetInfo(&free, &total));

@@ -9,6 +9,9 @@ int Device::count() {
 std::string Device::why_none() {
   return "this program was built without CUDA";
 }
+bool Device::runs_bf16(int) {
+  return false;
+}
 Device::Device(int, int64_t) {
   throw_environment("{}; use --device cpu, or build again where nvcc is installed", why_none());
 }

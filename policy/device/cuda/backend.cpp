@@ -471,6 +471,9 @@ StateLayout device_state_layout(const ParamLayout& layout) {
 
 void check_device_model(const ParamLayout& layout) {
   if (layout.matrices() != MatrixForm::kTiles) return;
+  if (!Device::runs_bf16(0))
+    throw_input("bfloat16 on a GPU takes compute capability 9.0 (H100, H200) and a build with -DPERIGEE_CUDA_ARCH=90a; use "
+                "float32");
   const ModelConfig& c = layout.config();
   const auto multiple = [](const char* name, int64_t value, int64_t of) {
     if (value % of != 0) throw_input("{} is {}: bfloat16 on a GPU takes multiples of {}; use float32", name, value, of);
