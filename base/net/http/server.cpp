@@ -508,6 +508,7 @@ struct ExchangeState : Exchange::State, std::enable_shared_from_this<ExchangeSta
 
   template <class F>
   void on_thread(F f) {
+    if (core->stopped) return;  // nobody would run it, and it would keep what holds it
     asio::dispatch(core->io, [self = shared_from_this(), f = std::move(f)]() mutable {
       if (self->connection->serves(self.get())) f(*self->connection);
     });
