@@ -87,7 +87,8 @@ int replay(Options o) {
   StoreReader store(place.store());
   kernels::Context ctx(static_cast<int>(o.threads));
   const rollout::HostModel model(config);
-  Replayer replayer(ctx, model, config.engine, rollout::stop_tokens(layout->config(), *tokenizer));
+  Replayer replayer(ctx, model, config.engine, rollout::stop_tokens(layout->config(), *tokenizer),
+                    !config.environment.empty());
   int64_t episodes = 0;
   const auto take = [&](int64_t id) {
     ++episodes;

@@ -21,12 +21,13 @@ struct Replayer::Spanning {
   std::vector<Running> running;  // one
 };
 
-Replayer::Replayer(kernels::Context& ctx, const rollout::HostModel& model,
-                   const policy::EngineConfig& engine, std::vector<int32_t> stop_tokens)
-    : ctx_(ctx), model_(model), config_(engine), stop_tokens_(std::move(stop_tokens)) {}
+Replayer::Replayer(kernels::Context& ctx, const rollout::HostModel& model, const policy::EngineConfig& engine,
+                   std::vector<int32_t> stop_tokens, bool agents)
+    : ctx_(ctx), model_(model), config_(engine), stop_tokens_(std::move(stop_tokens)), agents_(agents) {}
 
 std::unique_ptr<policy::Engine> Replayer::make_engine() const {
-  return std::make_unique<policy::Engine>(model_.engine_backend(ctx_, config_.memory_bytes), *model_.model.layout, config_);
+  return std::make_unique<policy::Engine>(model_.engine_backend(ctx_, config_.memory_bytes),
+                                          *model_.model.layout, config_);
 }
 Replayer::~Replayer() = default;
 
@@ -51,6 +52,8 @@ policy::GenerationRequest Replayer::request_of(const Attempt& a, uint64_t id) co
   r.committed.assign(a.tokens.begin() + static_cast<ptrdiff_t>(a.prompt),
                      a.tokens.begin() + static_cast<ptrdiff_t>(a.first));
   r.max_new_tokens = a.max_new_tokens;
+  r.reserve_tokens = a.max_new_tokens;
+  r.hold = agents_;
   r.sampling = *sampling;
   return r;
 }
@@ -71,8 +74,21 @@ void Replayer::submit(policy::Engine& engine, std::vector<Running>& running) con
   }
 }
 
+// The stored answers of tools, after the turn that asked for them. false: nothing was sampled after them.
+bool Replayer::feed(policy::Engine& engine, Running& r) {
+  const Attempt& a = *r.attempt;
+  policy::Extension answers;
+  for (; r.next < a.tokens.size() && a.sampled[r.next - a.first] == 0; ++r.next)
+    answers.tokens.push_back(a.tokens[r.next]);
+  answers.max_new_tokens = a.max_new_tokens - static_cast<int64_t>(r.next - a.prompt);
+  if (r.next == a.tokens.size() || answers.max_new_tokens <= 0) return false;
+  PERIGEE_CHECK(engine.extend(r.id, std::move(answers)), "episode {}", a.episode);
+  return true;
+}
+
 // Compares one token with the stored one. After the first difference the sequences have nothing more in common.
-bool Replayer::take(Running& r, const policy::GeneratedToken& t) {
+bool Replayer::take(policy::Engine& engine, Running& r, const policy::GeneratedToken& t) {
+  if (t.fed) return true;
   const Attempt& a = *r.attempt;
   Difference d;
   d.episode = a.episode;
@@ -98,10 +114,19 @@ bool Replayer::take(Running& r, const policy::GeneratedToken& t) {
     d.what = Difference::What::kLogprob;
   } else {
     const bool at_end = r.next == a.tokens.size();
-    // What was cancelled, or taken over by a later attempt, stops where the record does.
-    const bool ended = a.last && (a.finish == FinishReason::kStop || a.finish == FinishReason::kLength);
-    if (!at_end && t.finish == FinishReason::kNone) return true;
-    if (at_end && (!ended || t.finish == a.finish)) return false;
+    if (!at_end && t.finish == FinishReason::kNone && a.sampled[r.next - a.first] != 0) return true;
+    if (!at_end && t.finish == FinishReason::kStop && a.sampled[r.next - a.first] == 0)
+      return a.versions[r.next - a.first] > t.version ||
+             feed(engine, r);  // else newer weights hear the answer
+    // What was cancelled, or taken over by a later attempt, stops where the record does. An agent that may go on no
+    // further ends with a whole turn.
+    const bool whole = a.finish == FinishReason::kStop || a.finish == FinishReason::kTurns;
+    if (at_end && (!a.last || (a.finish != FinishReason::kLength && !whole) ||
+                   t.finish == (whole ? FinishReason::kStop : FinishReason::kLength)))
+      return false;
+    // The tools' answers left no token to go on with.
+    if (at_end && a.finish == FinishReason::kLength && t.finish == FinishReason::kStop && agents_)
+      return false;
     d.what = Difference::What::kEnd;
     if (at_end && t.finish == FinishReason::kNone) d.token_again = -1, d.position += 1;
   }
@@ -118,12 +143,18 @@ void Replayer::generate(policy::Engine& engine, std::vector<Running>& running, u
     return !r.done && r.next > r.attempt->first && r.next < r.attempt->tokens.size() &&
            r.attempt->versions[r.next - r.attempt->first] > version;
   };
+  for (Running& r : running)
+    if (!r.done && r.next > r.attempt->first && r.attempt->sampled[r.next - r.attempt->first] == 0 &&
+        engine.held(r.id) && r.attempt->versions[r.next - r.attempt->first] <= version && !feed(engine, r)) {
+      r.done = true;
+      engine.cancel(r.id);
+    }
   while (!engine.idle() && !(running.size() == 1 && waits(running[0]))) {
     tokens.clear();
     engine.step(tokens);
     for (const policy::GeneratedToken& t : tokens) {
       Running& r = *by_id.at(t.id);
-      if (r.done || take(r, t)) continue;
+      if (r.done || take(engine, r, t)) continue;
       r.done = true;
       engine.cancel(t.id);
     }

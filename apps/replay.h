@@ -1,5 +1,5 @@
 // Generating stored episodes again: the same engine, weights, seeds and prompts must give the same tokens, the same
-// log-probabilities to the bit, and the same end.
+// log-probabilities to the bit, and the same end. Where an episode heard tools, their answers are fed as they were stored.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -36,8 +36,9 @@ struct ReplayTally {
 class Replayer {
  public:
   // All outlive the object.
+  // agents: a turn's end holds the sequence, as in a run with an environment.
   Replayer(kernels::Context& ctx, const rollout::HostModel& model, const policy::EngineConfig& engine,
-           std::vector<int32_t> stop_tokens);
+           std::vector<int32_t> stop_tokens, bool agents);
   ~Replayer();
 
   // ERRORS (input): sampling parameters of a newer program; versions that go back.
@@ -57,13 +58,16 @@ class Replayer {
   void generate(policy::Engine& engine, std::vector<Running>& running, uint32_t version);
   policy::GenerationRequest request_of(const Attempt& attempt, uint64_t id) const;
   std::unique_ptr<policy::Engine> make_engine() const;
-  bool take(Running& running, const policy::GeneratedToken& token);  // false: done with
+  // false: done with
+  bool take(policy::Engine& engine, Running& running, const policy::GeneratedToken& token);
+  bool feed(policy::Engine& engine, Running& running);
   void submit(policy::Engine& engine, std::vector<Running>& running) const;
 
   kernels::Context& ctx_;
   const rollout::HostModel& model_;
   policy::EngineConfig config_;
   std::vector<int32_t> stop_tokens_;
+  bool agents_;
   std::vector<Attempt> attempts_;
   std::map<uint32_t, std::vector<size_t>> due_;  // by the version that begins them
   struct Spanning;
