@@ -100,7 +100,7 @@ class LongContext {
     for (int64_t step = -4; step < kSteps; ++step) {
       const double t0 = now_s();
       for (size_t i = 0; i < states_.size(); ++i) slices[i] = states_[i].extend(static_cast<int64_t>(i), 1);
-      const float* logits = backend_->forward(tokens_, slices, wanted);
+      const float* logits = backend_->forward(tokens_, slices, wanted, {});
       for (size_t i = 0; i < states_.size(); ++i) {
         states_[i].advance(1);
         draws[i].logits = logits + static_cast<int64_t>(i) * vocab;
@@ -152,7 +152,7 @@ class LongContext {
     const uint8_t wanted = 1;
     gpu_.device.synchronize();
     const double t0 = now_s();
-    backend_->forward(tokens, {&s, 1}, {&wanted, 1});
+    backend_->forward(tokens, {&s, 1}, {&wanted, 1}, {});
     gpu_.device.synchronize();
     return now_s() - t0;
   }

@@ -39,7 +39,7 @@ TEST_P(DeviceGolden, LogitsAndStates) {
     const uint8_t wanted = 1;
     for (int64_t t = 0; t < rows; ++t) {
       slice = sequence.extend(0, 1);
-      const float* row = backend->forward({&ids[static_cast<size_t>(t)], 1}, {&slice, 1}, {&wanted, 1});
+      const float* row = backend->forward({&ids[static_cast<size_t>(t)], 1}, {&slice, 1}, {&wanted, 1}, {});
       device().copy_out(got.data() + t * config().vocab_size, row, config().vocab_size * 4);
       sequence.advance(1);
       backend->end_step();
@@ -48,7 +48,7 @@ TEST_P(DeviceGolden, LogitsAndStates) {
     SequenceState whole = pool.create();
     slice = whole.extend(0, rows);
     std::vector<float> last(static_cast<size_t>(config().vocab_size));
-    device().copy_out(last.data(), backend->forward(ids, {&slice, 1}, {&wanted, 1}), config().vocab_size * 4);
+    device().copy_out(last.data(), backend->forward(ids, {&slice, 1}, {&wanted, 1}, {}), config().vocab_size * 4);
     EXPECT_EQ(last, std::vector<float>(got.end() - config().vocab_size, got.end())) << "prefill against decoding";
     for (int64_t layer = 0; layer < config().num_layers; ++layer) {
       if (!has(prefix + "state." + std::to_string(layer))) continue;
