@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "agents/server/api_error.h"
-#include "kernels/sampling/sampling.h"
+#include "policy/engine/engine.h"
 #include "policy/tokenizer/chat.h"
 
 namespace perigee::agents {

@@ -24,6 +24,7 @@ class Launcher : public ::testing::Test {
         if (fs::exists(bin + std::string(basic)) && !fs::exists(place_ / "bin" + std::string("/") + basic))
           fs::create_symlink(bin + std::string(basic), place_ / "bin" + std::string("/") + basic);
     tool("g++", "");
+    tool("bwrap", "");
     // Configuring makes a build that ninja can run; building makes the program.
     tool("cmake",
          "mkdir -p $ROOT/build/release && touch $ROOT/build/release/build.ninja &&"
