@@ -33,7 +33,7 @@ std::vector<std::string> figure_names() {
       names.push_back(std::string(figure) + "-" + dtype);
   for (const char* name : {"tiny-decode", "tiny-train", "kda-chunked", "kda-recurrent", "store-episodes",
                            "store-groups", "bus-messages", "bus-bytes", "grammar-mask", "sessions-begin",
-                           "sessions-memory", "sessions-disk", "sessions-start", "sessions-resume"})
+                           "sessions-memory", "sessions-disk", "sessions-start", "sessions-resume", "http-tokens", "http-first"})
     names.emplace_back(name);
   for (std::string& name : gpu_figure_names()) names.push_back(std::move(name));
   return names;
@@ -64,6 +64,7 @@ Report run(const Options& options, void (*done)(const Figure&)) {
   bench_bus(rig);
   bench_grammar(rig);
   bench_sessions(rig);
+  bench_serve(rig);
   bench_gpu(rig);
   return report;
 }

@@ -72,6 +72,7 @@ void bench_store(Rig& rig);
 void bench_bus(Rig& rig);
 void bench_grammar(Rig& rig);
 void bench_sessions(Rig& rig);
+void bench_serve(Rig& rig);
 void bench_gpu(Rig& rig);  // nothing where there is no GPU, unless its figures were asked for by name
 std::vector<std::string> gpu_figure_names();
 
