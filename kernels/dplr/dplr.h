@@ -23,12 +23,10 @@
 #include <span>
 
 #include "kernels/context.h"
-#include "kernels/kda/shape.h"
+#include "kernels/dplr/shape.h"
 #include "kernels/sequence.h"
 
 namespace perigee::kernels {
-
-using DplrShape = KdaShape;
 
 // Floats of one sequence's state in one layer. Layout, per part for all heads:
 //   S [heads, dk, dv] | Gamma [heads, dk] | K~, A~ [heads, dk, 2, 16] | v, w [heads, 2, 16, dv]
