@@ -15,7 +15,7 @@
 #include "kernels/context.h"
 #include "policy/engine/engine.h"
 #include "policy/tokenizer/chat.h"
-#include "rollout/conversation.h"
+#include "rollout/tasks/conversation.h"
 #include "rollout/setup.h"
 
 namespace perigee::apps {

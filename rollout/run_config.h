@@ -38,7 +38,7 @@ struct RunConfig {
     std::string path;  // a tiktoken.model; empty: bytes
   } tokenizer;
 
-  nlohmann::json tasks = nlohmann::json::object();   // rollout/tasks.h
+  nlohmann::json tasks = nlohmann::json::object();   // rollout/tasks/tasks.h
   nlohmann::json environment = nlohmann::json::object();  // rollout/environment.h; empty: none
   nlohmann::json reward = nlohmann::json::array();   // reward/rubric.h
 

@@ -10,7 +10,7 @@
 #include "rollout/environment.h"
 #include "rollout/run_config.h"
 #include "rollout/schedule.h"
-#include "rollout/tasks.h"
+#include "rollout/tasks/tasks.h"
 
 namespace perigee::rollout {
 

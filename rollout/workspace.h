@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "rollout/tasks.h"
+#include "rollout/tasks/tasks.h"
 
 namespace perigee::rollout {
 

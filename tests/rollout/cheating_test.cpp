@@ -10,7 +10,7 @@
 #include "policy/tokenizer/tokenizer.h"
 #include "reward/rubric.h"
 #include "rollout/environment.h"
-#include "rollout/tasks.h"
+#include "rollout/tasks/tasks.h"
 #include "rollout/workspace.h"
 #include "tests/rollout/cluster.h"
 

@@ -1,4 +1,4 @@
-#include "rollout/tasks.h"
+#include "rollout/tasks/tasks.h"
 
 #include <array>
 #include <cmath>
@@ -7,7 +7,7 @@
 #include "base/hash.h"
 #include "base/json.h"
 #include "base/text.h"
-#include "rollout/tasks_detail.h"
+#include "rollout/tasks/detail.h"
 
 namespace perigee::rollout {
 namespace {

@@ -4,7 +4,7 @@
 #include <cstdlib>
 
 #include "base/error.h"
-#include "rollout/tasks_detail.h"
+#include "rollout/tasks/detail.h"
 
 namespace perigee::rollout {
 namespace {

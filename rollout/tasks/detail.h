@@ -5,7 +5,7 @@
 
 #include "base/json.h"
 #include "base/random.h"
-#include "rollout/tasks.h"
+#include "rollout/tasks/tasks.h"
 
 namespace perigee::rollout {
 

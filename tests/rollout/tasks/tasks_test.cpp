@@ -1,4 +1,4 @@
-#include "rollout/tasks.h"
+#include "rollout/tasks/tasks.h"
 
 #include <gtest/gtest.h>
 

@@ -1,7 +1,7 @@
 // Arithmetic too large for the policy's head: an environment with the calculator answers it.
 #include "base/error.h"
 #include "base/text.h"
-#include "rollout/tasks_detail.h"
+#include "rollout/tasks/detail.h"
 
 namespace perigee::rollout {
 namespace {

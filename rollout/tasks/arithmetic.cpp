@@ -4,7 +4,7 @@
 
 #include "base/error.h"
 #include "base/text.h"
-#include "rollout/tasks_detail.h"
+#include "rollout/tasks/detail.h"
 
 namespace perigee::rollout {
 namespace {

@@ -1,4 +1,4 @@
-#include "rollout/conversation.h"
+#include "rollout/tasks/conversation.h"
 
 #include <nlohmann/json.hpp>
 

@@ -3,7 +3,7 @@
 #include <array>
 
 #include "base/error.h"
-#include "rollout/tasks_detail.h"
+#include "rollout/tasks/detail.h"
 
 namespace perigee::rollout {
 namespace {

@@ -2,7 +2,7 @@
 //   {"prompt": "..." | "messages": [{"role": "user", "content": "..."}], "answer": "...",
 //    "verifier": "numeric", "worked_example": "..." | "worked_turns": [...], "tools": [...],
 //    "files": {"NAME": "TEXT"}, "databases": {"NAME": "SQL"}}
-// with messages, worked_turns and tools as in rollout/conversation.h. All but the first two may be absent; id, source
+// with messages, worked_turns and tools as in rollout/tasks/conversation.h. All but the first two may be absent; id, source
 // and metadata may stand there and mean nothing. Empty lines are skipped.
 #include <algorithm>
 #include <bit>
@@ -12,8 +12,8 @@
 #include "base/file.h"
 #include "base/text.h"
 #include "reward/verifiers.h"
-#include "rollout/conversation.h"
-#include "rollout/tasks_detail.h"
+#include "rollout/tasks/conversation.h"
+#include "rollout/tasks/detail.h"
 
 namespace perigee::rollout {
 namespace {
