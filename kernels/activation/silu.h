@@ -9,7 +9,7 @@ namespace perigee::kernels {
 // x [rows, ldx], y [rows, ldy]: d values of each row. y may be x.
 void silu_forward(Context& ctx, int64_t rows, int64_t d, const float* x, int64_t ldx, float* y, int64_t ldy);
 // dx = dy * silu'(x), overwritten; may be dy or x.
-void silu_backward(Context& ctx, int64_t rows, int64_t d, const float* x, int64_t ldx, const float* dy, int64_t lddy,
-                   float* dx, int64_t lddx);
+void silu_backward(Context& ctx, int64_t rows, int64_t d, const float* x, int64_t ldx, const float* dy,
+                   int64_t lddy, float* dx, int64_t lddx);
 
 }  // namespace perigee::kernels

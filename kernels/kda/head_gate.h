@@ -30,11 +30,12 @@ void sum_heads(Context& ctx, int64_t rows, int64_t heads, int64_t d, const float
 // v, scaled, o [rows, heads*d]; delta [rows, heads]; skip [heads]. scaled may be v.
 void scale_heads(Context& ctx, int64_t rows, int64_t heads, int64_t d, const float* delta, const float* v,
                  float* scaled);
-void add_skip(Context& ctx, int64_t rows, int64_t heads, int64_t d, const float* skip, const float* v, float* o);
+void add_skip(Context& ctx, int64_t rows, int64_t heads, int64_t d, const float* skip, const float* v,
+              float* o);
 // The gradient of both: dv = delta_h dscaled + skip_h dout, overwritten (may be dscaled, not dout); ddelta [rows, heads]
 // overwritten; dskip [heads] accumulated.
-void scale_skip_backward(Context& ctx, int64_t rows, int64_t heads, int64_t d, const float* delta, const float* skip,
-                         const float* v, const float* dscaled, const float* dout, float* dv, float* ddelta,
-                         float* dskip);
+void scale_skip_backward(Context& ctx, int64_t rows, int64_t heads, int64_t d, const float* delta,
+                         const float* skip, const float* v, const float* dscaled, const float* dout,
+                         float* dv, float* ddelta, float* dskip);
 
 }  // namespace perigee::kernels

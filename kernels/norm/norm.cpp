@@ -32,6 +32,50 @@ float inverse_rms(const float* x, int64_t d, float eps) {
   return 1.0f / __builtin_sqrtf(mean + eps);
 }
 
+// What an output gate multiplies channels [c, c + 16) of a head of d by, and the gradient in the gate: from the norm's
+// output n, and from the gradient of the product before and after the gate's factor.
+struct Sigmoid {
+  const float* gate;
+  float* dgate;
+  F16 value(int64_t head, int64_t c, int64_t d) const {
+    return simd::sigmoid(load_at(gate + head * d, c, d));
+  }
+  void store_gradient(int64_t head, int64_t c, int64_t d, F16 n, F16 /*dy*/, F16 dy_value) const {
+    // sigmoid(-gate) and not 1 - sigmoid(gate), which has no bits left near 1
+    const F16 one_minus = simd::sigmoid(simd::neg(load_at(gate + head * d, c, d)));
+    store_at(dgate + head * d, simd::mul(simd::mul(dy_value, n), one_minus), c, d);
+  }
+};
+struct Swish {
+  const float* gate;
+  float* dgate;
+  F16 value(int64_t head, int64_t c, int64_t d) const { return simd::silu(load_at(gate + head * d, c, d)); }
+  void store_gradient(int64_t head, int64_t c, int64_t d, F16 n, F16 dy, F16 /*dy_value*/) const {
+    const F16 g = load_at(gate + head * d, c, d);
+    const F16 slope = simd::fma(simd::silu(g), simd::sigmoid(simd::neg(g)), simd::sigmoid(g));
+    store_at(dgate + head * d, simd::mul(simd::mul(dy, n), slope), c, d);
+  }
+};
+struct NoGate {
+  F16 value(int64_t /*head*/, int64_t /*c*/, int64_t /*d*/) const { return simd::set1(1.0f); }
+  void store_gradient(int64_t /*head*/, int64_t /*c*/, int64_t /*d*/, F16 /*n*/, F16 /*dy*/,
+                      F16 /*dy_value*/) const {}
+};
+
+template <class Body>
+void with_gate(OutputGate kind, const float* gate, float* dgate, const Body& body) {
+  PERIGEE_CHECK((kind == OutputGate::kNone) == (gate == nullptr), "gate {} with output gate {}",
+                static_cast<const void*>(gate), static_cast<int>(kind));
+  switch (kind) {
+    case OutputGate::kSigmoid:
+      return body(Sigmoid{gate, dgate});
+    case OutputGate::kSwish:
+      return body(Swish{gate, dgate});
+    case OutputGate::kNone:
+      return body(NoGate{});
+  }
+}
+
 }  // namespace
 
 void rms_norm_forward(Context& ctx, int64_t rows, int64_t d, const float* x, int64_t ldx, const float* w,
@@ -94,27 +138,29 @@ void rms_norm_backward(Context& ctx, int64_t rows, int64_t d, const float* x, in
   ctx.parallel_for(rows, row_grain(4 * d), std::ref(body));
 }
 
-void gated_rms_norm_forward(Context& ctx, int64_t rows, int64_t heads, int64_t d, const float* x,
-                            const float* gate, const float* w, float eps, float* y) {
+namespace {
+
+template <class Gate>
+void gated_forward(Context& ctx, int64_t count, int64_t d, const Gate& gate, const float* x, const float* w,
+                   float eps, float* y) {
   const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float* xi = x + i * d;
       const F16 r = simd::set1(inverse_rms(xi, d, eps));
       for (int64_t c = 0; c < d; c += 16) {
         const F16 n = simd::mul(simd::mul(load_at(xi, c, d), r), load_at(w, c, d));
-        store_at(y + i * d, simd::mul(n, simd::sigmoid(load_at(gate + i * d, c, d))), c, d);
+        store_at(y + i * d, simd::mul(n, gate.value(i, c, d)), c, d);
       }
     }
   };
-  ctx.parallel_for(rows * heads, row_grain(4 * d), std::ref(body));
+  ctx.parallel_for(count, row_grain(4 * d), std::ref(body));
 }
 
-// y = n s with n = x r w and s = sigmoid(gate): dgate = dy n s (1 - s), and the norm's gradient for dy s.
-void gated_rms_norm_backward(Context& ctx, int64_t rows, int64_t heads, int64_t d, const float* x,
-                             const float* gate, const float* w, float eps, const float* dy, float* dx,
-                             float* dgate, float* dw) {
+// y = n G with n = x r w: the gate's gradient from dy n, and the norm's for dy G.
+template <class Gate>
+void gated_backward(Context& ctx, int64_t count, int64_t d, const Gate& gate, const float* x, const float* w,
+                    float eps, const float* dy, float* dx, float* dw) {
   const Scratch::Mark mark(ctx.scratch);
-  const int64_t count = rows * heads;
   float* inverse = ctx.scratch.take<float>(count);
   const auto scale_body = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) inverse[i] = inverse_rms(x + i * d, d, eps);
@@ -125,7 +171,7 @@ void gated_rms_norm_backward(Context& ctx, int64_t rows, int64_t heads, int64_t 
     for (int64_t c = 16 * begin; c < std::min(16 * end, d); c += 16) {
       F16 sum = load_at(dw, c, d);
       for (int64_t i = 0; i < count; ++i) {
-        const F16 s = simd::sigmoid(load_at(gate + i * d, c, d));
+        const F16 s = gate.value(i, c, d);
         const F16 n = simd::mul(load_at(x + i * d, c, d), simd::set1(inverse[i]));
         sum = simd::fma(simd::mul(load_at(dy + i * d, c, d), s), n, sum);
       }
@@ -136,16 +182,15 @@ void gated_rms_norm_backward(Context& ctx, int64_t rows, int64_t heads, int64_t 
 
   const auto body = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const float *xi = x + i * d, *gi = gate + i * d, *dyi = dy + i * d;
+      const float *xi = x + i * d, *dyi = dy + i * d;
       const float r = inverse[i];
       const F16 rv = simd::set1(r);
       F16 along = simd::zero();
       for (int64_t c = 0; c < d; c += 16) {
-        // sigmoid(-gate) and not 1 - sigmoid(gate), which has no bits left near 1
-        const F16 gv = load_at(gi, c, d), s = simd::sigmoid(gv), one_minus_s = simd::sigmoid(simd::neg(gv));
-        const F16 xv = load_at(xi, c, d), wv = load_at(w, c, d), ds = simd::mul(load_at(dyi, c, d), s);
+        const F16 dyv = load_at(dyi, c, d), ds = simd::mul(dyv, gate.value(i, c, d));
+        const F16 xv = load_at(xi, c, d), wv = load_at(w, c, d);
         const F16 n = simd::mul(simd::mul(xv, rv), wv), dn = simd::mul(ds, wv);
-        store_at(dgate + i * d, simd::mul(simd::mul(ds, n), one_minus_s), c, d);
+        gate.store_gradient(i, c, d, n, dyv, ds);
         store_at(dx + i * d, dn, c, d);
         along = simd::fma(dn, xv, along);
       }
@@ -156,6 +201,21 @@ void gated_rms_norm_backward(Context& ctx, int64_t rows, int64_t heads, int64_t 
     }
   };
   ctx.parallel_for(count, row_grain(6 * d), std::ref(body));
+}
+
+}  // namespace
+
+void gated_rms_norm_forward(Context& ctx, int64_t rows, int64_t heads, int64_t d, OutputGate kind,
+                            const float* x, const float* gate, const float* w, float eps, float* y) {
+  with_gate(kind, gate, nullptr,
+            [&](const auto& g) { gated_forward(ctx, rows * heads, d, g, x, w, eps, y); });
+}
+
+void gated_rms_norm_backward(Context& ctx, int64_t rows, int64_t heads, int64_t d, OutputGate kind,
+                             const float* x, const float* gate, const float* w, float eps, const float* dy,
+                             float* dx, float* dgate, float* dw) {
+  with_gate(kind, gate, dgate,
+            [&](const auto& g) { gated_backward(ctx, rows * heads, d, g, x, w, eps, dy, dx, dw); });
 }
 
 void add_inplace(Context& ctx, int64_t n, const float* x, float* y) {

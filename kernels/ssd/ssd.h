@@ -43,13 +43,13 @@ struct SsdSlice {
 // chunk_states: null, or where to store S as it was at the start of every chunk the slices touch, for the backward:
 //   [sum over slices of ceil(count/16)][heads, dk, dv] in slice order. REQUIRES position 0 in every slice when given.
 // REQUIRES rows of different slices disjoint. An empty slice leaves its state unchanged.
-void ssd_forward(Context& ctx, const SsdShape& shape, const float* q, const float* k, const float* v, const float* g,
-                 std::span<const SsdSlice> slices, float* out, float* chunk_states = nullptr);
+void ssd_forward(Context& ctx, const SsdShape& shape, const float* q, const float* k, const float* v,
+                 const float* g, std::span<const SsdSlice> slices, float* out, float* chunk_states = nullptr);
 
 // Gradients for sequences that start at position 0 from a zero state and whose final state is not used; overwritten on the
 // slices' rows. chunk_states: as written by ssd_forward. dg [rows, heads].
-void ssd_backward(Context& ctx, const SsdShape& shape, const float* q, const float* k, const float* v, const float* g,
-                  const float* chunk_states, std::span<const Slice> slices, const float* dout, float* dq, float* dk_,
-                  float* dv_, float* dg);
+void ssd_backward(Context& ctx, const SsdShape& shape, const float* q, const float* k, const float* v,
+                  const float* g, const float* chunk_states, std::span<const Slice> slices, const float* dout,
+                  float* dq, float* dk_, float* dv_, float* dg);
 
 }  // namespace perigee::kernels

@@ -15,10 +15,17 @@ inline std::vector<double> rms_norm(const std::vector<double>& x, const std::vec
   return y;
 }
 
+enum class Gate { kSigmoid, kSwish, kNone };
+
 inline std::vector<double> gated_rms_norm(const std::vector<double>& x, const std::vector<double>& gate,
-                                          const std::vector<double>& w, double eps) {
+                                          const std::vector<double>& w, double eps,
+                                          Gate kind = Gate::kSigmoid) {
   auto y = rms_norm(x, w, eps);
-  for (size_t i = 0; i < y.size(); ++i) y[i] /= 1 + std::exp(-gate[i]);
+  if (kind == Gate::kNone) return y;
+  for (size_t i = 0; i < y.size(); ++i) {
+    y[i] /= 1 + std::exp(-gate[i]);
+    if (kind == Gate::kSwish) y[i] *= gate[i];
+  }
   return y;
 }
 

@@ -120,63 +120,91 @@ TEST(RmsNorm, AccumulatesInPlaceAndAgreesAcrossThreads) {
 
 TEST(GatedRmsNorm, MatchesFloat64AndFiniteDifferences) {
   Context ctx(2);
-  for (const int64_t d : kWidths) {
-    Random random(static_cast<uint64_t>(d) + 9);
-    const int64_t rows = 3, heads = 2;
-    const float eps = 1e-5f;
-    const Floats x = normals(random, rows * heads * d, 1.0f), w = normals(random, d, 1.0f);
-    const Floats gate = normals(random, rows * heads * d, 6.0f), dy = normals(random, rows * heads * d, 1.0f);
-    Floats y(x.size()), dx(x.size()), dgate(x.size()), dw(w.size(), 0.5f);
-    gated_rms_norm_forward(ctx, rows, heads, d, x.data(), gate.data(), w.data(), eps, y.data());
-    gated_rms_norm_backward(ctx, rows, heads, d, x.data(), gate.data(), w.data(), eps, dy.data(), dx.data(),
-                            dgate.data(), dw.data());
-    Doubles wd(w.begin(), w.end()), dw_expected(w.size(), 0.5), dw_size(w.size(), 0.5);
-    for (int64_t i = 0; i < rows * heads; ++i) {
-      auto xi = row(x, i, d, d), gi = row(gate, i, d, d);
-      const auto dyi = row(dy, i, d, d);
-      const auto f = [&] { return reference::gated_rms_norm(xi, gi, wd, eps); };
-      const auto expected = f(), dx_expected = slopes(xi, dyi, f), dg_expected = slopes(gi, dyi, f),
-                 dw_i = slopes(wd, dyi, f);
-      double square = 0;
-      for (const double e : xi) square += e * e;
-      const double rms = std::sqrt(square / static_cast<double>(d) + eps);
-      for (size_t c = 0; c < wd.size(); ++c) {
-        const size_t at = static_cast<size_t>(i * d) + c;
-        EXPECT_NEAR(y[at], expected[c], 2 * kForwardTolerance * std::fabs(expected[c]));
-        EXPECT_NEAR(dx[at], dx_expected[c],
-                    kGradientTolerance * largest(dyi) * largest(wd) * std::sqrt(d) / rms);
-        // 1e-7: what the differences themselves lose when the gate is saturated
-        EXPECT_NEAR(dgate[at], dg_expected[c], kGradientTolerance * std::fabs(dg_expected[c]) + 1e-7);
-        dw_expected[c] += dw_i[c], dw_size[c] += std::fabs(dw_i[c]);
+  for (const OutputGate kind : {OutputGate::kSigmoid, OutputGate::kSwish, OutputGate::kNone})
+    for (const int64_t d : kWidths) {
+      const bool gated = kind != OutputGate::kNone;
+      const auto reference_kind = kind == OutputGate::kSigmoid ? reference::Gate::kSigmoid
+                                  : kind == OutputGate::kSwish ? reference::Gate::kSwish
+                                                               : reference::Gate::kNone;
+      Random random(static_cast<uint64_t>(d) + 9);
+      const int64_t rows = 3, heads = 2;
+      const float eps = 1e-5f;
+      const Floats x = normals(random, rows * heads * d, 1.0f), w = normals(random, d, 1.0f);
+      const Floats gate = normals(random, rows * heads * d, 6.0f),
+                   dy = normals(random, rows * heads * d, 1.0f);
+      Floats y(x.size()), dx(x.size()), dgate(x.size()), dw(w.size(), 0.5f);
+      const float* given = gated ? gate.data() : nullptr;
+      gated_rms_norm_forward(ctx, rows, heads, d, kind, x.data(), given, w.data(), eps, y.data());
+      gated_rms_norm_backward(ctx, rows, heads, d, kind, x.data(), given, w.data(), eps, dy.data(), dx.data(),
+                              gated ? dgate.data() : nullptr, dw.data());
+      Doubles wd(w.begin(), w.end()), dw_expected(w.size(), 0.5), dw_size(w.size(), 0.5);
+      for (int64_t i = 0; i < rows * heads; ++i) {
+        auto xi = row(x, i, d, d), gi = row(gate, i, d, d);
+        const auto dyi = row(dy, i, d, d);
+        const auto f = [&] { return reference::gated_rms_norm(xi, gi, wd, eps, reference_kind); };
+        const auto expected = f(), dx_expected = slopes(xi, dyi, f), dg_expected = slopes(gi, dyi, f),
+                   dw_i = slopes(wd, dyi, f);
+        double square = 0;
+        for (const double e : xi) square += e * e;
+        const double rms = std::sqrt(square / static_cast<double>(d) + eps);
+        // A swish multiplies by its gate; where it turns its slope is a difference of two terms below 0.6.
+        const bool swish = kind == OutputGate::kSwish;
+        const double factor = swish ? std::max(1.0, largest(gi)) : 1.0;
+        for (size_t c = 0; c < wd.size(); ++c) {
+          const size_t at = static_cast<size_t>(i * d) + c;
+          EXPECT_NEAR(y[at], expected[c], 2 * kForwardTolerance * std::fabs(expected[c]));
+          EXPECT_NEAR(dx[at], dx_expected[c],
+                      kGradientTolerance * factor * largest(dyi) * largest(wd) * std::sqrt(d) / rms);
+          // 1e-7: what the differences themselves lose when the gate is saturated
+          if (gated) {
+            const double turn = swish ? 0.6 * std::fabs(dyi[c] * xi[c] * wd[c] / rms) : 0.0;
+            EXPECT_NEAR(dgate[at], dg_expected[c],
+                        kGradientTolerance * (std::fabs(dg_expected[c]) + turn) + 1e-7);
+          }
+          dw_expected[c] += dw_i[c], dw_size[c] += std::fabs(dw_i[c]);
+        }
       }
+      for (size_t c = 0; c < dw.size(); ++c)
+        EXPECT_NEAR(dw[c], dw_expected[c], kGradientTolerance * dw_size[c] + 1e-6) << "d " << d << " c " << c;
     }
-    for (size_t c = 0; c < dw.size(); ++c)
-      EXPECT_NEAR(dw[c], dw_expected[c], kGradientTolerance * dw_size[c] + 1e-6) << "d " << d << " c " << c;
-  }
 }
 
 TEST(GatedRmsNorm, RowsAndThreadsAgreeToTheBit) {
   Context one(1), three(3);
-  const int64_t rows = 60, heads = 3, d = 64;
-  Random random(4);
-  const Floats x = normals(random, rows * heads * d, 1.0f), gate = normals(random, rows * heads * d, 1.0f);
-  const Floats w = normals(random, d, 1.0f), dy = normals(random, rows * heads * d, 1.0f);
-  Floats y1(x.size()), y3(x.size()), dx1(x.size()), dx3(x.size()), dg1(x.size()), dg3(x.size()),
-      dw1(w.size()), dw3(w.size());
-  gated_rms_norm_forward(one, rows, heads, d, x.data(), gate.data(), w.data(), 1e-5f, y1.data());
-  gated_rms_norm_backward(three, rows, heads, d, x.data(), gate.data(), w.data(), 1e-5f, dy.data(),
-                          dx3.data(), dg3.data(), dw3.data());
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t at = i * heads * d;
-    gated_rms_norm_forward(three, 1, heads, d, x.data() + at, gate.data() + at, w.data(), 1e-5f,
-                           y3.data() + at);
-    gated_rms_norm_backward(one, 1, heads, d, x.data() + at, gate.data() + at, w.data(), 1e-5f,
-                            dy.data() + at, dx1.data() + at, dg1.data() + at, dw1.data());
+  for (const OutputGate kind : {OutputGate::kSigmoid, OutputGate::kSwish, OutputGate::kNone}) {
+    const bool gated = kind != OutputGate::kNone;
+    const int64_t rows = 60, heads = 3, d = 64;
+    Random random(4);
+    const Floats x = normals(random, rows * heads * d, 1.0f), gate = normals(random, rows * heads * d, 1.0f);
+    const Floats w = normals(random, d, 1.0f), dy = normals(random, rows * heads * d, 1.0f);
+    Floats y1(x.size()), y3(x.size()), dx1(x.size()), dx3(x.size()), dg1(x.size()), dg3(x.size()),
+        dw1(w.size()), dw3(w.size());
+    gated_rms_norm_forward(one, rows, heads, d, kind, x.data(), gated ? gate.data() : nullptr, w.data(),
+                           1e-5f, y1.data());
+    gated_rms_norm_backward(three, rows, heads, d, kind, x.data(), gated ? gate.data() : nullptr, w.data(),
+                            1e-5f, dy.data(), dx3.data(), gated ? dg3.data() : nullptr, dw3.data());
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = i * heads * d;
+      gated_rms_norm_forward(three, 1, heads, d, kind, x.data() + at, gated ? gate.data() + at : nullptr,
+                             w.data(), 1e-5f, y3.data() + at);
+      gated_rms_norm_backward(one, 1, heads, d, kind, x.data() + at, gated ? gate.data() + at : nullptr,
+                              w.data(), 1e-5f, dy.data() + at, dx1.data() + at,
+                              gated ? dg1.data() + at : nullptr, dw1.data());
+    }
+    EXPECT_EQ(y1, y3);
+    EXPECT_EQ(dx1, dx3);
+    EXPECT_EQ(dg1, dg3);
+    EXPECT_EQ(dw1, dw3);
   }
-  EXPECT_EQ(y1, y3);
-  EXPECT_EQ(dx1, dx3);
-  EXPECT_EQ(dg1, dg3);
-  EXPECT_EQ(dw1, dw3);
+}
+
+TEST(GatedRmsNorm, RefusesAGateThatIsNotApplied) {
+  Context ctx(1);
+  float x = 1.0f, y;
+  EXPECT_THROW(gated_rms_norm_forward(ctx, 1, 1, 1, OutputGate::kNone, &x, &x, &x, 1e-5f, &y),
+               std::logic_error);
+  EXPECT_THROW(gated_rms_norm_forward(ctx, 1, 1, 1, OutputGate::kSwish, &x, nullptr, &x, 1e-5f, &y),
+               std::logic_error);
 }
 
 TEST(AddInplace, AddsEveryElementOnce) {
