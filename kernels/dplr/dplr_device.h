@@ -35,8 +35,8 @@ struct DplrDeviceInputs {
 // [slot][heads][dk][dv] of T with kda_chunk_slot(begin, i, c) of kernels/kda/kda_device.h; kda_chunk_slots(rows, slices)
 // slots in all, of which those that no chunk has are not written.
 template <class T>
-void dplr_forward(Device& dev, const DplrShape& shape, const DplrDeviceInputs<T>& in, const DeviceBatch& batch,
-                  int64_t state_offset, T* out, T* chunk_states = nullptr);
+void dplr_forward(Device& dev, const DplrShape& shape, const DplrDeviceInputs<T>& in,
+                  const DeviceBatch& batch, int64_t state_offset, T* out, T* chunk_states = nullptr);
 
 // Gradients for a training batch; all outputs overwritten on the slices' rows. chunk_states as dplr_forward wrote it.
 // dq,dk,da,db T [rows, heads*dk]; dv T [rows, heads*dv]; dg float32 [rows, heads*dk].

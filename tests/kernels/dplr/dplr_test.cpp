@@ -2,92 +2,10 @@
 // what the numeric contract says of its bits.
 #include <map>
 
-#include "kernels/dplr/dplr.h"
-#include "tests/kernels/dplr/dplr_ref.h"
-#include "tests/kernels/kda/cases.h"
+#include "tests/kernels/dplr/cases.h"
 
 namespace perigee::kernels {
 namespace {
-
-struct Case {
-  DplrShape shape;
-  int64_t rows = 0;
-  Floats q, k, v, a, b, g, dout;
-  DplrInputs inputs() const { return {q.data(), k.data(), v.data(), a.data(), b.data(), g.data()}; }
-};
-
-// Keys, queries and gates as KDA's; b a unit vector of its own and a = beta b, turned a little (RWKV-7's are tied less than
-// DeltaNet's): transitions whose spectral norm stays near 1.
-Case make_case(DplrShape shape, int64_t rows, Decay decay, uint64_t seed) {
-  const KdaCase base = make_kda_case(shape, rows, decay, seed),
-                other = make_kda_case(shape, rows, decay, seed + 1000003);
-  Case c{shape, rows, base.q, base.k, base.v, other.k, other.k, base.g, base.dout};
-  for (int64_t t = 0; t < rows; ++t)
-    for (int64_t h = 0; h < shape.heads; ++h)
-      for (int64_t x = 0; x < shape.dk; ++x) {
-        const auto at = static_cast<size_t>((t * shape.heads + h) * shape.dk + x);
-        c.a[at] =
-            base.beta[static_cast<size_t>(t * shape.heads + h)] * (0.9f * other.k[at] + 0.1f * base.k[at]);
-      }
-  return c;
-}
-
-Floats empty_state(const DplrShape& shape) {
-  return Floats(static_cast<size_t>(dplr_state_floats(shape)));
-}
-
-Floats run_forward(Context& ctx, const Case& c, std::span<const DplrSlice> slices,
-                   float* chunk_states = nullptr) {
-  Floats out(c.v.size(), -7.0f);
-  dplr_forward(ctx, c.shape, c.inputs(), slices, out.data(), chunk_states);
-  return out;
-}
-
-struct Grads {
-  Floats dq, dk, dv, da, db, dg;
-};
-
-Grads run_backward(Context& ctx, const Case& c, std::span<const Slice> slices) {
-  std::vector<Floats> states(slices.size(), empty_state(c.shape));
-  std::vector<DplrSlice> forward;
-  int64_t chunks = 0;
-  for (size_t i = 0; i < slices.size(); ++i) {
-    forward.push_back({slices[i], states[i].data()});
-    chunks += (slices[i].count + kKdaChunk - 1) / kKdaChunk;
-  }
-  Floats chunk_states(static_cast<size_t>(chunks * c.shape.heads * c.shape.dk * c.shape.dv), NAN);
-  run_forward(ctx, c, forward, chunk_states.data());
-  const Floats wide(c.q.size(), -7.0f);
-  Grads d{wide, wide, Floats(c.v.size(), -7.0f), wide, wide, wide};
-  dplr_backward(ctx, c.shape, c.inputs(), chunk_states.data(), slices, c.dout.data(),
-                {d.dq.data(), d.dk.data(), d.dv.data(), d.da.data(), d.db.data(), d.dg.data()});
-  return d;
-}
-
-template <class T = double>
-reference::DplrSequence<T> head_of(const Case& c, int64_t begin, int64_t count, int64_t head) {
-  reference::DplrSequence<T> s{static_cast<size_t>(count),
-                               static_cast<size_t>(c.shape.dk),
-                               static_cast<size_t>(c.shape.dv),
-                               {},
-                               {},
-                               {},
-                               {},
-                               {},
-                               {}};
-  const auto take = [&](const Floats& from, int64_t d, std::vector<T>& to) {
-    for (int64_t t = begin; t < begin + count; ++t)
-      for (int64_t x = 0; x < d; ++x)
-        to.push_back(from[static_cast<size_t>((t * c.shape.heads + head) * d + x)]);
-  };
-  take(c.q, c.shape.dk, s.q);
-  take(c.k, c.shape.dk, s.k);
-  take(c.v, c.shape.dv, s.v);
-  take(c.a, c.shape.dk, s.a);
-  take(c.b, c.shape.dk, s.b);
-  take(c.g, c.shape.dk, s.g);
-  return s;
-}
 
 const DplrShape kShapes[] = {{2, 16, 16},   {1, 32, 64}, {3, 7, 5},  {1, 40, 24},
                              {1, 128, 128}, {1, 1, 1},   {2, 17, 33}};
@@ -107,11 +25,11 @@ TEST(Dplr, MatchesTheRecurrenceForwardsAndBackwards) {
   for (const auto& shape : kShapes)
     for (const int64_t length : kLengths)
       for (const Decay decay : kDecays) {
-        const Case c = make_case(shape, length, decay, ++seed);
+        const DplrCase c = make_dplr_case(shape, length, decay, ++seed);
         Floats state = empty_state(shape);
         const DplrSlice slice{{0, length, 0}, state.data()};
         const Floats out = run_forward(ctx, c, {&slice, 1});
-        const Grads d = run_backward(ctx, c, {&slice.slice, 1});
+        const DplrGrads d = run_backward(ctx, c, {&slice.slice, 1});
         for (int64_t head = 0; head < shape.heads; ++head) {
           const auto exact = head_of(c, 0, length, head);
           const auto plain = head_of<float>(c, 0, length, head);
@@ -151,7 +69,7 @@ TEST(Dplr, KdaIsACaseOfIt) {
   Context ctx(2);
   const KdaShape shape{2, 32, 24};
   const KdaCase kda = make_kda_case(shape, 150, Decay::kMixed, 5);
-  Case c{shape, 150, kda.q, kda.k, kda.v, kda.k, kda.k, kda.g, kda.dout};
+  DplrCase c{shape, 150, kda.q, kda.k, kda.v, kda.k, kda.k, kda.g, kda.dout};
   for (size_t i = 0; i < kda.k.size(); ++i) {
     const float beta = kda.beta[i / 32];
     c.k[i] = c.a[i] = beta * kda.k[i];
@@ -165,7 +83,7 @@ TEST(Dplr, KdaIsACaseOfIt) {
 }
 
 TEST(DplrReference, GradientsMatchFiniteDifferences) {
-  const Case c = make_case({1, 5, 3}, 20, Decay::kMild, 5);
+  const DplrCase c = make_dplr_case({1, 5, 3}, 20, Decay::kMild, 5);
   auto x = head_of(c, 0, 20, 0);
   const reference::Doubles dout(c.dout.begin(), c.dout.end());
   const auto d = reference::dplr_recurrence_gradients(x, reference::dplr_recurrence(x), dout);
@@ -194,7 +112,7 @@ TEST(DplrReference, GradientsMatchFiniteDifferences) {
   check(x.g, d.dg, "dg");
 }
 
-Floats run_in_pieces(Context& ctx, const Case& c, const std::vector<int64_t>& cuts, Floats& state) {
+Floats run_in_pieces(Context& ctx, const DplrCase& c, const std::vector<int64_t>& cuts, Floats& state) {
   Floats out(c.v.size());
   int64_t begin = 0;
   for (const int64_t end : cuts) {
@@ -209,7 +127,7 @@ TEST(DplrBits, SplitAnywhereAndTokenByTokenEqualWhole) {
   Context ctx(2);
   for (const DplrShape& shape : {DplrShape{2, 7, 5}, DplrShape{1, 40, 24}, DplrShape{2, 128, 128}}) {
     const int64_t rows = 70;
-    const Case c = make_case(shape, rows, Decay::kMixed, 20);
+    const DplrCase c = make_dplr_case(shape, rows, Decay::kMixed, 20);
     Floats whole_state = empty_state(shape);
     const Floats whole = run_in_pieces(ctx, c, {rows}, whole_state);
     std::vector<std::vector<int64_t>> ways(1);
@@ -226,7 +144,7 @@ TEST(DplrBits, SplitAnywhereAndTokenByTokenEqualWhole) {
 
 TEST(DplrBits, PackedEqualsAloneWhateverTheThreads) {
   const DplrShape shape{3, 32, 24};
-  const Case c = make_case(shape, 160, Decay::kMild, 22);
+  const DplrCase c = make_dplr_case(shape, 160, Decay::kMild, 22);
   // Out of order, with gaps, one of them empty.
   const Slice slices[] = {{90, 64, 0}, {0, 1, 0}, {1, 17, 0}, {20, 65, 0}, {88, 0, 0}};
   Context one(1);
@@ -236,12 +154,12 @@ TEST(DplrBits, PackedEqualsAloneWhateverTheThreads) {
     std::vector<DplrSlice> packed;
     for (size_t i = 0; i < 5; ++i) packed.push_back({slices[i], states[i].data()});
     const Floats together = run_forward(ctx, c, packed);
-    const Grads gradients = run_backward(ctx, c, slices);
+    const DplrGrads gradients = run_backward(ctx, c, slices);
     for (size_t i = 0; i < 5; ++i) {
       Floats state = empty_state(shape);
       const DplrSlice alone{slices[i], state.data()};
       const Floats out = run_forward(one, c, {&alone, 1});
-      const Grads d = run_backward(one, c, {&slices[i], 1});
+      const DplrGrads d = run_backward(one, c, {&slices[i], 1});
       EXPECT_TRUE(same_bits(states[i], state)) << "slice " << i;
       const auto rows_equal = [&](const Floats& a, const Floats& b, int64_t width) {
         return std::memcmp(a.data() + slices[i].begin * width, b.data() + slices[i].begin * width,
@@ -249,7 +167,7 @@ TEST(DplrBits, PackedEqualsAloneWhateverTheThreads) {
       };
       EXPECT_TRUE(rows_equal(together, out, 3 * 24)) << "out of slice " << i;
       EXPECT_TRUE(rows_equal(gradients.dv, d.dv, 3 * 24)) << "dv of slice " << i;
-      for (const auto part : {&Grads::dq, &Grads::dk, &Grads::da, &Grads::db, &Grads::dg})
+      for (const auto part : {&DplrGrads::dq, &DplrGrads::dk, &DplrGrads::da, &DplrGrads::db, &DplrGrads::dg})
         EXPECT_TRUE(rows_equal(gradients.*part, d.*part, 3 * 32)) << "a key gradient of slice " << i;
     }
     EXPECT_EQ(together[static_cast<size_t>(86 * 3 * 24)], -7.0f);  // a row of no slice
@@ -260,7 +178,7 @@ TEST(DplrBits, PackedEqualsAloneWhateverTheThreads) {
 TEST(DplrBits, OpenChunkDoesNotReadWhatTheLastOneLeft) {
   Context ctx(1);
   const DplrShape shape{2, 16, 16};
-  const Case c = make_case(shape, 40, Decay::kMild, 25);
+  const DplrCase c = make_dplr_case(shape, 40, Decay::kMild, 25);
   Floats clean = empty_state(shape), dirty = empty_state(shape);
   std::fill(dirty.begin() + 2 * 16 * 16, dirty.end(), NAN);  // all but S
   EXPECT_TRUE(same_bits(run_in_pieces(ctx, c, {40}, clean), run_in_pieces(ctx, c, {40}, dirty)));
@@ -270,7 +188,7 @@ TEST(DplrBits, OpenChunkDoesNotReadWhatTheLastOneLeft) {
 TEST(Dplr, RefusesWrongArguments) {
   Context ctx(1);
   const DplrShape shape{1, 8, 8};
-  const Case c = make_case(shape, 4, Decay::kMild, 30);
+  const DplrCase c = make_dplr_case(shape, 4, Decay::kMild, 30);
   Floats state = empty_state(shape), chunk_states(64);
   const DplrSlice later{{0, 2, 2}, state.data()}, negative{{0, -1, 0}, state.data()};
   EXPECT_THROW(run_forward(ctx, c, {&later, 1}, chunk_states.data()), std::logic_error);
