@@ -1,22 +1,20 @@
-// Attention over latent rows, forwards. Every head reads the same row, so the heads of consecutive tokens are just
-// consecutive queries: query r of a slice is head r % heads of its token r / heads, and q, out and lse are dense in r.
+// Attention, forwards, and latent attention as the case of it in which every head reads the same row.
 //
-// A row's order of operations is a function of its position: keys in spans of kSpan; inside a span blocks of
-// kLatentPage with a running maximum; spans merged in ascending order. Whether spans are computed one after the other
-// (prefill) or by several threads (decoding one long sequence), the operations are the same ones.
+// Whether spans are computed one after the other (prefill) or by several threads (decoding one long sequence), the
+// operations are the same ones.
 #include <cfloat>
 #include <cmath>
 #include <limits>
 
+#include "kernels/mla/attend.h"
 #include "kernels/mla/mla.h"
 #include "kernels/mla/tile.h"
 #include "kernels/mla/work.h"
 
 namespace perigee::kernels {
+namespace mla {
 namespace {
 
-using mla::Start;
-using mla::tile_product;
 using simd::F16;
 
 constexpr int64_t kSpan = 8 * kLatentPage;
@@ -26,13 +24,13 @@ constexpr int64_t kTileQueries = 192;
 constexpr int64_t kSplitQueries = 64;
 
 struct Tile {
-  const MlaSlice* slice;
-  int64_t first, count;  // queries of the slice
+  const Stream* stream;
+  int64_t first, count;  // queries of the stream
 };
 
-// Attention over one span, not yet normalised: sum_i exp(s_i - maximum) c_i, and the sum of the weights.
+// Attention over one span, not yet normalised: sum_i exp(s_i - maximum) v_i, and the sum of the weights.
 struct Partial {
-  float* o;        // [count, latent]
+  float* o;        // [count, values]
   float* maximum;  // [count]
   float* sum;      // [count]
 };
@@ -40,11 +38,11 @@ struct Partial {
 struct Buffers {
   float *turned, *scores, *alpha;
   Partial span, total;
-  static int64_t floats(const MlaShape& s) {
-    return mla::turned_floats(mla::kRun) + kTileQueries * (kLatentPage + s.latent + 5);
+  static int64_t floats(const AttendShape& s) {
+    return turned_floats(kRun) + kTileQueries * (kLatentPage + s.values + 5);
   }
   explicit Buffers(float* p) {
-    turned = p, p += mla::turned_floats(mla::kRun);
+    turned = p, p += turned_floats(kRun);
     scores = p, p += kTileQueries * kLatentPage;
     alpha = p, p += kTileQueries;
     span.maximum = p, p += kTileQueries;
@@ -58,23 +56,20 @@ struct Buffers {
 
 class TileWork {
  public:
-  TileWork(const MlaShape& shape, const Tile& tile, const float* q)
-      : shape_(shape),
-        tile_(tile),
-        q_(q + (tile.slice->slice.begin * shape.heads + tile.first) * shape.width()) {}
+  TileWork(const AttendShape& shape, const Tile& tile)
+      : shape_(shape), tile_(tile), stream_(*tile.stream), q_(tile.stream->q + tile.first * shape.width) {}
 
   // Keys that query i of the tile attends to.
-  int64_t keys(int64_t i) const { return tile_.slice->slice.position + (tile_.first + i) / shape_.heads + 1; }
+  int64_t keys(int64_t i) const { return stream_.position + (tile_.first + i) / shape_.heads + 1; }
   int64_t spans() const { return (keys(tile_.count - 1) + kSpan - 1) / kSpan; }
   // The first query of the tile that attends to key k.
   int64_t first_query(int64_t k) const {
-    return std::clamp<int64_t>((k - tile_.slice->slice.position) * shape_.heads - tile_.first, 0,
-                               tile_.count);
+    return std::clamp<int64_t>((k - stream_.position) * shape_.heads - tile_.first, 0, tile_.count);
   }
 
   void attend(int64_t span, const Partial& to, const Buffers& buffers) const {
     const int64_t first = first_query(span * kSpan);
-    std::fill(to.o + first * shape_.latent, to.o + tile_.count * shape_.latent, 0.0f);
+    std::fill(to.o + first * shape_.values, to.o + tile_.count * shape_.values, 0.0f);
     std::fill(to.maximum + first, to.maximum + tile_.count, -FLT_MAX);
     std::fill(to.sum + first, to.sum + tile_.count, 0.0f);
     const int64_t end = std::min((span + 1) * kSpan, keys(tile_.count - 1));
@@ -88,24 +83,24 @@ class TileWork {
       const float a = simd::exp(total.maximum[i] - m), b = simd::exp(part.maximum[i] - m);
       total.maximum[i] = m;
       total.sum[i] = total.sum[i] * a + part.sum[i] * b;
-      float* const o = total.o + i * shape_.latent;
-      const float* const p = part.o + i * shape_.latent;
+      float* const o = total.o + i * shape_.values;
+      const float* const p = part.o + i * shape_.values;
       const F16 av = simd::set1(a), bv = simd::set1(b);
       int64_t j = 0;
-      for (; j + 16 <= shape_.latent; j += 16)
+      for (; j + 16 <= shape_.values; j += 16)
         simd::store(o + j, simd::fma(simd::load(p + j), bv, simd::mul(simd::load(o + j), av)));
-      for (; j < shape_.latent; ++j) o[j] = __builtin_fmaf(p[j], b, o[j] * a);
+      for (; j < shape_.values; ++j) o[j] = __builtin_fmaf(p[j], b, o[j] * a);
     }
   }
 
   void finish(const Partial& total, float* lse) const {
     for (int64_t i = 0; i < tile_.count; ++i) {
       const float sum = total.sum[i], inverse = 1.0f / sum;
-      float* const o = total.o + i * shape_.latent;
+      float* const o = total.o + i * shape_.values;
       int64_t j = 0;
-      for (; j + 16 <= shape_.latent; j += 16)
+      for (; j + 16 <= shape_.values; j += 16)
         simd::store(o + j, simd::mul(simd::load(o + j), simd::set1(inverse)));
-      for (; j < shape_.latent; ++j) o[j] *= inverse;
+      for (; j < shape_.values; ++j) o[j] *= inverse;
       // simd::log reads the bits of a finite number; anything else passes as it is.
       if (lse != nullptr) lse[i] = sum > 0 && sum <= FLT_MAX ? total.maximum[i] + simd::log(sum) : NAN;
     }
@@ -113,18 +108,18 @@ class TileWork {
 
  private:
   void attend_block(int64_t key, const Partial& to, const Buffers& buffers) const {
-    const int64_t width = shape_.width(), latent = shape_.latent;
+    const int64_t width = shape_.width, values = shape_.values, row = shape_.row;
     const int64_t first = first_query(key), count = tile_.count - first;
     const int64_t present = std::min(kLatentPage, keys(tile_.count - 1) - key);
-    const int64_t lanes = mla::round_up_16(present);
-    const float* const block = tile_.slice->pages[key / kLatentPage];
+    const int64_t lanes = round_up_16(present);
+    const float* const keys_of = stream_.pages[key / kLatentPage] + stream_.key_at;
+    const float* const values_of = stream_.pages[key / kLatentPage] + stream_.value_at;
     const bool more = key + kLatentPage < keys(tile_.count - 1);
-    const float* const next = more ? tile_.slice->pages[key / kLatentPage + 1] : nullptr;
-    for (int64_t k = 0; k < width; k += mla::kRun) {
-      const int64_t run = std::min(mla::kRun, width - k);
-      mla::turn_block(block + k, present, width, run, next == nullptr ? nullptr : next + k, buffers.turned);
-      mla::run_product(q_ + first * width, k, run, width, buffers.turned, 16 * run, buffers.scores, count,
-                       lanes);
+    const float* const next = more ? stream_.pages[key / kLatentPage + 1] + stream_.key_at : nullptr;
+    for (int64_t k = 0; k < width; k += kRun) {
+      const int64_t run = std::min(kRun, width - k);
+      turn_block(keys_of + k, present, row, run, next == nullptr ? nullptr : next + k, buffers.turned);
+      run_product(q_ + first * width, k, run, width, buffers.turned, 16 * run, buffers.scores, count, lanes);
     }
     softmax(buffers, first, count, key, lanes, to);
 
@@ -133,17 +128,17 @@ class TileWork {
     // by a zero weight: 0 * NaN is NaN, and -0 + 0 is not -0.
     for (int64_t i = 0; i < count;) {
       const int64_t common = std::min(kLatentPage, keys(first + i) - key);
-      const int64_t n = common == kLatentPage ? count - i : std::min<int64_t>(count - i, mla::kTileRows);
-      float* const o = to.o + (first + i) * latent;
+      const int64_t n = common == kLatentPage ? count - i : std::min<int64_t>(count - i, kTileRows);
+      float* const o = to.o + (first + i) * values;
       const float* const p = buffers.scores + i * kLatentPage;
-      tile_product<Start::kScale>({common, p, kLatentPage, 1, block, width, 16, o, latent, buffers.alpha + i},
-                                  n, latent);
+      tile_product<Start::kScale>(
+          {common, p, kLatentPage, 1, values_of, row, 16, o, values, buffers.alpha + i}, n, values);
       for (int64_t k = 0; k < n; ++k) {
         const int64_t seen = std::min(kLatentPage, keys(first + i + k) - key);
         if (seen > common)
           tile_product<Start::kLoad>({seen - common, p + k * kLatentPage + common, kLatentPage, 1,
-                                      block + common * width, width, 16, o + k * latent, latent, nullptr},
-                                     1, latent);
+                                      values_of + common * row, row, 16, o + k * values, values, nullptr},
+                                     1, values);
       }
       i += n;
     }
@@ -186,57 +181,50 @@ class TileWork {
     }
   }
 
-  const MlaShape& shape_;
+  const AttendShape& shape_;
   const Tile tile_;
+  const Stream& stream_;
   const float* const q_;
 };
 
 }  // namespace
 
-void mla_forward(Context& ctx, const MlaShape& shape, const float* q, std::span<const MlaSlice> slices,
-                 float* out, float* lse) {
-  PERIGEE_CHECK(shape.heads > 0 && shape.latent > 0 && shape.rope >= 0, "heads {} latent {} rope {}",
-                shape.heads, shape.latent, shape.rope);
+void attend(Context& ctx, const AttendShape& shape, std::span<const Stream> streams) {
   const int threads = ctx.pool.size();
   int64_t queries = 0;
-  for (const MlaSlice& s : slices) {
-    PERIGEE_CHECK(s.slice.count >= 0 && s.slice.position >= 0, "count {} position {}", s.slice.count,
-                  s.slice.position);
-    queries += s.slice.count * shape.heads;
-  }
+  for (const Stream& s : streams) queries += s.count * shape.heads;
   // Smaller tiles when there would be too few for the threads; not so small that turning blocks dominates.
   const int64_t tile_queries = std::clamp<int64_t>((queries / (4 * threads) + 5) / 6 * 6,
                                                    std::min<int64_t>(24, kTileQueries), kTileQueries);
   int64_t tile_count = 0;
-  for (const MlaSlice& s : slices)
-    tile_count += (s.slice.count * shape.heads + tile_queries - 1) / tile_queries;
+  for (const Stream& s : streams) tile_count += (s.count * shape.heads + tile_queries - 1) / tile_queries;
   if (tile_count == 0) return;
 
   Scratch::Mark mark(ctx.scratch);
   Tile* const tiles = ctx.scratch.take<Tile>(tile_count);
   int64_t t = 0, largest = 0, spans = 0;
-  for (const MlaSlice& s : slices)
-    for (int64_t r = 0, n = s.slice.count * shape.heads; r < n; r += tile_queries) {
+  for (const Stream& s : streams)
+    for (int64_t r = 0, n = s.count * shape.heads; r < n; r += tile_queries) {
       tiles[t] = {&s, r, std::min(tile_queries, n - r)};
       largest = std::max(largest, tiles[t].count);
-      spans += TileWork(shape, tiles[t], q).spans();
+      spans += TileWork(shape, tiles[t]).spans();
       ++t;
     }
   const auto output = [&](const Tile& tile, const Partial& total) {
     Partial p = total;
-    p.o = out + (tile.slice->slice.begin * shape.heads + tile.first) * shape.latent;
+    p.o = tile.stream->out + tile.first * shape.values;
     return p;
   };
-  const auto lse_of = [&](const Tile& tile) {
-    return lse == nullptr ? nullptr : lse + tile.slice->slice.begin * shape.heads + tile.first;
+  const auto lse_of = [](const Tile& tile) {
+    return tile.stream->lse == nullptr ? nullptr : tile.stream->lse + tile.first;
   };
 
   if (threads == 1 || tile_count >= 2 * threads || spans == tile_count || largest > kSplitQueries) {
     // Later tiles have more keys: claimed first, they leave no long tail.
-    mla::for_tasks(ctx, tile_count, Buffers::floats(shape), [&](int64_t i, float* memory) {
+    for_tasks(ctx, tile_count, Buffers::floats(shape), [&](int64_t i, float* memory) {
       const Tile& tile = tiles[tile_count - 1 - i];
       const Buffers buffers(memory);
-      const TileWork work(shape, tile, q);
+      const TileWork work(shape, tile);
       const Partial total = output(tile, buffers.total);
       work.attend(0, total, buffers);
       for (int64_t span = 1; span < work.spans(); ++span) {
@@ -256,19 +244,19 @@ void mla_forward(Context& ctx, const MlaShape& shape, const float* q, std::span<
   Piece* const pieces = ctx.scratch.take<Piece>(spans);
   int64_t n = 0;
   for (int64_t i = 0; i < tile_count; ++i)
-    for (int64_t span = 0, e = TileWork(shape, tiles[i], q).spans(); span < e; ++span) {
-      float* const p = ctx.scratch.take<float>(tiles[i].count * (shape.latent + 2));
+    for (int64_t span = 0, e = TileWork(shape, tiles[i]).spans(); span < e; ++span) {
+      float* const p = ctx.scratch.take<float>(tiles[i].count * (shape.values + 2));
       pieces[n++] = {i, span, {p + 2 * tiles[i].count, p, p + tiles[i].count}};
     }
-  mla::for_tasks(ctx, spans, Buffers::floats(shape), [&](int64_t i, float* memory) {
-    TileWork(shape, tiles[pieces[i].tile], q).attend(pieces[i].span, pieces[i].partial, Buffers(memory));
+  for_tasks(ctx, spans, Buffers::floats(shape), [&](int64_t i, float* memory) {
+    TileWork(shape, tiles[pieces[i].tile]).attend(pieces[i].span, pieces[i].partial, Buffers(memory));
   });
   for (int64_t i = 0; i < spans; ++i) {
     const Tile& tile = tiles[pieces[i].tile];
-    const TileWork work(shape, tile, q);
+    const TileWork work(shape, tile);
     int64_t j = i;
     const Partial total = output(tile, pieces[i].partial);
-    std::copy_n(pieces[i].partial.o, tile.count * shape.latent, total.o);
+    std::copy_n(pieces[i].partial.o, tile.count * shape.values, total.o);
     while (j + 1 < spans && pieces[j + 1].tile == pieces[i].tile) {
       ++j;
       work.merge(pieces[j].span, total, pieces[j].partial);
@@ -276,6 +264,30 @@ void mla_forward(Context& ctx, const MlaShape& shape, const float* q, std::span<
     work.finish(total, lse_of(tile));
     i = j;
   }
+}
+
+}  // namespace mla
+
+void mla_forward(Context& ctx, const MlaShape& shape, const float* q, std::span<const MlaSlice> slices,
+                 float* out, float* lse) {
+  const int64_t heads = shape.heads, width = shape.width(), latent = shape.latent;
+  PERIGEE_CHECK(heads > 0 && latent > 0 && shape.rope >= 0, "heads {} latent {} rope {}", heads, latent,
+                shape.rope);
+  Scratch::Mark mark(ctx.scratch);
+  auto* const streams = ctx.scratch.take<mla::Stream>(static_cast<int64_t>(slices.size()));
+  for (size_t i = 0; i < slices.size(); ++i) {
+    const Slice& s = slices[i].slice;
+    PERIGEE_CHECK(s.count >= 0 && s.position >= 0, "count {} position {}", s.count, s.position);
+    streams[i] = {s.count,
+                  s.position,
+                  slices[i].pages,
+                  0,
+                  0,
+                  q + s.begin * heads * width,
+                  out + s.begin * heads * latent,
+                  lse == nullptr ? nullptr : lse + s.begin * heads};
+  }
+  mla::attend(ctx, {heads, width, latent, width, shape.scale}, {streams, slices.size()});
 }
 
 }  // namespace perigee::kernels
