@@ -35,7 +35,7 @@ int64_t percent_less(double part, double whole) {
 
 // Temporary buffers of a pass on the CPU: the residual stream and the widest half layer, in float32.
 int64_t host_scratch_bytes(const ModelConfig& c, int64_t rows) {
-  const int64_t kda = 10 * c.kda_width() + 2 * c.kda_head_dim + 2 * c.kda_heads;
+  const int64_t kda = 10 * c.linear_width() + 2 * c.linear_head_dim + 2 * c.linear_heads;
   const int64_t mla =
       c.num_heads * (c.qk_head_dim() + c.latent_width() + c.kv_lora_rank + c.v_head_dim) + c.latent_width();
   const int64_t dense = 3 * std::max(c.intermediate_size, c.shared_intermediate_size());

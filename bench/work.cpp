@@ -42,8 +42,8 @@ ModelConfig quickstart_size() {
   c.qk_nope_head_dim = 32;
   c.qk_rope_head_dim = 16;
   c.v_head_dim = 32;
-  c.kda_heads = 2;
-  c.kda_head_dim = 32;
+  c.linear_heads = 2;
+  c.linear_head_dim = 32;
   c.conv_size = 4;
   c.num_experts = 8;
   c.experts_per_token = 2;
@@ -91,7 +91,7 @@ double prefill_flops(const ParamLayout& layout, int64_t tokens) {
     flops += 2.0 * static_cast<double>(p.n * p.k) * share * rows;
   });
   for (int64_t i = 0; i < c.num_layers; ++i)
-    flops += c.is_kda(i) ? 4.0 * static_cast<double>(c.kda_heads * c.kda_head_dim * c.kda_head_dim) * n
+    flops += c.kind(i) == LayerKind::kKda ? 4.0 * static_cast<double>(c.linear_heads * c.linear_head_dim * c.linear_head_dim) * n
                          : static_cast<double>(c.num_heads * (c.qk_head_dim() + c.v_head_dim)) * n * n;
   return flops;
 }

@@ -32,6 +32,7 @@ void kda_gate_forward(Context& ctx, const KdaShape& shape, int64_t rows, const f
           store_at(g + at, simd::mul(rate, s), x, d);
         }
     }
+    if (b == nullptr) return;
     for (int64_t x = begin * h; x < end * h; x += 16)
       store_at(beta, simd::sigmoid(load_at(b, x, end * h)), x, end * h);
   };
@@ -63,6 +64,7 @@ void kda_gate_backward(Context& ctx, const KdaShape& shape, int64_t rows, const 
     }
   };
   ctx.parallel_for(h, row_grain(8 * rows * d), std::ref(body));
+  if (b == nullptr) return;
   const auto beta_body = [&](int64_t begin, int64_t end) {
     for (int64_t x = begin; x < end; x += 16) {
       const F16 z = load_at(b, x, end);

@@ -56,6 +56,7 @@ void kda_backward(Context& ctx, const KdaShape& shape, const float* q, const flo
 
 // The gate: g = -exp(A_log[h]) * softplus(f + dt_bias); beta = sigmoid(b).
 // f [rows, heads*dk], a_log [heads], dt_bias [heads*dk], b [rows, heads] -> g [rows, heads*dk], beta [rows, heads]
+// b null (and beta, dbeta, db): g alone is wanted.
 void kda_gate_forward(Context& ctx, const KdaShape& shape, int64_t rows, const float* f, const float* b,
                       const float* a_log, const float* dt_bias, float* g, float* beta);
 // df, db overwritten (may alias dg, dbeta); da_log [heads], ddt_bias [heads*dk] accumulated.

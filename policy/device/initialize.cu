@@ -96,7 +96,7 @@ void device_initialize(Device& device, const ParamLayout& layout, uint64_t seed,
     ones(p.post_norm);
     normal(p.q, range);
     normal(p.o, residual);
-    if (c.is_kda(i)) {
+    if (c.kind(i) == LayerKind::kKda) {
       for (int t : {p.k, p.v, p.f_a, p.f_b, p.b, p.g_a, p.g_b}) normal(t, range);
       put(p.conv, Draw::kConvolution, 1);
       put(p.a_log, Draw::kLogDecay, 1);

@@ -31,7 +31,39 @@ void each(const Pass& pass, const Products& products, Use&& use) {
 
 }  // namespace
 
-void add_adapters(const Pass& pass, std::initializer_list<Product> products, LowRows<float>& low) {
+void multiply(const Pass& pass, std::span<const Product> products, LowRows<float>& low) {
+  if (products.empty()) return;
+  std::vector<MatmulTask> tasks;
+  for (const Product& p : products)
+    tasks.push_back({pass.weights.matrix(p.tensor), p.x, p.ldx, pass.rows, p.y, p.ldy});
+  matmul(pass.ctx, tasks);
+  add_adapters(pass, products, low);
+}
+
+void multiply_backward(const Pass& pass, std::span<const ProductGrad> products, const LowRows<float>& low, float* gradient) {
+  if (!pass.frozen() && !products.empty()) {
+    std::vector<MatmulGradWeightTask> weights;
+    for (const ProductGrad& p : products) {
+      const ParamSpec& t = pass.layout().tensor(p.tensor);
+      weights.push_back({p.dy, p.lddy, p.x, p.ldx, pass.rows, gradient + t.element_offset, t.n, t.k});
+    }
+    matmul_grad_weight(pass.ctx, weights);
+  }
+  // Those that end in memory of their own go together, the others one after the other.
+  std::vector<MatmulGradInputTask> together;
+  for (size_t begin = 0, end = 0; begin < products.size(); begin = end) {
+    together.clear();
+    for (; end < products.size() && (together.empty() || products[end].dx != together.back().dx); ++end) {
+      const ProductGrad& p = products[end];
+      const bool more = end > 0 && products[end - 1].dx == p.dx;
+      together.push_back({pass.weights.matrix(p.tensor), p.dy, p.lddy, pass.rows, p.dx, p.lddx, more});
+    }
+    matmul_grad_input(pass.ctx, together);
+    adapters_backward(pass, products.subspan(begin, end - begin), low, gradient);
+  }
+}
+
+void add_adapters(const Pass& pass, std::span<const Product> products, LowRows<float>& low) {
   std::vector<MatmulTask> down, up;
   const int64_t rows = pass.rows;
   each(pass, products, [&](const Product& p, int i, const AdapterLayout::Adapter& a) {
@@ -47,7 +79,7 @@ void add_adapters(const Pass& pass, std::initializer_list<Product> products, Low
   matmul(pass.ctx, up);
 }
 
-void adapters_backward(const Pass& pass, std::initializer_list<ProductGrad> products, const LowRows<float>& low, float* gradient) {
+void adapters_backward(const Pass& pass, std::span<const ProductGrad> products, const LowRows<float>& low, float* gradient) {
   Scratch::Mark mark(pass.ctx.scratch);
   std::vector<MatmulGradInputTask> up, down;
   std::vector<MatmulGradWeightTask> weights;

@@ -1,4 +1,5 @@
-// The architecture of a policy: Hugging Face config.json of model_type kimi_linear, every key checked.
+// The architecture of a policy: config.json of model_type kimi_linear (Hugging Face's) or perigee_hybrid (any mixer in any
+// layer, docs/mixers.md), every key checked.
 #pragma once
 #include <nlohmann/json.hpp>
 
@@ -8,10 +9,29 @@
 #include <vector>
 
 #include "kernels/gemm/weight.h"
+#include "kernels/norm/output_gate.h"
 
 namespace perigee::policy {
 
-enum class LayerKind : uint8_t { kKda, kMla };
+using kernels::OutputGate;
+
+// The token mixer of a layer; docs/mixers.md has the equations.
+enum class LayerKind : uint8_t {
+  // linear: a recurrent state of fixed size
+  kKda,
+  kGdn,
+  kMamba2,
+  kDplr,
+  // latent attention: a row of latents for each token
+  kMla,
+  kMlaRope,
+  // softmax attention: a row of keys and values for each token
+  kAttention,
+};
+std::string_view layer_kind_name(LayerKind kind);  // as in token_mixers: "kda", ...
+
+inline bool is_linear(LayerKind kind) { return kind <= LayerKind::kDplr; }
+inline bool is_latent(LayerKind kind) { return kind == LayerKind::kMla || kind == LayerKind::kMlaRope; }
 
 // The eps of kv_a_layernorm, which is not rms_norm_eps.
 // (The released modelling code; docs/architecture.md, "The model".)
@@ -24,6 +44,7 @@ inline constexpr float kMlaNormEps = 1e-6f;
 //    experts
 //  4 bos, eos and pad are < vocab_size
 //  5 the number of parameters, and of elements in any one tensor, fits in 2^47
+//  6 what no layer's mixer needs is 0 (output_gate: sigmoid)
 struct ModelConfig {
   int64_t vocab_size = 0;
   int64_t hidden_size = 0;
@@ -35,20 +56,28 @@ struct ModelConfig {
   // Of the weights in the checkpoint; A_log and dt_bias are always float32.
   kernels::Dtype dtype = kernels::Dtype::kF32;
 
+  int64_t num_heads = 0;  // of MLA and of softmax attention
+  double rope_theta = 0;  // the base of rotations, of mla_rope and attention
+
   // MLA
-  int64_t num_heads = 0;
   int64_t kv_lora_rank = 0;
   int64_t qk_nope_head_dim = 0;
-  int64_t qk_rope_head_dim = 0;  // never rotated
+  int64_t qk_rope_head_dim = 0;  // rotated in mla_rope only
   int64_t v_head_dim = 0;
   int64_t qk_head_dim() const { return qk_nope_head_dim + qk_rope_head_dim; }
   int64_t latent_width() const { return kv_lora_rank + qk_rope_head_dim; }  // floats of one token's row
 
-  // KDA; keys and values have the same dimension
-  int64_t kda_heads = 0;
-  int64_t kda_head_dim = 0;
-  int64_t conv_size = 0;  // taps: conv_size - 1 past inputs are the convolution's state
-  int64_t kda_width() const { return kda_heads * kda_head_dim; }
+  // Softmax attention
+  int64_t num_kv_heads = 0;
+  int64_t head_dim = 0;
+  int64_t kv_width() const { return 2 * num_kv_heads * head_dim; }  // floats of one token's row: keys, then values
+
+  // The linear mixers; keys and values have the same dimension
+  int64_t linear_heads = 0;
+  int64_t linear_head_dim = 0;
+  int64_t conv_size = 0;  // taps, kernels::kConvWidth; 0: no convolution
+  OutputGate output_gate = OutputGate::kSigmoid;
+  int64_t linear_width() const { return linear_heads * linear_head_dim; }
 
   // MoE
   int64_t num_experts = 0;  // 0: every layer is dense
@@ -71,7 +100,7 @@ struct ModelConfig {
   std::vector<LayerKind> layers;  // [num_layers]
   std::vector<bool> moe;          // [num_layers]
   bool is_moe(int64_t layer) const { return moe[static_cast<size_t>(layer)]; }
-  bool is_kda(int64_t layer) const { return layers[static_cast<size_t>(layer)] == LayerKind::kKda; }
+  LayerKind kind(int64_t layer) const { return layers[static_cast<size_t>(layer)]; }
 
   bool operator==(const ModelConfig&) const = default;
 };
@@ -87,7 +116,7 @@ ModelConfig parse_model_config(const nlohmann::json& value, std::string_view whe
 // path: a config.json or the directory that holds one.
 ModelConfig load_model_config(const std::string& path);
 
-// The config.json of this architecture: parse_model_config(to_json(c), "") == c.
+// parse_model_config(to_json(c), "") == c. Of model_type kimi_linear where that says all, else perigee_hybrid.
 nlohmann::json to_json(const ModelConfig& config);
 
 }  // namespace perigee::policy

@@ -1,6 +1,8 @@
 #include "policy/model/forward.h"
 
+#include "kernels/dplr/dplr.h"
 #include "kernels/norm/norm.h"
+#include "kernels/ssd/ssd.h"
 #include "kernels/vocab/vocab.h"
 #include "policy/model/layers.h"
 
@@ -8,20 +10,40 @@ namespace perigee::policy {
 
 using namespace kernels;
 
-StateLayout::StateLayout(const ModelConfig& c)
-    : StateLayout(c, kda_state_floats({c.kda_heads, c.kda_head_dim, c.kda_head_dim}) * 4,
-                  kLatentPage * c.latent_width() * 4, 4) {}
+namespace {
 
-StateLayout::StateLayout(const ModelConfig& c, int64_t kda_bytes, int64_t page_bytes, int64_t activation_bytes) {
+// Floats of one layer's state, or of a page of it.
+int64_t mixer_floats(const ModelConfig& c, LayerKind kind) {
+  const KdaShape shape{c.linear_heads, c.linear_head_dim, c.linear_head_dim};
+  switch (kind) {
+    case LayerKind::kKda:
+    case LayerKind::kGdn: return kda_state_floats(shape);
+    case LayerKind::kMamba2: break;
+    case LayerKind::kDplr: return dplr_state_floats(shape);
+    case LayerKind::kMla:
+    case LayerKind::kMlaRope: return kLatentPage * c.latent_width();
+    case LayerKind::kAttention: return kLatentPage * c.kv_width();
+  }
+  PERIGEE_CHECK(false, "kind {}", static_cast<int>(kind));
+  return 0;
+}
+
+}  // namespace
+
+StateLayout::StateLayout(const ModelConfig& c)
+    : StateLayout(c, [&c](LayerKind kind) { return 4 * mixer_floats(c, kind); }, 4) {}
+
+StateLayout::StateLayout(const ModelConfig& c, const std::function<int64_t(LayerKind)>& mixer_bytes, int64_t activation_bytes) {
   const auto aligned = [](int64_t bytes) { return (bytes + 255) / 256 * 256; };
   for (int64_t i = 0; i < c.num_layers; ++i) {
-    const bool kda = c.is_kda(i);
-    kda_offset_.push_back(kda ? recurrent_bytes_ : -1);
-    if (kda) recurrent_bytes_ += aligned(kda_bytes);
-    conv_offset_.push_back(kda ? recurrent_bytes_ : -1);
-    if (kda) recurrent_bytes_ += aligned(3 * c.kda_width() * (c.conv_size - 1) * activation_bytes);
-    page_offset_.push_back(kda ? -1 : block_bytes_);
-    if (!kda) block_bytes_ += aligned(page_bytes);
+    const bool linear = is_linear(c.kind(i)), conv = linear && c.conv_size > 0;
+    const int64_t bytes = aligned(mixer_bytes(c.kind(i)));
+    state_offset_.push_back(linear ? recurrent_bytes_ : -1);
+    if (linear) recurrent_bytes_ += bytes;
+    conv_offset_.push_back(conv ? recurrent_bytes_ : -1);
+    if (conv) recurrent_bytes_ += aligned(3 * c.linear_width() * (c.conv_size - 1) * activation_bytes);
+    page_offset_.push_back(linear ? -1 : block_bytes_);
+    if (!linear) block_bytes_ += bytes;
   }
 }
 
@@ -51,13 +73,8 @@ void forward(Context& ctx, const Weights& weights, const StateLayout& state, std
   for (int64_t layer = 0; layer < c.num_layers; ++layer) {
     {
       Scratch::Mark half(ctx.scratch);
-      if (c.is_kda(layer)) {
-        KdaActivations a;
-        kda_half_forward(pass, layer, x, a, y);
-      } else {
-        MlaActivations a;
-        mla_half_forward(pass, layer, x, a, y);
-      }
+      MixerActivations a;
+      mixer_half_forward(pass, layer, x, a, y);
       add_inplace(ctx, rows * D, y, x);
     }
     Scratch::Mark half(ctx.scratch);

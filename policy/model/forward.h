@@ -13,27 +13,27 @@
 
 namespace perigee::policy {
 
-// How one sequence's memory is laid out: a fixed recurrent part (KDA states and convolution windows of all
-// KDA layers) and latent blocks of kernels::kLatentPage tokens that each hold the rows of every MLA layer,
-// [mla_layers][64][width]. Sizes and offsets are in bytes.
+// How one sequence's memory is laid out: a fixed recurrent part (states and convolution windows of all layers with a
+// linear mixer) and blocks of kernels::kLatentPage tokens that each hold a page of every other layer, [layers][64][width]:
+// of MLA latent rows, of softmax attention keys and values. Sizes and offsets are in bytes.
 class StateLayout {
  public:
-  // kda_bytes: of one layer's KDA state. page_bytes: of kLatentPage latent rows of one layer. activation_bytes: of one
+  // mixer_bytes: of a linear mixer the state of one layer, of another kind a page of one layer. activation_bytes: of one
   // value of a convolution window.
-  StateLayout(const ModelConfig& config, int64_t kda_bytes, int64_t page_bytes, int64_t activation_bytes);
+  StateLayout(const ModelConfig& config, const std::function<int64_t(LayerKind)>& mixer_bytes, int64_t activation_bytes);
   // The CPU's: everything in float32.
   explicit StateLayout(const ModelConfig& config);
   int64_t recurrent_bytes() const { return recurrent_bytes_; }
   int64_t block_bytes() const { return block_bytes_; }
   int64_t blocks_for(int64_t tokens) const;
-  // Of a KDA layer, in the recurrent part.
-  int64_t kda_offset(int64_t layer) const { return kda_offset_[static_cast<size_t>(layer)]; }
+  // Of a layer with a linear mixer, in the recurrent part; there is no window without a convolution.
+  int64_t state_offset(int64_t layer) const { return state_offset_[static_cast<size_t>(layer)]; }
   int64_t conv_offset(int64_t layer) const { return conv_offset_[static_cast<size_t>(layer)]; }
-  // Of an MLA layer, in a block.
+  // Of any other layer, in a block.
   int64_t page_offset(int64_t layer) const { return page_offset_[static_cast<size_t>(layer)]; }
 
  private:
-  std::vector<int64_t> kda_offset_, conv_offset_, page_offset_;
+  std::vector<int64_t> state_offset_, conv_offset_, page_offset_;
   int64_t recurrent_bytes_ = 0, block_bytes_ = 0;
 };
 

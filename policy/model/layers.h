@@ -35,22 +35,28 @@ struct Pass {
   float* take(int64_t width) const { return ctx.scratch.take<float>(rows * width); }
 };
 
-struct KdaActivations {
-  float* h = nullptr;                                  // [rows, D] normalised input
-  float* qkv = nullptr;                                // [rows, 3Hd] before the convolution
-  float *q = nullptr, *k = nullptr, *v = nullptr;      // [rows, Hd] after it
-  float *qn = nullptr, *kn = nullptr;                  // [rows, Hd] normalised
-  float *f_low = nullptr, *f = nullptr, *b = nullptr;  // [rows, d], [rows, Hd], [rows, H]
-  float *g = nullptr, *beta = nullptr;                 // [rows, Hd], [rows, H]
-  float *gate_low = nullptr, *gate = nullptr;          // [rows, d], [rows, Hd]
-  float *o = nullptr, *normed = nullptr;               // [rows, Hd]
-  float* chunk_states = nullptr;                       // training: S at every chunk's start
+// Of the four linear mixers; what one does not have stays null.
+struct LinearActivations {
+  float* h = nullptr;                              // [rows, D] normalised input
+  float* qkv = nullptr;                            // [rows, 3Hd] before the convolution
+  float *q = nullptr, *k = nullptr, *v = nullptr;  // [rows, Hd] after it
+  float *qn = nullptr, *kn = nullptr;              // [rows, Hd] normalised (mamba2: q and k themselves)
+  float *f_low = nullptr, *f = nullptr;            // kda, dplr: [rows, d], [rows, Hd]
+  float *e_low = nullptr, *e = nullptr;            // dplr: likewise
+  float *a = nullptr, *b = nullptr;                // gdn: a; all but dplr: b [rows, H]
+  float* g = nullptr;                              // [rows, Hd]; mamba2: [rows, H]
+  float* beta = nullptr;                           // kda, gdn: [rows, H]
+  float* delta = nullptr;                          // mamba2: [rows, H]
+  float* written = nullptr;                        // dplr: eta k; mamba2: delta v [rows, Hd]
+  float *gate_low = nullptr, *gate = nullptr;      // [rows, d], [rows, Hd]
+  float *o = nullptr, *normed = nullptr;           // [rows, Hd]
+  float* chunk_states = nullptr;                   // training: S at every chunk's start
   LowRows<float> low;
 };
-void kda_half_forward(const Pass& pass, int64_t layer, const float* x, KdaActivations& a, float* y);
+void linear_half_forward(const Pass& pass, int64_t layer, const float* x, LinearActivations& a, float* y);
 // dy [rows, D]; dx accumulated.
-void kda_half_backward(const Pass& pass, int64_t layer, const float* x, const KdaActivations& a,
-                       const float* dy, float* dx, float* gradient);
+void linear_half_backward(const Pass& pass, int64_t layer, const float* x, const LinearActivations& a,
+                          const float* dy, float* dx, float* gradient);
 
 struct MlaActivations {
   float* h = nullptr;                   // [rows, D]
@@ -65,6 +71,28 @@ struct MlaActivations {
 void mla_half_forward(const Pass& pass, int64_t layer, const float* x, MlaActivations& a, float* y);
 void mla_half_backward(const Pass& pass, int64_t layer, const float* x, const MlaActivations& a,
                        const float* dy, float* dx, float* gradient);
+
+struct AttentionActivations {
+  float* h = nullptr;    // [rows, D]
+  float* q = nullptr;    // [rows, heads * head_dim] rotated
+  float* kv = nullptr;   // [rows, 2 * kv_heads * head_dim] keys (rotated), then values
+  float* o = nullptr;    // [rows, heads * head_dim]
+  float* lse = nullptr;  // [rows, heads]; training
+  LowRows<float> low;
+};
+void attention_half_forward(const Pass& pass, int64_t layer, const float* x, AttentionActivations& a, float* y);
+void attention_half_backward(const Pass& pass, int64_t layer, const float* x, const AttentionActivations& a,
+                             const float* dy, float* dx, float* gradient);
+
+// The mixer of a layer, whichever it is.
+struct MixerActivations {
+  LinearActivations linear;
+  MlaActivations mla;
+  AttentionActivations attention;
+};
+void mixer_half_forward(const Pass& pass, int64_t layer, const float* x, MixerActivations& a, float* y);
+void mixer_half_backward(const Pass& pass, int64_t layer, const float* x, const MixerActivations& a, const float* dy,
+                         float* dx, float* gradient);
 
 struct FeedForwardActivations {
   float* h = nullptr;                          // [rows, D]

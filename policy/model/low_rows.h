@@ -24,7 +24,7 @@ class LowRows {
   }
 
  private:
-  std::array<std::pair<int, T*>, 9> all_;  // the nine matrices of a KDA half
+  std::array<std::pair<int, T*>, 10> all_;  // the ten matrices of a `dplr` half
   size_t count_ = 0;
 };
 

@@ -1,6 +1,5 @@
 // The MLA half of a layer, in the absorbed form: the key half of kv_b_proj goes into the query, the value
 // half is applied to what the heads gather from the latents.
-#include <array>
 #include <cstring>
 
 #include "kernels/norm/norm.h"
@@ -90,12 +89,7 @@ void mla_half_forward(const Pass& pass, int64_t layer, const float* x, MlaActiva
   a.low.clear();
 
   rms_norm_forward(ctx, rows, m.D, x, m.D, w.vector(p.input_norm), m.eps, a.h, m.D);
-  const std::array<MatmulTask, 2> project = {{
-      {w.matrix(p.q), a.h, m.D, rows, a.q, m.H * m.q_width},
-      {w.matrix(p.kv_a), a.h, m.D, rows, a.kv, m.width},
-  }};
-  matmul(ctx, project);
-  add_adapters(pass, {{p.q, a.h, m.D, a.q, m.H * m.q_width}, {p.kv_a, a.h, m.D, a.kv, m.width}}, a.low);
+  multiply(pass, {{p.q, a.h, m.D, a.q, m.H * m.q_width}, {p.kv_a, a.h, m.D, a.kv, m.width}}, a.low);
   rms_norm_forward(ctx, rows, m.latent, a.kv, m.width, w.vector(p.kv_norm), kMlaNormEps, a.c, m.width);
   copy_columns(ctx, rows, m.rope, a.kv + m.latent, m.width, a.c + m.latent, m.width);
 
@@ -125,9 +119,7 @@ void mla_half_forward(const Pass& pass, int64_t layer, const float* x, MlaActiva
     }
     matmul(ctx, {heads, static_cast<size_t>(m.H)});
   }
-  const MatmulTask out{w.matrix(p.o), a.o, m.H * m.v, rows, y, m.D};
-  matmul(ctx, {&out, 1});
-  add_adapters(pass, {{p.o, a.o, m.H * m.v, y, m.D}}, a.low);
+  multiply(pass, {{p.o, a.o, m.H * m.v, y, m.D}}, a.low);
 }
 
 void mla_half_backward(const Pass& pass, int64_t layer, const float* x, const MlaActivations& a,
@@ -148,9 +140,7 @@ void mla_half_backward(const Pass& pass, int64_t layer, const float* x, const Ml
   float* dkv = pass.take(m.width);
   float* dh = pass.take(m.D);
 
-  const MatmulGradInputTask out_in{w.matrix(p.o), dy, m.D, rows, d_o, m.H * m.v, false};
-  matmul_grad_input(ctx, {&out_in, 1});
-  adapters_backward(pass, {{p.o, dy, m.D, a.o, m.H * m.v, d_o, m.H * m.v}}, a.low, gradient);
+  multiply_backward(pass, {{p.o, dy, m.D, a.o, m.H * m.v, d_o, m.H * m.v}}, a.low, gradient);
   auto* heads = ctx.scratch.take<MatmulGradInputTask>(m.H);
   for (int64_t h = 0; h < m.H; ++h) {
     heads[h] = {w.matrix(p.absorb_v + static_cast<int>(h)),
@@ -180,38 +170,25 @@ void mla_half_backward(const Pass& pass, int64_t layer, const float* x, const Ml
   copy_columns(ctx, rows, m.rope, dc + m.latent, m.width, dkv + m.latent, m.width);
 
   if (!pass.frozen()) {
-    const int64_t tasks = 3 + 2 * m.H;
+    const int64_t tasks = 2 * m.H;
     auto* weights = ctx.scratch.take<MatmulGradWeightTask>(tasks);
-    weights[0] = {dy, m.D, a.o, m.H * m.v, rows, grad(p.o), m.D, m.H * m.v};
-    weights[1] = {dq, m.H * m.q_width, a.h, m.D, rows, grad(p.q), m.H * m.q_width, m.D};
-    weights[2] = {dkv, m.width, a.h, m.D, rows, grad(p.kv_a), m.width, m.D};
     for (int64_t h = 0; h < m.H; ++h) {
-      weights[3 + h] = {dqa + h * m.width, m.H * m.width, a.q + h * m.q_width,
-                        m.H * m.q_width,   rows,          grad(p.absorb_k + static_cast<int>(h)),
-                        m.latent,          m.nope};
-      weights[3 + m.H + h] = {d_o + h * m.v,
-                              m.H * m.v,
-                              a.ol + h * m.latent,
-                              m.H * m.latent,
-                              rows,
-                              grad(p.absorb_v + static_cast<int>(h)),
-                              m.v,
-                              m.latent};
+      weights[h] = {dqa + h * m.width, m.H * m.width, a.q + h * m.q_width,
+                    m.H * m.q_width,   rows,          grad(p.absorb_k + static_cast<int>(h)),
+                    m.latent,          m.nope};
+      weights[m.H + h] = {d_o + h * m.v,
+                          m.H * m.v,
+                          a.ol + h * m.latent,
+                          m.H * m.latent,
+                          rows,
+                          grad(p.absorb_v + static_cast<int>(h)),
+                          m.v,
+                          m.latent};
     }
     matmul_grad_weight(ctx, {weights, static_cast<size_t>(tasks)});
   }
-  const std::array<MatmulGradInputTask, 2> project = {{
-      {w.matrix(p.q), dq, m.H * m.q_width, rows, dh, m.D, false},
-      {w.matrix(p.kv_a), dkv, m.width, rows, dh, m.D, true},
-  }};
-  const std::array<ProductGrad, 2> adapted = {{
-      {p.q, dq, m.H * m.q_width, a.h, m.D, dh, m.D},
-      {p.kv_a, dkv, m.width, a.h, m.D, dh, m.D},
-  }};
-  for (size_t i = 0; i < project.size(); ++i) {
-    matmul_grad_input(ctx, {&project[i], 1});
-    adapters_backward(pass, {adapted[i]}, a.low, gradient);
-  }
+  multiply_backward(pass, {{p.q, dq, m.H * m.q_width, a.h, m.D, dh, m.D}, {p.kv_a, dkv, m.width, a.h, m.D, dh, m.D}}, a.low,
+                    gradient);
   rms_norm_backward(ctx, rows, m.D, x, m.D, w.vector(p.input_norm), m.eps, dh, m.D, dx, m.D, true,
                     grad(p.input_norm));
 }

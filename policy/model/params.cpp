@@ -21,11 +21,8 @@ ParamLayout::ParamLayout(ModelConfig config, Dtype dtype, MatrixForm matrices)
     map(prefix + "input_layernorm.weight", {c.hidden_size}, p.input_norm);
     p.post_norm = add(name + "post_norm", TensorForm::kVector, c.hidden_size, 1);
     map(prefix + "post_attention_layernorm.weight", {c.hidden_size}, p.post_norm);
-    if (c.is_kda(i)) {
-      add_kda(i, p);
-    } else {
-      add_mla(i, p);
-    }
+    const LayerKind kind = c.kind(i);
+    is_linear(kind) ? add_linear(i, p) : is_latent(kind) ? add_mla(i, p) : add_attention(i, p);
     add_feed_forward(i, p);
     layers_.push_back(p);
   }
@@ -41,35 +38,60 @@ void ParamLayout::map(std::string name, std::vector<int64_t> shape, int tensor, 
                          row_offset, f32_in_file});
 }
 
-void ParamLayout::add_kda(int64_t i, LayerParams& p) {
+int ParamLayout::add_projection(int64_t i, const char* what, int64_t n, int64_t k) {
+  const int t = add(fmt::format("layers.{}.{}", i, what), TensorForm::kPanels, n, k);
+  map(fmt::format("model.layers.{}.self_attn.{}.weight", i, what), {n, k}, t);
+  return t;
+}
+
+void ParamLayout::add_linear(int64_t i, LayerParams& p) {
   const ModelConfig& c = config_;
-  const int64_t d = c.kda_head_dim, heads = c.kda_heads, wide = heads * d, D = c.hidden_size,
-                width = c.conv_size;
+  const LayerKind kind = c.kind(i);
+  const bool per_channel = kind == LayerKind::kKda || kind == LayerKind::kDplr;  // the decay
+  const int64_t d = c.linear_head_dim, heads = c.linear_heads, wide = heads * d, D = c.hidden_size, taps = c.conv_size;
   const std::string hf = fmt::format("model.layers.{}.self_attn.", i), name = fmt::format("layers.{}.", i);
-  const auto matrix = [&](const char* what, int64_t n, int64_t k) {
-    const int t = add(name + what, TensorForm::kPanels, n, k);
-    map(hf + what + ".weight", {n, k}, t);
+  const auto vector = [&](const char* ours, const char* theirs, std::vector<int64_t> shape, bool f32) {
+    int64_t n = 1;
+    for (const int64_t s : shape) n *= s;
+    const int t = add(name + ours, TensorForm::kVector, n, 1);
+    map(hf + theirs, std::move(shape), t, 0, f32);
     return t;
   };
-  p.q = matrix("q_proj", wide, D);
-  p.k = matrix("k_proj", wide, D);
-  p.v = matrix("v_proj", wide, D);
-  p.conv = add(name + "conv", TensorForm::kVector, 3 * wide, width);
-  map(hf + "q_conv1d.weight", {wide, 1, width}, p.conv, 0);
-  map(hf + "k_conv1d.weight", {wide, 1, width}, p.conv, wide);
-  map(hf + "v_conv1d.weight", {wide, 1, width}, p.conv, 2 * wide);
-  p.a_log = add(name + "a_log", TensorForm::kVector, heads, 1);
-  map(hf + "A_log", {1, 1, heads, 1}, p.a_log, 0, true);
-  p.dt_bias = add(name + "dt_bias", TensorForm::kVector, wide, 1);
-  map(hf + "dt_bias", {wide}, p.dt_bias, 0, true);
-  p.f_a = matrix("f_a_proj", d, D);
-  p.f_b = matrix("f_b_proj", wide, d);
-  p.b = matrix("b_proj", heads, D);
-  p.g_a = matrix("g_a_proj", d, D);
-  p.g_b = matrix("g_b_proj", wide, d);
-  p.o_norm = add(name + "o_norm", TensorForm::kVector, d, 1);
-  map(hf + "o_norm.weight", {d}, p.o_norm);
-  p.o = matrix("o_proj", D, wide);
+  const auto low_rank = [&](const char* a_name, const char* b_name, int& a, int& b) {
+    a = add_projection(i, a_name, d, D);
+    b = add_projection(i, b_name, wide, d);
+  };
+  p.q = add_projection(i, "q_proj", wide, D);
+  p.k = add_projection(i, "k_proj", wide, D);
+  p.v = add_projection(i, "v_proj", wide, D);
+  if (taps > 0) {
+    p.conv = add(name + "conv", TensorForm::kVector, 3 * wide, taps);
+    map(hf + "q_conv1d.weight", {wide, 1, taps}, p.conv, 0);
+    map(hf + "k_conv1d.weight", {wide, 1, taps}, p.conv, wide);
+    map(hf + "v_conv1d.weight", {wide, 1, taps}, p.conv, 2 * wide);
+  }
+  p.a_log = vector("a_log", "A_log", {1, 1, heads, 1}, true);
+  p.dt_bias = vector("dt_bias", "dt_bias", {per_channel ? wide : heads}, true);
+  if (per_channel) low_rank("f_a_proj", "f_b_proj", p.f_a, p.f_b);
+  if (kind == LayerKind::kGdn) p.a = add_projection(i, "a_proj", heads, D);
+  if (kind == LayerKind::kDplr) {
+    low_rank("e_a_proj", "e_b_proj", p.e_a, p.e_b);
+  } else {
+    p.b = add_projection(i, "b_proj", heads, D);
+  }
+  if (kind == LayerKind::kMamba2) p.skip = vector("skip", "D", {heads}, true);
+  if (c.output_gate != OutputGate::kNone) low_rank("g_a_proj", "g_b_proj", p.g_a, p.g_b);
+  p.o_norm = vector("o_norm", "o_norm.weight", {d}, false);
+  p.o = add_projection(i, "o_proj", D, wide);
+}
+
+void ParamLayout::add_attention(int64_t i, LayerParams& p) {
+  const ModelConfig& c = config_;
+  const int64_t D = c.hidden_size, wide = c.num_heads * c.head_dim, kv = c.num_kv_heads * c.head_dim;
+  p.q = add_projection(i, "q_proj", wide, D);
+  p.k = add_projection(i, "k_proj", kv, D);
+  p.v = add_projection(i, "v_proj", kv, D);
+  p.o = add_projection(i, "o_proj", D, wide);
 }
 
 void ParamLayout::add_mla(int64_t i, LayerParams& p) {
@@ -222,18 +244,22 @@ void initialize(const ParamLayout& layout, uint64_t seed, float* flat) {
     ones(p.post_norm);
     normal(p.q, range);
     normal(p.o, residual);
-    if (c.is_kda(i)) {
-      for (int t : {p.k, p.v, p.f_a, p.f_b, p.b, p.g_a, p.g_b}) normal(t, range);
-      Random conv(seed, static_cast<uint64_t>(p.conv)), a(seed, static_cast<uint64_t>(p.a_log)),
-          dt(seed, static_cast<uint64_t>(p.dt_bias));
-      fill(layout, p.conv, flat, [&] { return conv.next_float() - 0.5; });
+    for (const int t : {p.k, p.v, p.f_a, p.f_b, p.a, p.b, p.e_a, p.e_b, p.g_a, p.g_b})
+      if (t >= 0) normal(t, range);
+    if (is_linear(c.kind(i))) {
+      if (p.conv >= 0) {
+        Random conv(seed, static_cast<uint64_t>(p.conv));
+        fill(layout, p.conv, flat, [&] { return conv.next_float() - 0.5; });
+      }
+      Random a(seed, static_cast<uint64_t>(p.a_log)), dt(seed, static_cast<uint64_t>(p.dt_bias));
       fill(layout, p.a_log, flat, [&] { return std::log(1.0 + 15.0 * a.next_float()); });
       fill(layout, p.dt_bias, flat, [&] {
         const double rate = std::exp(std::log(1e-3) + (std::log(1e-1) - std::log(1e-3)) * dt.next_float());
         return std::log(std::expm1(rate));  // the inverse of softplus
       });
+      if (p.skip >= 0) ones(p.skip);
       ones(p.o_norm);
-    } else {
+    } else if (is_latent(c.kind(i))) {
       normal(p.kv_a, range);
       ones(p.kv_norm);
       for (int h = 0; h < static_cast<int>(c.num_heads); ++h) {

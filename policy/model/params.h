@@ -2,7 +2,7 @@
 //
 // Beside the checkpoint's tensors as they are, three are arranged for the kernels:
 //   gate_up     gate_proj over up_proj (w1 over w3), [2*I, D]
-//   conv        q, k, v conv weights over one another, [3*H*d, 4]
+//   conv        q, k, v conv weights over one another, [3*H*d, 4] (linear mixers)
 //   absorb_k/v  kv_b_proj cut by head: absorb_k[h] [latent, nope] is its key half transposed,
 //               absorb_v[h] [v, latent] its value half
 // CheckpointTensor says which piece of which tensor a Hugging Face tensor is.
@@ -20,13 +20,13 @@ namespace perigee::policy {
 // Indices into ParamLayout::tensors(); -1 where a layer has no such tensor.
 struct LayerParams {
   int input_norm = -1, post_norm = -1;
-  // KDA
-  int q = -1, k = -1, v = -1, conv = -1, a_log = -1, dt_bias = -1, f_a = -1, f_b = -1, b = -1, g_a = -1,
+  // every mixer; k and v not of MLA
+  int q = -1, k = -1, v = -1, o = -1;
+  // linear mixers (docs/mixers.md says which has which)
+  int conv = -1, a_log = -1, dt_bias = -1, f_a = -1, f_b = -1, a = -1, b = -1, e_a = -1, e_b = -1, skip = -1, g_a = -1,
       g_b = -1, o_norm = -1;
-  // MLA (q shared with the above)
+  // MLA
   int kv_a = -1, kv_norm = -1, absorb_k = -1, absorb_v = -1;  // the first of `heads` consecutive tensors
-  // both
-  int o = -1;
   // dense feed-forward, or the shared experts
   int gate_up = -1, down = -1;
   // mixture of experts
@@ -45,7 +45,7 @@ struct CheckpointTensor {
   Piece piece = Piece::kRows;
   int tensor = -1, tensor2 = -1;
   int64_t row_offset = 0;
-  bool f32_in_file = false;  // A_log, dt_bias and the router's bias stay float32 in bfloat16 checkpoints
+  bool f32_in_file = false;  // A_log, dt_bias, D and the router's bias stay float32 in bfloat16 checkpoints
 };
 
 class ParamLayout : public ArenaLayout {
@@ -66,8 +66,11 @@ class ParamLayout : public ArenaLayout {
  private:
   void map(std::string name, std::vector<int64_t> shape, int tensor, int64_t row_offset = 0,
            bool f32_in_file = false);
-  void add_kda(int64_t i, LayerParams& p);
+  void add_linear(int64_t i, LayerParams& p);
   void add_mla(int64_t i, LayerParams& p);
+  void add_attention(int64_t i, LayerParams& p);
+  // A matrix that the checkpoint has under the same name.
+  int add_projection(int64_t i, const char* what, int64_t n, int64_t k);
   void add_feed_forward(int64_t i, LayerParams& p);
 
   ModelConfig config_;
@@ -97,7 +100,7 @@ struct Weights {
 
 // Random initialisation into a flat f32 arena: matrices normal(0, initializer_range), residual outputs (o,
 // down) scaled by 1/sqrt(2 L), norms 1, A_log = log U(1, 16), dt_bias such that softplus(dt_bias) is
-// log-uniform in [1e-3, 1e-1], conv weights uniform in +-1/2, router bias 0. A pure function of (layout,
+// log-uniform in [1e-3, 1e-1], conv weights uniform in +-1/2, D 1, router bias 0. A pure function of (layout,
 // seed); each tensor has its own stream.
 void initialize(const ParamLayout& layout, uint64_t seed, float* flat);
 

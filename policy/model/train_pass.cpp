@@ -12,9 +12,8 @@ using namespace kernels;
 
 namespace {
 struct LayerActivations {
-  const float *attention_input = nullptr, *feed_forward_input = nullptr;  // [rows, D]
-  KdaActivations kda;
-  MlaActivations mla;
+  const float *mixer_input = nullptr, *feed_forward_input = nullptr;  // [rows, D]
+  MixerActivations mixer;
   FeedForwardActivations feed_forward;
 };
 }  // namespace
@@ -67,15 +66,11 @@ const float* TrainPass::forward(std::span<const int32_t> tokens, std::span<const
   };
   for (int64_t layer = 0; layer < L; ++layer) {
     LayerActivations& a = s.layers[static_cast<size_t>(layer)];
-    a.attention_input = x;
+    a.mixer_input = x;
     {
       std::optional<Scratch::Mark> half;
       if (recompute_) half.emplace(ctx_.scratch);
-      if (c.is_kda(layer)) {
-        kda_half_forward(pass, layer, x, a.kda, y);
-      } else {
-        mla_half_forward(pass, layer, x, a.mla, y);
-      }
+      mixer_half_forward(pass, layer, x, a.mixer, y);
     }
     next();
     a.feed_forward_input = x;
@@ -118,13 +113,8 @@ void TrainPass::backward(const float* dhidden, float* gradient) {
     }
     Scratch::Mark half(ctx_.scratch);
     std::memcpy(dy, dx, static_cast<size_t>(rows * D) * sizeof(float));
-    if (c.is_kda(layer)) {
-      if (recompute_) kda_half_forward(pass, layer, a.attention_input, a.kda, unused);
-      kda_half_backward(pass, layer, a.attention_input, a.kda, dy, dx, gradient);
-    } else {
-      if (recompute_) mla_half_forward(pass, layer, a.attention_input, a.mla, unused);
-      mla_half_backward(pass, layer, a.attention_input, a.mla, dy, dx, gradient);
-    }
+    if (recompute_) mixer_half_forward(pass, layer, a.mixer_input, a.mixer, unused);
+    mixer_half_backward(pass, layer, a.mixer_input, a.mixer, dy, dx, gradient);
   }
   if (!pass.frozen())
     embedding_backward(ctx_, rows, D, c.vocab_size, s.tokens.data(), dx,

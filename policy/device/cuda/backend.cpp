@@ -473,6 +473,11 @@ StateLayout device_state_layout(const ParamLayout& layout) {
 }
 
 void check_device_model(const ParamLayout& layout) {
+  for (const LayerKind kind : layout.config().layers)
+    if (kind != LayerKind::kKda && kind != LayerKind::kMla)
+      throw_input("token_mixers: {} does not run on a GPU yet; use --set run.device=cpu", layer_kind_name(kind));
+  if (layout.config().output_gate != OutputGate::kSigmoid || (layout.config().linear_heads > 0 && layout.config().conv_size == 0))
+    throw_input("linear_attn_config: a GPU runs the sigmoid output gate and the convolution only; use --set run.device=cpu");
   if (layout.matrices() != MatrixForm::kTiles) return;
   if (!Device::runs_bf16(0))
     throw_input("bfloat16 on a GPU takes compute capability 9.0 (H100, H200) and a build with -DPERIGEE_CUDA_ARCH=90a; use "
@@ -485,9 +490,9 @@ void check_device_model(const ParamLayout& layout) {
   multiple("intermediate_size", c.intermediate_size, 8);
   multiple("moe_intermediate_size", c.moe_intermediate_size, 8);
   multiple("vocab_size", c.vocab_size, 2);
-  multiple("linear_attn_config.num_heads", c.kda_heads, 2);
-  multiple("linear_attn_config.head_dim", c.kda_head_dim, 16);
-  if (c.kda_head_dim > 128) throw_input("linear_attn_config.head_dim is {}: a GPU takes at most 128", c.kda_head_dim);
+  multiple("linear_attn_config.num_heads", c.linear_heads, 2);
+  multiple("linear_attn_config.head_dim", c.linear_head_dim, 16);
+  if (c.linear_head_dim > 128) throw_input("linear_attn_config.head_dim is {}: a GPU takes at most 128", c.linear_head_dim);
   multiple("kv_lora_rank", c.kv_lora_rank, 16);
   multiple("qk_rope_head_dim", c.qk_rope_head_dim, 16);
   multiple("qk_nope_head_dim", c.qk_nope_head_dim, 8);
@@ -499,8 +504,8 @@ void check_device_model(const ParamLayout& layout) {
 
 int64_t device_scratch_bytes(const ParamLayout& layout, int64_t rows) {
   const ModelConfig& c = layout.config();
-  const int64_t act = device::activation_bytes(layout), D = c.hidden_size, wide = c.kda_width();
-  const int64_t kda = act * (D + 9 * wide + 2 * c.kda_head_dim) + 4 * (2 * wide + 2 * c.kda_heads);
+  const int64_t act = device::activation_bytes(layout), D = c.hidden_size, wide = c.linear_width();
+  const int64_t kda = act * (D + 9 * wide + 2 * c.linear_head_dim) + 4 * (2 * wide + 2 * c.linear_heads);
   const int64_t mla = act * (D + c.num_heads * (c.qk_head_dim() + c.latent_width() + c.kv_lora_rank + c.v_head_dim)) +
                       4 * c.latent_width();
   const int64_t dense = act * (2 * D + 3 * std::max(c.intermediate_size, c.shared_intermediate_size()));

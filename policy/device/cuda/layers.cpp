@@ -22,9 +22,11 @@ using namespace kernels;
 
 template <class T>
 StateLayout state_layout(const ModelConfig& c) {
-  return StateLayout(c, kda_state_bytes<T>({c.kda_heads, c.kda_head_dim, c.kda_head_dim}),
-                     latent_page_bytes<T>({c.num_heads, c.kv_lora_rank, c.qk_rope_head_dim, 1.0f}),
-                     static_cast<int64_t>(sizeof(T)));
+  const auto mixer_bytes = [&c](LayerKind kind) {
+    return kind == LayerKind::kKda ? kda_state_bytes<T>({c.linear_heads, c.linear_head_dim, c.linear_head_dim})
+                                   : latent_page_bytes<T>({c.num_heads, c.kv_lora_rank, c.qk_rope_head_dim, 1.0f});
+  };
+  return StateLayout(c, mixer_bytes, static_cast<int64_t>(sizeof(T)));
 }
 
 template <class T>
@@ -33,7 +35,7 @@ void kda_half_forward(const Pass& pass, int64_t layer, KdaActivations<T>& a, con
   const LayerParams& p = pass.params(layer);
   const Weights& w = pass.weights;
   Device& dev = pass.device;
-  const int64_t rows = pass.rows(), D = c.hidden_size, H = c.kda_heads, d = c.kda_head_dim, wide = H * d;
+  const int64_t rows = pass.rows(), D = c.hidden_size, H = c.linear_heads, d = c.linear_head_dim, wide = H * d;
 
   a.h = h != nullptr ? h : pass.take<T>(D);
   a.qkv = pass.take<T>(3 * wide);
@@ -70,7 +72,7 @@ void kda_half_forward(const Pass& pass, int64_t layer, KdaActivations<T>& a, con
                                      {p.g_b, a.gate_low, d, a.gate, wide, Store::kAct}},
                                     a.low));
   const int64_t window = pass.training() ? 0 : pass.state->conv_offset(layer);
-  const int64_t state = pass.training() ? 0 : pass.state->kda_offset(layer);
+  const int64_t state = pass.training() ? 0 : pass.state->state_offset(layer);
   const auto finish = [&] {
     const auto out = with_adapters<T>(pass, {{p.o, a.normed, wide, x, D, Store::kAddF32}}, a.low);
     if (x != nullptr) matmul<T>(dev, out);
@@ -235,7 +237,7 @@ void forward(const Pass& pass, const int32_t* tokens, T* hidden) {
   for (int64_t layer = 0; layer < c.num_layers; ++layer) {
     {
       DeviceScratch::Mark half(scratch);
-      if (c.is_kda(layer)) {
+      if (c.kind(layer) == LayerKind::kKda) {
         KdaActivations<T> a;
         kda_half_forward<T>(pass, layer, a, x, x, normed ? h : nullptr);
       } else {

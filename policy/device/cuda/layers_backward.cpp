@@ -47,7 +47,7 @@ void kda_half_backward(const Pass& pass, int64_t layer, const float* in, const K
   const LayerParams& p = pass.params(layer);
   const Weights& w = pass.weights;
   Device& dev = pass.device;
-  const int64_t rows = pass.rows(), D = c.hidden_size, H = c.kda_heads, d = c.kda_head_dim, wide = H * d;
+  const int64_t rows = pass.rows(), D = c.hidden_size, H = c.linear_heads, d = c.linear_head_dim, wide = H * d;
   const auto grad = [&](int tensor) { return pass.gradient_of(tensor, gradient); };
 
   DeviceScratch::Mark mark(dev.scratch);

@@ -257,7 +257,7 @@ int64_t device_learn_scratch_bytes(const ParamLayout& layout, int64_t tokens, bo
   const ModelConfig& c = layout.config();
   // Without recomputation every half's activations stay; a backward holds about as much again.
   const int64_t forward = device_scratch_bytes(layout, tokens), score = device_score_scratch_bytes(layout, tokens);
-  const int64_t states = kda_chunk_slots(tokens, tokens / 16 + 1) * c.kda_heads * c.kda_head_dim * c.kda_head_dim *
+  const int64_t states = kda_chunk_slots(tokens, tokens / 16 + 1) * c.linear_heads * c.linear_head_dim * c.linear_head_dim *
                          device::activation_bytes(layout);
   const int64_t halves = recompute ? 2 : 2 * c.num_layers;
   const int64_t kept = recompute ? device::kept_attention_bytes(c, tokens, device::activation_bytes(layout)) : 0;
@@ -281,7 +281,7 @@ int64_t device_learn_scratch_bytes(const AdapterLayout& adapter, int64_t tokens,
   if (!recompute || base.matrices() != MatrixForm::kTiles)
     return device_learn_scratch_bytes(base, tokens, recompute) + (recompute ? 1 : L) * low + tokens * D * 4;
   // Beside a frozen model of 98 GB room is dear: what the passes take, half by half, in bytes of a token.
-  const int64_t H = c.kda_heads, d = c.kda_head_dim, w = H * d, heads = c.num_heads, width = c.latent_width(),
+  const int64_t H = c.linear_heads, d = c.linear_head_dim, w = H * d, heads = c.num_heads, width = c.latent_width(),
                 q = heads * c.qk_head_dim(), absorbed = heads * (width + c.kv_lora_rank), v = heads * c.v_head_dim;
   const int64_t I = std::max(c.intermediate_size, c.shared_intermediate_size()), Ie = c.moe_intermediate_size,
                 slots = c.experts_per_token;

@@ -62,7 +62,7 @@ int64_t device_score_scratch_bytes(const ParamLayout& layout, int64_t rows) {
   const ModelConfig& c = layout.config();
   const int64_t slots = kda_chunk_slots(rows, rows / 16 + 1), act = device::activation_bytes(layout);
   return device_scratch_bytes(layout, rows) + rows * c.hidden_size * (4 * (2 * c.num_layers + 2) + 2 * act) +
-         slots * c.kda_heads * c.kda_head_dim * c.kda_head_dim * act + kLogitBytes + rows * 32;
+         slots * c.linear_heads * c.linear_head_dim * c.linear_head_dim * act + kLogitBytes + rows * 32;
 }
 
 void device_score(Device& device, const Weights& weights, int64_t rows, std::vector<ScoredSequence>& sequences) {

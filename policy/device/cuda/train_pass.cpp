@@ -27,7 +27,7 @@ struct LayerActivations {
 
 int64_t kept_attention_bytes(const ModelConfig& c, int64_t tokens, int64_t activation_bytes) {
   int64_t layers = 0;
-  for (int64_t i = 0; i < c.num_layers; ++i) layers += c.is_kda(i) ? 0 : 1;
+  for (int64_t i = 0; i < c.num_layers; ++i) layers += c.kind(i) == LayerKind::kKda ? 0 : 1;
   return layers * (tokens * c.num_heads * (c.kv_lora_rank * activation_bytes + 4) + 2 * 1024);
 }
 
@@ -97,7 +97,7 @@ const T* TrainPass<T>::forward(std::span<const int32_t> tokens, std::span<const 
     LayerActivations<T>& a = s.layers[static_cast<size_t>(layer)];
     a.attention_input = x;
     float* sum = next();
-    if (s.keep_attention && !c.is_kda(layer)) {
+    if (s.keep_attention && c.kind(layer) != LayerKind::kKda) {
       a.mla.kept = true;
       a.mla.ol = pass.template take<T>(c.num_heads * c.kv_lora_rank);
       a.mla.lse = pass.template take<float>(c.num_heads);
@@ -105,7 +105,7 @@ const T* TrainPass<T>::forward(std::span<const int32_t> tokens, std::span<const 
     {
       std::optional<DeviceScratch::Mark> half;
       if (s.recompute) half.emplace(dev.scratch);
-      if (c.is_kda(layer)) {
+      if (c.kind(layer) == LayerKind::kKda) {
         kda_half_forward<T>(pass, layer, a.kda, a.attention_input, sum);
       } else {
         mla_half_forward<T>(pass, layer, a.mla, a.attention_input, sum);
@@ -161,7 +161,7 @@ void TrainPass<T>::backward(const float* dhidden, float* gradient) {
     }
     DeviceScratch::Mark half(dev.scratch);
     freeze();
-    if (c.is_kda(layer)) {
+    if (c.kind(layer) == LayerKind::kKda) {
       if (s.recompute) kda_half_forward<T>(pass, layer, a.kda, a.attention_input, nullptr);
       kda_half_backward<T>(pass, layer, a.attention_input, a.kda, dy, dx, gradient);
     } else {

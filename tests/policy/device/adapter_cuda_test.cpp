@@ -29,7 +29,7 @@ class DeviceAdapters : public kernels::DeviceTest {};
 ModelConfig even_config() {
   ModelConfig c = testing::small_config();
   c.num_heads = 4;
-  c.kda_heads = 8;
+  c.linear_heads = 8;
   c.experts_per_token = c.num_experts;
   c.hidden_size = 64;
   c.vocab_size = 128;

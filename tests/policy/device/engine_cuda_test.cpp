@@ -28,7 +28,7 @@ using Outputs = std::map<uint64_t, Output>;
 ModelConfig even_config() {
   ModelConfig c = small_config();
   c.num_heads = 4;
-  c.kda_heads = 4;
+  c.linear_heads = 4;
   c.vocab_size = 320;
   c.hidden_size = 64;
   c.intermediate_size = 96;

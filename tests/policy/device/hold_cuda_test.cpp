@@ -140,7 +140,7 @@ TEST_F(HeldOnDevice, float32_converses_in_the_bits_of_the_cpu) {
 
 TEST_F(HeldOnDevice, bfloat16_goes_on_as_if_it_had_not_stopped) {
   ModelConfig config = small_config();
-  config.num_heads = config.kda_heads = 4;
+  config.num_heads = config.linear_heads = 4;
   config.vocab_size = 320;
   config.hidden_size = 64;
   config.intermediate_size = 96;

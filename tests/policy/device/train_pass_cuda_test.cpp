@@ -22,7 +22,7 @@ class DeviceTrainPass : public kernels::DeviceTest {};
 ModelConfig even_config() {
   ModelConfig c = testing::small_config();
   c.num_heads = 4;
-  c.kda_heads = 4;
+  c.linear_heads = 4;
   c.experts_per_token = c.num_experts;
   c.hidden_size = 64;
   c.vocab_size = 128;

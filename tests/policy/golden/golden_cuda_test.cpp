@@ -52,10 +52,10 @@ TEST_P(DeviceGolden, LogitsAndStates) {
     EXPECT_EQ(last, std::vector<float>(got.end() - config().vocab_size, got.end())) << "prefill against decoding";
     for (int64_t layer = 0; layer < config().num_layers; ++layer) {
       if (!has(prefix + "state." + std::to_string(layer))) continue;
-      const KdaShape shape{config().kda_heads, config().kda_head_dim, config().kda_head_dim};
+      const KdaShape shape{config().linear_heads, config().linear_head_dim, config().linear_head_dim};
       std::vector<float> recurrent(static_cast<size_t>(pool.layout().recurrent_bytes() / 4));
       device().copy_out(recurrent.data(), slice.recurrent, pool.layout().recurrent_bytes());
-      const auto materialised = materialised_state(recurrent.data() + pool.layout().kda_offset(layer) / 4, shape, rows);
+      const auto materialised = materialised_state(recurrent.data() + pool.layout().state_offset(layer) / 4, shape, rows);
       state = std::max(state, relative_difference(materialised, floats(prefix + "state." + std::to_string(layer))));
     }
     backend->end_step();

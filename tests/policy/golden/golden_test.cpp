@@ -34,8 +34,8 @@ TEST_P(Golden, LogitsHiddenStatesAndExperts) {
     });
     for (int64_t layer = 0; layer < config().num_layers; ++layer) {
       if (!has(prefix + "state." + std::to_string(layer))) continue;
-      const KdaShape shape{config().kda_heads, config().kda_head_dim, config().kda_head_dim};
-      const auto got = materialised_state(reinterpret_cast<float*>(slice.recurrent + pool.layout().kda_offset(layer)), shape, rows);
+      const KdaShape shape{config().linear_heads, config().linear_head_dim, config().linear_head_dim};
+      const auto got = materialised_state(reinterpret_cast<float*>(slice.recurrent + pool.layout().state_offset(layer)), shape, rows);
       state = std::max(state, relative_difference(got, floats(prefix + "state." + std::to_string(layer))));
     }
     logits = std::max(logits, largest_difference(logits_of(out.data(), rows), floats(prefix + "logits")));

@@ -32,7 +32,7 @@ TEST(ModelConfig, TheReleasedConfigurationIsRead) {
   EXPECT_FLOAT_EQ(c.routed_scaling_factor, 2.446f);
   for (int64_t i = 0; i < 27; ++i) {
     const bool mla = (i + 1) % 4 == 0 || i == 26;
-    EXPECT_EQ(c.is_kda(i), !mla) << i;
+    EXPECT_EQ(c.kind(i), mla ? LayerKind::kMla : LayerKind::kKda) << i;
     EXPECT_EQ(c.is_moe(i), i > 0) << i;
   }
 }
