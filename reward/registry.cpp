@@ -14,10 +14,11 @@ struct Entry {
   std::string_view name;
   std::unique_ptr<Verifier> (*make)(JsonReader& options);
 };
-constexpr std::array<Entry, 11> kVerifiers{{{"exact", make_exact},
+constexpr std::array<Entry, 12> kVerifiers{{{"exact", make_exact},
                                            {"numeric", make_numeric},
                                            {"regex", make_regex},
                                            {"countdown", make_countdown},
+                                           {"positions", make_positions},
                                            {"code", make_code},
                                            {"format", make_format},
                                            {"length", make_length},
@@ -65,7 +66,7 @@ const std::vector<std::string>& verifier_names() {
 }
 
 const std::vector<std::string>& task_verifier_names() {
-  static const std::vector<std::string> names = {"exact", "numeric", "countdown", "code"};
+  static const std::vector<std::string> names = {"exact", "numeric", "countdown", "positions", "code"};
   return names;
 }
 

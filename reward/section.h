@@ -12,7 +12,7 @@ namespace perigee::reward {
 std::string_view trim(std::string_view text);  // ASCII white space
 bool is_space(char c);
 
-// The options that exact, numeric, regex and countdown share (reward/verifiers.h).
+// The options that exact, numeric, regex, countdown and positions share (reward/verifiers.h).
 class Section {
  public:
   explicit Section(JsonReader& options);

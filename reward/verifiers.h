@@ -1,4 +1,4 @@
-// The verifiers and their options. Common to exact, numeric, regex and countdown:
+// The verifiers and their options. Common to exact, numeric, regex, countdown and positions:
 //   "section"  "auto" (default): what follows the last </think> when there is one, else the whole response;
 //              "response": the whole; "answer": between the last <answer> and the </answer> after it, no
 //              answer without them
@@ -16,6 +16,7 @@
 //   countdown   answer "24 from 3 5 8": 1 when the section is an expression of that value that uses each
 //               number at most once, "use_all" (false): exactly once; "partial" (0): for a lawful expression
 //               of another value
+//   positions   the share of places that hold the answer's byte, of as many places as the longer of section and answer has
 //   code        1 when the function in the response (its last ``` block, or all of it) gives the results of all hidden
 //               tests, in a sandbox. The answer is {"function": NAME, "tests": [{"arguments": [...], "result": ...}]}.
 //               "wall_s" (5) of all tests together, "memory_mib" (256), "partial" (false): below 1 by the share that
@@ -54,6 +55,7 @@ std::unique_ptr<Verifier> make_exact(JsonReader& options);
 std::unique_ptr<Verifier> make_numeric(JsonReader& options);
 std::unique_ptr<Verifier> make_regex(JsonReader& options);
 std::unique_ptr<Verifier> make_countdown(JsonReader& options);
+std::unique_ptr<Verifier> make_positions(JsonReader& options);
 std::unique_ptr<Verifier> make_code(JsonReader& options);
 std::unique_ptr<Verifier> make_format(JsonReader& options);
 std::unique_ptr<Verifier> make_length(JsonReader& options);
