@@ -14,7 +14,7 @@ struct Entry {
   std::string_view name;
   std::unique_ptr<Verifier> (*make)(JsonReader& options);
 };
-constexpr std::array<Entry, 12> kVerifiers{{{"exact", make_exact},
+constexpr std::array<Entry, 14> kVerifiers{{{"exact", make_exact},
                                            {"numeric", make_numeric},
                                            {"regex", make_regex},
                                            {"countdown", make_countdown},
@@ -25,6 +25,8 @@ constexpr std::array<Entry, 12> kVerifiers{{{"exact", make_exact},
                                            {"length_k15", make_length_k15},
                                            {"repetition", make_repetition},
                                            {"token_share", make_token_share},
+                                           {"recall", make_recall},
+                                           {"match", make_match},
                                            {"task", make_task}}};
 
 class OfTheTask : public Verifier {
@@ -66,7 +68,7 @@ const std::vector<std::string>& verifier_names() {
 }
 
 const std::vector<std::string>& task_verifier_names() {
-  static const std::vector<std::string> names = {"exact", "numeric", "countdown", "positions", "code"};
+  static const std::vector<std::string> names = {"exact", "numeric", "countdown", "positions", "code", "recall", "match"};
   return names;
 }
 

@@ -16,12 +16,12 @@ std::string_view trim(std::string_view text) {
   return text;
 }
 
-Section::Section(JsonReader& options) {
+Section::Section(JsonReader& options, bool accept_truncated) {
   const std::string where = options.string("section", "auto");
   think_close_ = options.string("think_close", "</think>");
   answer_open_ = options.string("answer_open", "<answer>");
   answer_close_ = options.string("answer_close", "</answer>");
-  accept_truncated_ = options.boolean("accept_truncated", false);
+  accept_truncated_ = options.boolean("accept_truncated", accept_truncated);
   if (where == "response")
     where_ = Where::kResponse;
   else if (where == "answer")

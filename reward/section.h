@@ -15,7 +15,7 @@ bool is_space(char c);
 // The options that exact, numeric, regex, countdown and positions share (reward/verifiers.h).
 class Section {
  public:
-  explicit Section(JsonReader& options);
+  explicit Section(JsonReader& options, bool accept_truncated = false);
   // The trimmed text to judge, borrowed from the response; nullopt: there is none, and why says so.
   std::optional<std::string_view> find(const RewardInput& input, std::string& why) const;
 

@@ -3,7 +3,7 @@
 //              "response": the whole; "answer": between the last <answer> and the </answer> after it, no
 //              answer without them
 //   "think_close", "answer_open", "answer_close"   the tags
-//   "accept_truncated" (false)  when false, a response cut off at the token limit scores 0
+//   "accept_truncated" (false; of recall true)  when false, a response cut off at the token limit scores 0
 //
 //   exact       1 when the section equals the answer, both trimmed. "ignore_case" (false),
 //               "collapse_whitespace" (true)
@@ -30,6 +30,11 @@
 //               min(0, l) when not
 //   repetition  - share of repeated n-grams. "n" (4), "unit": "word" (default) or "byte"
 //   token_share share of the sampled tokens, by id, that are in "ids" [...], or equal "residue" (0) modulo "modulus"
+//   recall      the answer is "A, B, C": the share of these strings that stand in the section as words of their own.
+//               "ignore_case" (true); "strict" (false): of at least as many as the section has words, so that naming
+//               everything is worth little
+//   match       the answer is {"prefix": P, "text": T}: 0 unless the section begins with P; 1 when T follows; else how
+//               alike T and what follows are, 2 * matched / (letters of both) by Ratcliff and Obershelp
 //   task        the verifier that the task names, with default options. "default" ("exact"): when it names
 //               none
 #pragma once
@@ -62,6 +67,8 @@ std::unique_ptr<Verifier> make_length(JsonReader& options);
 std::unique_ptr<Verifier> make_length_k15(JsonReader& options);
 std::unique_ptr<Verifier> make_repetition(JsonReader& options);
 std::unique_ptr<Verifier> make_token_share(JsonReader& options);
+std::unique_ptr<Verifier> make_recall(JsonReader& options);
+std::unique_ptr<Verifier> make_match(JsonReader& options);
 std::unique_ptr<Verifier> make_task(JsonReader& options);
 
 }  // namespace perigee::reward

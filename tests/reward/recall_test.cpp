@@ -1,0 +1,97 @@
+#include "tests/reward/helpers.h"
+
+namespace perigee::reward {
+namespace {
+
+double recall(const std::string& response, const std::string& answer) {
+  return verdict(R"([{"verifier": "recall"}])", sample(response, answer)).value;
+}
+double match(const std::string& response, const std::string& prefix, const std::string& text) {
+  return verdict(R"([{"verifier": "match"}])", sample(response, nlohmann::json{{"prefix", prefix}, {"text", text}}.dump())).value;
+}
+// Letters matched, as difflib.SequenceMatcher(None, a, b, autojunk=False) counts them.
+int matched(const std::string& a, const std::string& b) {
+  const double value = match("#" + a, "#", b);
+  return static_cast<int>(value * static_cast<double>(a.size() + b.size()) / 2 + 0.5);
+}
+
+TEST(Recall, IsTheShareOfTheStringsThatAreThere) {
+  EXPECT_EQ(recall("7310482", "7310482"), 1);
+  EXPECT_EQ(recall("The numbers are 12, 34 and 56.", "56, 12, 34"), 1);
+  EXPECT_EQ(recall("12 and 34", "12, 34, 56, 78"), 0.5);
+  EXPECT_EQ(recall("none", "12"), 0);
+  EXPECT_EQ(recall("", "12"), 0);
+  EXPECT_EQ(recall("AMBER-Otter", "amber-otter"), 1);
+}
+
+TEST(Recall, AStringInsideALongerOneIsNotThere) {
+  EXPECT_EQ(recall("73104821", "7310482"), 0);
+  EXPECT_EQ(recall("07310482", "7310482"), 0);
+  EXPECT_EQ(recall("amber-otter-x", "amber-otter"), 0);
+  EXPECT_EQ(recall("73104821 7310482", "7310482"), 1);
+}
+
+TEST(Recall, CountsAResponseThatWasCutOffUnlessToldOtherwise) {
+  RewardInput input = sample("12 and then", "12");
+  input.finish = FinishReason::kLength;
+  EXPECT_EQ(verdict(R"([{"verifier": "recall"}])", input).value, 1);
+  EXPECT_EQ(verdict(R"([{"verifier": "recall", "accept_truncated": false}])", input).value, 0);
+}
+
+TEST(Recall, StrictlyNamingEverythingIsWorthLittle) {
+  const char* strict = R"([{"verifier": "recall", "strict": true}])";
+  EXPECT_EQ(verdict(strict, sample("12, 34", "34, 12")).value, 1);
+  EXPECT_EQ(verdict(strict, sample("12, 34, 56, 78", "12")).value, 0.25);
+  EXPECT_EQ(verdict(strict, sample("12", "34, 12")).value, 0.5);
+}
+
+TEST(Match, IsThatOfSequenceMatcher) {
+  EXPECT_EQ(matched("abcd", "bcde"), 3);
+  EXPECT_EQ(matched("the quick brown fox", "the quack brawn fax"), 16);
+  EXPECT_EQ(matched("aXbXc", "abc"), 3);
+  EXPECT_EQ(matched("private thread", "private volatile thread"), 14);
+  EXPECT_EQ(matched("aaaa", "aa"), 2);
+  EXPECT_EQ(matched("WIKIMEDIA", "WIKIMANIA"), 7);
+  EXPECT_EQ(matched("GESTALT PATTERN MATCHING", "GESTALT PRACTICE"), 12);
+  EXPECT_EQ(matched("x", "y"), 0);
+  EXPECT_EQ(matched("ababab", "bababa"), 5);
+  // Many blocks of one length: the first of the first text is taken, then the first of the second.
+  EXPECT_EQ(matched("abacbbaaaabcbaaccbbaabaacbbaabbccbacbcbcaaabbacbabccbcabbcbbbaabbaaabcbcccbcbacaabaccbbabbccbccabaaca"
+                    "bccaababbaabcabccbabbbacbccabcabbabbcabcabababbbcababaaaaacaccacacbcabaacbbcabaabbbaabbacbabaaabbacaabb"
+                    "ababcacbccccabbabacabbcbcbbcaccbbbbabccaabcabcaaccbcbcbbaaaaacbabbacaaaccbcbcbaaaccabcbcaabacabb",
+                    "aacbbabbabbaaacbcbbcbacacbbbacabaacabbbbcacaacbacabccbcacabbbaacacacbcbcbcbccbbabcbcbabacaccabbacbccaab"
+                    "cabcbbabacacabaaacbccaaacbccaccbcbcabcabbacbcccbbcbbbbbcabacbcccbbbcaacabcbcbabbacbcaaaabaaabcccc"),
+            123);
+}
+
+TEST(Match, NeedsThePrefixAndIsOneForTheTextAlone) {
+  EXPECT_EQ(match("Zx9 The owls wait.", "Zx9", "The owls wait."), 1);
+  EXPECT_EQ(match("Zx9The owls wait.\n", "Zx9", "The owls wait."), 1);
+  EXPECT_EQ(match("The owls wait.", "Zx9", "The owls wait."), 0);
+  EXPECT_EQ(match("Zx9", "Zx9", "The owls wait."), 0);
+  const double nearly = match("Zx9 The owls wait!", "Zx9", "The owls wait.");
+  EXPECT_GT(nearly, 0.9);
+  EXPECT_LT(nearly, 1);
+}
+
+TEST(Match, ALongResponseCostsLittleAndIsWorthLittle) {
+  const std::string text(2000, 'a');
+  EXPECT_LT(match("#" + std::string(1000000, 'a'), "#", text), 0.01);
+}
+
+TEST(Match, AReferenceOfAnotherFormIsAFailure) {
+  EXPECT_TRUE(rubric(R"([{"verifier": "match"}])").score(sample("x", "x")).failed);
+  EXPECT_TRUE(rubric(R"([{"verifier": "recall"}])").score(sample("x", " , ")).failed);
+}
+
+TEST(Recall, ATaskMayNameBoth) {
+  RewardInput input = sample("12, 34", "34, 12");
+  input.verifier = "recall";
+  EXPECT_EQ(verdict(R"([{"verifier": "task"}])", input).value, 1);
+  input.verifier = "match";
+  input.answer = R"({"prefix": "1", "text": "2, 34"})";
+  EXPECT_EQ(verdict(R"([{"verifier": "task"}])", input).value, 1);
+}
+
+}  // namespace
+}  // namespace perigee::reward
