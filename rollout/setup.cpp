@@ -88,7 +88,13 @@ RunTasks::RunTasks(const RunConfig& config, const policy::ModelConfig& model, co
   if (config.warmup.steps > 0 || config.learn.ptx_batch > 0) worked_example(0);
 }
 
-std::vector<int32_t> RunTasks::prompt_tokens(const Task& task) const {
+std::vector<int32_t> RunTasks::prompt_tokens(const Task& task, std::vector<uint8_t>* answered) const {
+  std::vector<int32_t> ids = prompt_pieces(task, answered);
+  if (answered != nullptr) answered->resize(ids.size(), 0);
+  return ids;
+}
+
+std::vector<int32_t> RunTasks::prompt_pieces(const Task& task, std::vector<uint8_t>* answered) const {
   if (environment_) {
     const EnvironmentConfig& e = environment_->config();
     std::vector<policy::Message> messages = task.messages;
@@ -99,7 +105,18 @@ std::vector<int32_t> RunTasks::prompt_tokens(const Task& task) const {
   }
   if (task.messages.empty()) {
     std::vector<int32_t> ids{bos_};
-    tokenizer_.append_plain(task.prompt, ids);
+    const std::string_view text = task.prompt;
+    size_t at = 0;
+    for (const TextRange& r : task.answered) {
+      PERIGEE_CHECK(at <= r.begin && r.begin < r.end && r.end <= text.size(), "answered [{}, {}) of {} bytes after {}", r.begin,
+                    r.end, text.size(), at);
+      tokenizer_.append_plain(text.substr(at, r.begin - at), ids);
+      if (answered != nullptr) answered->resize(ids.size(), 0);
+      tokenizer_.append_plain(text.substr(r.begin, r.end - r.begin), ids);
+      if (answered != nullptr) answered->resize(ids.size(), 1);
+      at = r.end;
+    }
+    tokenizer_.append_plain(text.substr(at), ids);
     return ids;
   }
   return policy::render_chat(tokenizer_, task.messages, task.tools, true);
@@ -144,8 +161,7 @@ policy::TrainSequence RunTasks::worked_example(int64_t index) const {
   const Task task = source_->train(source_->train_index(static_cast<uint64_t>(kWorkedOffset + index)));
   if (task.worked_example.empty() && task.worked_turns.empty()) refuse_worked_example(task);
   policy::TrainSequence s;
-  s.tokens = prompt_tokens(task);
-  s.mask.assign(s.tokens.size(), 0);
+  s.tokens = prompt_tokens(task, &s.mask);
   s.curated = true;
   if (!task.worked_turns.empty()) {
     append_worked_turns(task, s);

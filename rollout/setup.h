@@ -34,7 +34,8 @@ class RunTasks {
   int64_t held_out_count() const { return static_cast<int64_t>(source_->held_out_count()); }
   PreparedTask train(int64_t ordinal) const;
   PreparedTask held_out(int64_t index) const;
-  // The index-th worked example: prompt, example and stop token; of an environment the tools' answers too, which are not
+  // The index-th worked example: prompt, example and stop token, trained on the example and on what the
+  // prompt answers (Task::answered); of an environment the tools' answers too, which are not
   // trained on. ERRORS (input): the source has none.
   policy::TrainSequence worked_example(int64_t index) const;
   void feedback(int64_t task_index, const std::vector<double>& totals);
@@ -47,7 +48,9 @@ class RunTasks {
 
  private:
   PreparedTask prepare(const Task& task) const;
-  std::vector<int32_t> prompt_tokens(const Task& task) const;
+  // answered, of each token: it is an answer too; null: nobody asks.
+  std::vector<int32_t> prompt_tokens(const Task& task, std::vector<uint8_t>* answered = nullptr) const;
+  std::vector<int32_t> prompt_pieces(const Task& task, std::vector<uint8_t>* answered) const;
   void append_worked_turns(const Task& task, policy::TrainSequence& s) const;
 
   const policy::Tokenizer& tokenizer_;

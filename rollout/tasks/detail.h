@@ -15,6 +15,9 @@ struct Problem {
   Task task;
 };
 
+// Of the prompts of palindrome, mqar and stack.
+constexpr int64_t kMaxSyntheticLength = int64_t{1} << 20;
+
 // One level of a generator. Thread safety: const calls from several threads at once.
 class Generator {
  public:
@@ -34,6 +37,10 @@ std::unique_ptr<Generator> make_calculate(JsonReader& options, const WorkedStyle
 std::unique_ptr<Generator> make_sql_tasks(JsonReader& options, const WorkedStyle& style);
 std::unique_ptr<Generator> make_document(JsonReader& options, const WorkedStyle& style);
 std::unique_ptr<Generator> make_code_tasks(JsonReader& options, const WorkedStyle& style);
+// The report's synthetic tasks (docs/tasks.md).
+std::unique_ptr<Generator> make_palindrome(JsonReader& options, const WorkedStyle& style);
+std::unique_ptr<Generator> make_mqar(JsonReader& options, const WorkedStyle& style);
+std::unique_ptr<Generator> make_stack(JsonReader& options, const WorkedStyle& style);
 std::unique_ptr<TaskSource> make_jsonl(JsonReader& options, uint64_t seed);
 
 }  // namespace perigee::rollout

@@ -2,6 +2,8 @@
 
 #include <array>
 #include <cmath>
+#include <optional>
+#include <set>
 
 #include "base/error.h"
 #include "base/hash.h"
@@ -21,13 +23,16 @@ struct Kind {
   std::string_view name;
   MakeGenerator make;
 };
-constexpr std::array<Kind, 7> kGenerators{{{"arithmetic", make_arithmetic},
+constexpr std::array<Kind, 10> kGenerators{{{"arithmetic", make_arithmetic},
                                            {"countdown", make_countdown_tasks},
                                            {"sort", make_sort},
                                            {"calculate", make_calculate},
                                            {"sql", make_sql_tasks},
                                            {"document", make_document},
-                                           {"code", make_code_tasks}}};
+                                           {"code", make_code_tasks},
+                                           {"palindrome", make_palindrome},
+                                           {"mqar", make_mqar},
+                                           {"stack", make_stack}}};
 
 enum class Side : uint64_t { kTrain = 1, kHeldOut = 2 };
 
@@ -39,7 +44,13 @@ class Generated : public TaskSource {
     const WorkedStyle style{reader.string("think_open", "<think>"), reader.string("think_close", "</think>")};
     read_curriculum(reader);
     const nlohmann::json* levels = reader.find("levels");
-    if (levels == nullptr) {
+    if (const auto by_length = read_lengths(reader)) {
+      if (levels != nullptr) reader.fail("lengths", "either lengths or levels are expected, not both");
+      if (reader.find("length") != nullptr) reader.fail("length", "either length or lengths are expected, not both");
+      weights_.clear();
+      names_.clear();
+      for (const auto& level : *by_length) add_level(kind, config, level, level.at("name").get<std::string>(), where, style);
+    } else if (levels == nullptr) {
       names_ = {std::string(kind.name)};
       generators_.push_back(kind.make(reader, style));
       reader.finish();
@@ -48,7 +59,7 @@ class Generated : public TaskSource {
         reader.fail("levels", fmt::format("a list of 1 to {} objects is expected", kMaxLevels));
       weights_.clear();
       names_.clear();
-      for (size_t i = 0; i < levels->size(); ++i) add_level(kind, config, (*levels)[i], i, where, style);
+      for (size_t i = 0; i < levels->size(); ++i) add_level(kind, config, (*levels)[i], fmt::format("levels[{}]", i), where, style);
       double sum = 0;
       for (const double w : weights_) sum += w;
       if (!(sum > 0)) reader.fail("levels", "at least one level needs a weight above 0");
@@ -75,14 +86,35 @@ class Generated : public TaskSource {
     curriculum_ = true;
   }
 
-  void add_level(const Kind& kind, const nlohmann::json& config, const nlohmann::json& level, size_t i,
+  // lengths and held_out_lengths as levels.
+  static std::optional<std::vector<nlohmann::json>> read_lengths(JsonReader& reader) {
+    const nlohmann::json* lists[2] = {reader.find("lengths"), reader.find("held_out_lengths")};
+    if (lists[0] == nullptr && lists[1] == nullptr) return std::nullopt;
+    if (lists[0] == nullptr) reader.fail("held_out_lengths", "they go with lengths, those that are trained on");
+    std::vector<nlohmann::json> levels;
+    std::set<int64_t> seen;
+    for (const int i : {0, 1}) {
+      if (lists[i] == nullptr) continue;
+      const char* key = i == 0 ? "lengths" : "held_out_lengths";
+      if (!lists[i]->is_array() || lists[i]->empty() || lists[i]->size() > kMaxLevels)
+        reader.fail(key, fmt::format("a list of 1 to {} lengths is expected", kMaxLevels));
+      for (const auto& item : *lists[i]) {
+        if (!item.is_number_integer()) reader.fail(key, "whole numbers are expected");
+        const auto length = item.get<int64_t>();
+        if (!seen.insert(length).second) reader.fail(key, fmt::format("{} stands there twice", length));
+        levels.push_back({{"name", fmt::format("length {}", length)}, {"length", length}, {"weight", i == 0 ? 1 : 0}});
+      }
+    }
+    return levels;
+  }
+
+  void add_level(const Kind& kind, const nlohmann::json& config, const nlohmann::json& level, const std::string& prefix,
                  std::string_view where, const WorkedStyle& style) {
-    const std::string prefix = fmt::format("levels[{}]", i);
     JsonReader own(level, where, prefix);
     weights_.push_back(own.number("weight", 0, 1e6, 1));
-    names_.push_back(own.string("name", fmt::format("{} {}", kind.name, i + 1)));
+    names_.push_back(own.string("name", fmt::format("{} {}", kind.name, names_.size() + 1)));
     nlohmann::json merged = config;
-    for (const char* key : {"kind", "levels", "curriculum", "think_open", "think_close"}) merged.erase(key);
+    for (const char* key : {"kind", "levels", "lengths", "held_out_lengths", "curriculum", "think_open", "think_close"}) merged.erase(key);
     for (const auto& [key, value] : level.items())
       if (key != "weight" && key != "name") merged[key] = value;
     JsonReader options(merged, where, prefix);

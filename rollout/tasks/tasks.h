@@ -6,6 +6,10 @@
 //   {"kind": "countdown", "min_numbers": 3, "max_numbers": 4, "max_number": 10, "max_target": 100}
 //   {"kind": "sort", "items": "numbers", "min_length": 3, "max_length": 6, "max_number": 99}
 //    ("items": or "letters")
+// For comparing token mixers (docs/tasks.md); a prompt has exactly "length" bytes of printable ASCII:
+//   {"kind": "palindrome", "length": 64, "symbols": 26}
+//   {"kind": "mqar", "length": 64, "pairs": 8, "queries": 8, "values": 10, "key_length": 1, "gaps": "near"}
+//   {"kind": "stack", "length": 64, "stacks": 64, "elements": 26, "pushes": 0.6}
 // For environments (docs/environments.md):
 //   {"kind": "calculate", "min_digits": 3, "max_digits": 5, "min_operands": 2, "max_operands": 2, "operators": "+-*",
 //    "call_share": 1}
@@ -17,6 +21,8 @@
 //
 // Generators also take "think_open", "think_close" (of worked examples) and "levels": a list of objects, each
 // the generator's options where a level differs, "name" and "weight" (1); levels are shared out by weight.
+// A level of weight 0 is evaluated and never trained on. "lengths": [64, 128], "held_out_lengths": [256] are short for
+// levels {"name": "length 64", "length": 64}, ..., those held out of weight 0.
 // "curriculum": {"floor": 0.05} lets success rates move the weights.
 //
 // INVARIANTS
@@ -46,19 +52,29 @@ struct TaskFile {
   bool operator==(const TaskFile&) const = default;
 };
 
+// Of a text, [begin, end) in bytes.
+struct TextRange {
+  size_t begin = 0, end = 0;
+  bool operator==(const TextRange&) const = default;
+};
+
 struct Task {
   uint64_t index = 0;
   std::string prompt;             // plain text; empty when messages are given
   std::vector<policy::Message> messages;  // for the chat template
   std::string tools;              // for the chat template: the text of the list of tools, or ""
   std::string answer;             // for the verifier
+  // Of the prompt, ascending and apart: what is an answer too, to an earlier question of the same text. Worked examples
+  // train on it; the tokens of prompt are cut at its borders. Without messages only.
+  std::vector<TextRange> answered;
   std::string worked_example;     // a whole response ending in the answer, for the warm-up; files: may be ""
   // The same as a conversation that goes on from the prompt: turns of the assistant, of which the last is the answer.
   // Where a turn's calls are not followed by messages of the role tool, the environment's tools answer them.
   std::vector<policy::Message> worked_turns;
   std::vector<TaskFile> files;    // of an environment
   std::string difficulty;         // the level's name
-  std::string verifier;  // that the answer is for: "numeric", "countdown", "exact", "code"; empty: the run's default
+  std::string verifier;  // that the answer is for: "numeric", "countdown", "exact", "positions",
+                         // "code"; empty: the run's default
   std::string where;     // FILE:LINE that it stands in; empty: generated
   bool operator==(const Task&) const = default;
 };
