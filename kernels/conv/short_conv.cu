@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 1) forward(const Argum
     const int index = static_cast<int>(item / pieces), begin = static_cast<int>(item % pieces) * kRows;
     const DeviceSlice s = a.batch.slice[index];
     if (begin >= s.count) continue;
-    T* const window = a.batch.recurrent == nullptr || begin > 0
+    T* const window = a.batch.recurrent == nullptr || head.plain || begin > 0
                           ? nullptr
                           : reinterpret_cast<T*>(a.batch.recurrent[index] + a.window_offset) + head.channel0;
     const T* const in = qkv + s.begin * all + head.channel0;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 1) forward(const Argum
     for (int u = 0; u < kAhead; ++u)
       if (begin + u < end) raw[u] = head.read(in + (begin + u) * all);
     History<kHeld> history = {};
-    if (begin > 0 || window != nullptr) {
+    if (!head.plain && (begin > 0 || window != nullptr)) {
 #pragma unroll
       for (int i = 0; i < 3; ++i) head.load(begin > 0 ? in + (begin - 3 + i) * all : window + i * all, history.x[i]);
     }
@@ -81,14 +81,14 @@ __global__ void __launch_bounds__(kThreads) decode(const Arguments a, const T* q
   constexpr int kHeld = kVector ? 4 : 8, kHeads = 32 / Lane<T, kVector, kHeld>::kLanes;  // of a warp
   const int64_t index_of_head = blockIdx.x * kHeads + threadIdx.x % 32 / Lane<T, kVector, kHeld>::kLanes;
   const int index = static_cast<int>(blockIdx.y * (kThreads / 32) + threadIdx.x / 32);
-  if (index_of_head < 3 * a.heads && threadIdx.x < 32 && threadIdx.x % 16 * 8 < a.d)
+  if (a.w != nullptr && index_of_head < 3 * a.heads && threadIdx.x < 32 && threadIdx.x % 16 * 8 < a.d)
     prefetch_l2(a.w + 4 * (index_of_head * a.d + threadIdx.x % 16 * 8));
   wait_for_previous();
   let_next_start();
   if (index_of_head >= 3 * a.heads || index >= a.batch.slices) return;
   const int64_t wide = a.heads * a.d, all = 3 * wide;
   const DeviceSlice s = a.batch.slice[index];
-  std::byte* const memory = a.batch.recurrent == nullptr ? nullptr : a.batch.recurrent[index];
+  std::byte* const memory = a.batch.recurrent == nullptr || a.w == nullptr ? nullptr : a.batch.recurrent[index];
   const Head<T, kVector, kHeld> head(a, index_of_head, q, k, v);
   if (s.count == 0) return;
   T* const window = memory == nullptr ? nullptr : reinterpret_cast<T*>(memory + a.window_offset) + head.channel0;
@@ -127,7 +127,7 @@ void conv_forward(Device& device, const ConvShape& shape, const T* qkv, const fl
   PERIGEE_CHECK(window_offset >= 0 && window_offset % 16 == 0);
   if (batch.slices == 0 || batch.max_count == 0) return;
   const Arguments a = {shape.heads, shape.d, w, batch, window_offset,
-                       1.0f / __builtin_sqrtf(static_cast<float>(shape.d))};
+                       1.0f / __builtin_sqrtf(static_cast<float>(shape.d)), shape.normalise};
   if constexpr (std::is_same_v<T, bf16>) {
     if (shape.d % 8 == 0) {
       launch<T, true>(device, a, qkv, q, k, v);

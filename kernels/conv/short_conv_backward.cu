@@ -16,9 +16,10 @@ constexpr int kBlocks = 44 * 24;  // two waves of 132 * 4
 
 struct Arguments {
   int64_t heads, d;
-  const float* w;
+  const float* w;  // null: SiLU alone
   DeviceBatch batch;
   float q_scale;
+  bool normalise;
 };
 
 // kVector: dw is summed in registers, one partial result per block y. Otherwise the gradients before the SiLU go to dz
@@ -36,8 +37,9 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 1) backward(const Argu
   const int part = static_cast<int>(head / a.heads);
   const T* const dy = (part == 0 ? dq : part == 1 ? dk : dv) + (first_channel - part * wide);
   const float scale = part == 0 ? a.q_scale : 1.0f;
-  float taps[4][kHeld], dtaps[4][kHeld] = {};
-  lane.load_taps(a.w + 4 * first_channel, taps);
+  float taps[4][kHeld] = {}, dtaps[4][kHeld] = {};
+  const bool plain = a.w == nullptr, normed = part < 2 && a.normalise;
+  if (!plain) lane.load_taps(a.w + 4 * first_channel, taps);
 
   const int pieces = (a.batch.max_count + kRows - 1) / kRows;
   const int64_t items = static_cast<int64_t>(a.batch.slices) * pieces;
@@ -72,10 +74,10 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 1) backward(const Argu
           if (t + 2 < last) next_x[1] = lane.read(in + (t + 2) * all), next_dy[1] = lane.read(dout + (t + 2) * wide);
 #pragma unroll
           for (int j = 0; j < kHeld; ++j) {
-            z[j] = history.convolve(taps, x, j);
+            z[j] = plain ? x[j] : history.convolve(taps, x, j);
             sigma[j] = sigmoid_for<T>(z[j]);
           }
-          if (part < 2) {
+          if (normed) {
 #pragma unroll
             for (int j = 0; j < kHeld; ++j) raw[j] = std::is_same_v<T, float> ? math::silu(z[j]) : z[j] * sigma[j];
             const float square = Held::inner_product(raw, raw) + 1e-6f, product = Held::inner_product(raw, d);
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 1) backward(const Argu
 #pragma unroll
                 for (int i = 0; i < 3; ++i) dtaps[i][j] = math::fma(d[j], history.x[i][j], dtaps[i][j]);
                 dtaps[3][j] = math::fma(d[j], x[j], dtaps[3][j]);
-              } else if (lane.has(j)) {
+              } else if (!plain && lane.has(j)) {
                 dz[(s.begin + t) * all + first_channel + lane.channel(j)] = d[j];
               }
             }
@@ -109,6 +111,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 1) backward(const Argu
             sum[j] = math::fma(taps[2][j], dzs.x[1][j], sum[j]);
             sum[j] = math::fma(taps[1][j], dzs.x[2][j], sum[j]);
             sum[j] = math::fma(taps[0][j], d[j], sum[j]);
+            if (plain) sum[j] = dzs.x[0][j];
           }
           lane.store(dqkv + (s.begin + t - 3) * all + first_channel, sum);
         }
@@ -116,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kVector ? 4 : 1) backward(const Argu
       }
     }
   }
-  if (!kVector) return;
+  if (!kVector || plain) return;
   float4* const to = reinterpret_cast<float4*>(partial) + blockIdx.y * all + first_channel;
 #pragma unroll
   for (int j = 0; j < kHeld; ++j)
@@ -151,11 +154,11 @@ void conv_backward(Device& device, const ConvShape& shape, const T* qkv, const f
   PERIGEE_CHECK(shape.heads > 0 && shape.d > 0 && shape.d <= kMostChannels && batch.training());
   if (batch.slices == 0 || batch.max_count == 0) return;
   DeviceScratch::Mark mark(device.scratch);
-  const Arguments a = {shape.heads, shape.d, w, batch, 1.0f / __builtin_sqrtf(static_cast<float>(shape.d))};
+  const Arguments a = {shape.heads, shape.d, w, batch, 1.0f / __builtin_sqrtf(static_cast<float>(shape.d)), shape.normalise};
   const int64_t items = static_cast<int64_t>(batch.slices) * ((batch.max_count + kRows - 1) / kRows);
   const int64_t all = 3 * shape.wide();
   cudaStream_t stream = device.stream();
-    if constexpr (std::is_same_v<T, bf16>) {
+  if constexpr (std::is_same_v<T, bf16>) {
     if (shape.d % 4 == 0) {
       const unsigned across = blocks_for(3 * shape.heads * Lane<T, true, 4>::kLanes, kThreads);
       const auto workers = static_cast<int>(std::min<int64_t>(items, std::max<int64_t>(1, kBlocks / across)));
@@ -163,15 +166,17 @@ void conv_backward(Device& device, const ConvShape& shape, const T* qkv, const f
       backward<T, true><<<dim3(across, static_cast<unsigned>(workers)), kThreads, 0, stream>>>(a, qkv, dq, dk, dv, dqkv,
                                                                                                nullptr, partial);
       PERIGEE_LAUNCHED();
+      if (w == nullptr) return;
       sum_blocks<<<blocks_for(all * 4, 32), dim3(32, 32), 0, stream>>>(all * 4, workers, partial, dw);
       PERIGEE_LAUNCHED();
       return;
     }
   }
-  float* const dz = device.scratch.take<float>(static_cast<int64_t>(batch.rows) * all);
+  float* const dz = w == nullptr ? nullptr : device.scratch.take<float>(static_cast<int64_t>(batch.rows) * all);
   const dim3 grid(blocks_for(3 * shape.heads * 16, kThreads), static_cast<unsigned>(items < 65535 ? items : 65535));
   backward<T, false><<<grid, kThreads, 0, stream>>>(a, qkv, dq, dk, dv, dqkv, dz, nullptr);
   PERIGEE_LAUNCHED();
+  if (w == nullptr) return;
   weights_in_order<<<blocks_for(all, 32), 32, 0, stream>>>(all, batch, qkv, dz, dw);
   PERIGEE_LAUNCHED();
 }

@@ -81,7 +81,7 @@ Outputs<T> run(Device& device, const ConvShape& shape, const std::vector<T>& qkv
   return {q.get(), k.get(), v.get()};
 }
 
-const ConvShape kShapes[] = {{1, 1}, {3, 5}, {2, 16}, {5, 33}, {3, 64}, {4, 128}};
+const ConvShape kShapes[] = {{1, 1}, {3, 5}, {2, 16}, {5, 33}, {3, 64}, {4, 128}, {3, 5, false}, {3, 64, false}};
 
 float q_scale(const ConvShape& s) { return 1.0f / __builtin_sqrtf(static_cast<float>(s.d)); }
 
@@ -111,7 +111,7 @@ TEST_F(ConvDevice, float_has_the_bits_of_the_cpu) {
                            raw[part].data(), wide);
         for (ConvSlice& c : conv) c.window += wide;
         out[part] = raw[part];
-        if (part < 2)
+        if (part < 2 && s.normalise)
           for (int64_t i = 0; i < rows * s.heads; ++i)
             l2norm(&raw[part][static_cast<size_t>(i * s.d)], s.d, part == 0 ? q_scale(s) : 1.0f,
                    &out[part][static_cast<size_t>(i * s.d)]);
@@ -148,7 +148,7 @@ TEST_F(ConvDevice, bf16_is_near_float64) {
         const int64_t part = head / s.heads;
         double sum = 1e-6;
         for (int64_t c = 0; c < s.d; ++c) sum += e[c] * e[c];
-        const double factor = part == 2 ? 1 : (part == 0 ? 1 / std::sqrt(static_cast<double>(s.d)) : 1) / std::sqrt(sum);
+        const double factor = part == 2 || !s.normalise ? 1 : (part == 0 ? 1 / std::sqrt(static_cast<double>(s.d)) : 1) / std::sqrt(sum);
         for (int64_t c = 0; c < s.d; ++c) expected[part].push_back(e[c] * factor);
       }
     EXPECT_LT(relative_error(got.q, expected[0]), kOneRounding) << s.d;
@@ -229,7 +229,7 @@ void gradients(Device& device, const ConvShape& s) {
     for (size_t i = 0; i < slices.size(); ++i) conv.push_back({cpu_slices[i], windows.data() + static_cast<int64_t>(i) * 3 * wide, wide});
     short_conv_forward(ctx, wide, qkv.data() + part * wide, 3 * wide, w.data() + part * wide * 4, conv, raw.data(), wide);
     Floats d = dout[part];
-    if (part < 2)
+    if (part < 2 && s.normalise)
       for (int64_t i = 0; i < rows * s.heads; ++i)
         l2norm_gradient(&raw[static_cast<size_t>(i * s.d)], &dout[part][static_cast<size_t>(i * s.d)], s.d,
                         part == 0 ? q_scale(s) : 1.0f, &d[static_cast<size_t>(i * s.d)]);
@@ -252,6 +252,43 @@ TEST_F(ConvDevice, gradients_over_bf16_are_near_the_cpu) {
   // With one channel the normalised value is a sign: its gradient is all cancellation.
   for (const ConvShape& s : kShapes)
     if (s.d > 1) gradients<bf16>(device(), s);
+}
+
+// Without taps: what taps that take the row itself alone would give, no window and no gradient of taps.
+template <class T>
+void silu_alone(Device& device, const ConvShape& s) {
+  const int64_t wide = s.wide(), rows = 75;
+  Floats unit(static_cast<size_t>(3 * wide * 4), 0.0f);
+  for (size_t i = 3; i < unit.size(); i += 4) unit[i] = 1;
+  const std::vector<T> x = as<T>(normals(rows * 3 * wide, 2)), dq = as<T>(normals(rows * wide, 3)),
+                       dk = as<T>(normals(rows * wide, 4)), dv = as<T>(normals(rows * wide, 5));
+  const DeviceArray<float> w(device, unit), dw(device, 3 * wide * 4);
+  Sequences<T> sequences(device, s, 2);
+  const std::vector<DeviceSlice> slices = {{0, 70, 0}, {70, 5, 0}};
+  const DeviceArray<T> in(device, x), dev_dq(device, dq), dev_dk(device, dk), dev_dv(device, dv);
+  const auto forward = [&](const float* taps, const std::vector<DeviceSlice>& parts, int64_t n) {
+    const DeviceArray<T> q(device, n * wide), k(device, n * wide), v(device, n * wide);
+    conv_forward<T>(device, s, in, taps, sequences.batch(parts, n), kWindowOffset, q, k, v);
+    return Outputs<T>{q.get(), k.get(), v.get()};
+  };
+  const auto backward = [&](const float* taps) {
+    const DeviceArray<T> dqkv(device, rows * 3 * wide);
+    conv_backward<T>(device, s, in, taps, sequences.batch(slices, rows, true), dev_dq, dev_dk, dev_dv, dqkv,
+                     taps == nullptr ? nullptr : dw.data());
+    return dqkv.get();
+  };
+  const Outputs<T> plain = forward(nullptr, slices, rows), row = forward(nullptr, {{0, 1, 0}}, 1);
+  EXPECT_TRUE(same_bits(sequences.window(0, s), std::vector<T>(static_cast<size_t>(s.window_elements()), T{})));
+  const Outputs<T> with_taps = forward(w, slices, rows);
+  EXPECT_TRUE(same_bits(plain.q, with_taps.q) && same_bits(plain.k, with_taps.k) && same_bits(plain.v, with_taps.v)) << s.d;
+  EXPECT_TRUE(same_bits(row.q, part(plain.q, 0, wide)) && same_bits(row.v, part(plain.v, 0, wide))) << s.d;
+  EXPECT_TRUE(same_bits(backward(nullptr), backward(w))) << s.d;
+}
+TEST_F(ConvDevice, silu_alone_is_taps_of_the_row_itself) {
+  for (const ConvShape& s : kShapes) {
+    silu_alone<float>(device(), s);
+    silu_alone<bf16>(device(), s);
+  }
 }
 
 }  // namespace
