@@ -34,6 +34,9 @@ struct DplrDeviceInputs {
 // chunk_states: null, or (training only) where S at the start of chunk c of slice i is kept for the backward, in
 // [slot][heads][dk][dv] of T with kda_chunk_slot(begin, i, c) of kernels/kda/kda_device.h; kda_chunk_slots(rows, slices)
 // slots in all, of which those that no chunk has are not written.
+// Scratch, T = bf16: heads * (min(slots, kDplrSegment + 8) * 18.9 KB + slots * 4 B + 128 KiB) with slots = rows / 16 +
+// 2 slices.
+inline constexpr int64_t kDplrSegment = 1024;  // chunks that one pass of the bf16 forward takes (16,384 tokens)
 template <class T>
 void dplr_forward(Device& dev, const DplrShape& shape, const DplrDeviceInputs<T>& in,
                   const DeviceBatch& batch, int64_t state_offset, T* out, T* chunk_states = nullptr);

@@ -176,16 +176,16 @@ __global__ void __launch_bounds__(kThreads) close_kernel(Shape shape, const T* k
 
 }  // namespace
 
-template <class T>
-int64_t dplr_state_bytes(const DplrShape& shape) {
+template <>
+int64_t dplr_state_bytes<float>(const DplrShape& shape) {
   const int64_t floats =
       shape.heads * (shape.dk * shape.dv + shape.dk + 2 * kKdaChunk * (shape.dk + shape.dv));
   return (floats * static_cast<int64_t>(sizeof(float)) + 255) / 256 * 256;
 }
 
-template <class T>
-void dplr_forward(Device& dev, const DplrShape& shape, const DplrDeviceInputs<T>& in,
-                  const DeviceBatch& batch, int64_t state_offset, T* out, T* chunk_states) {
+template <>
+void dplr_forward<float>(Device& dev, const DplrShape& shape, const DplrDeviceInputs<float>& in,
+                         const DeviceBatch& batch, int64_t state_offset, float* out, float* chunk_states) {
   PERIGEE_CHECK(shape.heads > 0 && shape.dk > 0 && shape.dv > 0, "heads {} dk {} dv {}", shape.heads,
                 shape.dk, shape.dv);
   PERIGEE_CHECK(chunk_states == nullptr || batch.training(), "chunk states are stored in training");
@@ -194,22 +194,16 @@ void dplr_forward(Device& dev, const DplrShape& shape, const DplrDeviceInputs<T>
   const Shape s{static_cast<int>(shape.heads), static_cast<int>(shape.dk), static_cast<int>(shape.dv)};
   const int bytes = shared_floats(s.dk) * static_cast<int>(sizeof(float));
   PERIGEE_CHECK(bytes <= 227 * 1024, "dk {} needs {} bytes of shared memory", s.dk, bytes);
-  allow_shared_memory(forward_kernel<T>, bytes);
+  allow_shared_memory(forward_kernel<float>, bytes);
   const dim3 grid(blocks_for(s.dv, kColumns) * static_cast<unsigned>(s.heads),
                   static_cast<unsigned>(batch.slices));
-  forward_kernel<T><<<grid, kThreads, bytes, dev.stream()>>>(s, in, out, chunk_states, batch, state_offset);
+  forward_kernel<float>
+      <<<grid, kThreads, bytes, dev.stream()>>>(s, in, out, chunk_states, batch, state_offset);
   PERIGEE_LAUNCHED();
   if (batch.training()) return;
-  close_kernel<T><<<dim3(static_cast<unsigned>(s.heads), static_cast<unsigned>(batch.slices)), kThreads, 0,
-                    dev.stream()>>>(s, in.k, in.a, in.g, batch, state_offset);
+  close_kernel<float><<<dim3(static_cast<unsigned>(s.heads), static_cast<unsigned>(batch.slices)), kThreads,
+                        0, dev.stream()>>>(s, in.k, in.a, in.g, batch, state_offset);
   PERIGEE_LAUNCHED();
 }
-
-template int64_t dplr_state_bytes<float>(const DplrShape&);
-template int64_t dplr_state_bytes<bf16>(const DplrShape&);
-template void dplr_forward<float>(Device&, const DplrShape&, const DplrDeviceInputs<float>&,
-                                  const DeviceBatch&, int64_t, float*, float*);
-template void dplr_forward<bf16>(Device&, const DplrShape&, const DplrDeviceInputs<bf16>&, const DeviceBatch&,
-                                 int64_t, bf16*, bf16*);
 
 }  // namespace perigee::kernels

@@ -4,6 +4,7 @@
 // without overflow for any decay: let L be the highest bit in which i and j differ and r = i with the bits below L
 // cleared, so j < r <= i. Row i is decayed from r to i, row j from j to r; both factors are products of decays, at most 1,
 // and for a given L every row stands on one side: four products of sixteen rows (8 keys and 8 queries) by 8 rows.
+#include "kernels/kda/kda_bf16_intra.cuh"
 #include "kernels/kda/kda_bf16_scan.cuh"
 
 namespace perigee::kernels::kda {
@@ -43,9 +44,6 @@ struct Rows {
   float2 a[kChunk];               // exp(g)
 };
 
-__device__ __forceinline__ unsigned scale(unsigned pair, float2 s) { return pack(low_of(pair) * s.x, high_of(pair) * s.y); }
-__device__ __forceinline__ float2 operator*(float2 a, float2 b) { return {a.x * b.x, a.y * b.y}; }
-
 template <int L>
 __device__ __forceinline__ C4 level(const Rows& x, uint8_t* rows, unsigned rows_address, int lane) {
   unsigned* at = reinterpret_cast<unsigned*>(rows) + lane;
@@ -70,28 +68,6 @@ __device__ __forceinline__ C4 level(const Rows& x, uint8_t* rows, unsigned rows_
   }
   __syncwarp();
   return multiply(rows_address, lane, 0);
-}
-
-// Calls use(i, j, e) for the two elements that a lane has of the product of level L, where they are of one block.
-template <int L, class Use>
-__device__ __forceinline__ void elements(int lane, const Use& use) {
-  const int g = lane >> 2, t = lane & 3;
-#pragma unroll
-  for (int e = 0; e < 2; ++e) {
-    const int n = 2 * t + e;
-    if (g / L == n / L) use(g / L * 2 * L + L + g % L, n / L * 2 * L + n % L, e);
-  }
-}
-
-__device__ __forceinline__ void put_half(uint8_t* block, int i, int j, float x) {
-  const int at = (i >> 3) * 128 + (j >> 3) * 64 + (i & 7) * 8 + (j & 7);
-  reinterpret_cast<uint16_t*>(block)[at] = __bfloat16_as_ushort(__float2bfloat16_rn(x));
-}
-
-// The record that this thread stored last is in global memory: the scan may read it.
-__device__ __forceinline__ void announce(unsigned* mark) {
-  bulk_stores_done();
-  asm volatile("st.release.gpu.global.u32 [%0], 1;" ::"l"(mark) : "memory");
 }
 
 __global__ void __maxnreg__(144) intra_kernel(const Problem p) {

@@ -29,7 +29,8 @@ struct Task {
   uint8_t* state;         // of the head, or null
 
   // width: of the block, in tiles.
-  __device__ Task(const Problem& p, int block, int parts, int width) {
+  template <class P>
+  __device__ Task(const P& p, int block, int parts, int width) {
     part = block % parts, head = block / parts % p.heads, index = block / parts / p.heads;
     slice = p.batch.slice[index];
     const int base = slot_base(slice, index);
@@ -40,7 +41,8 @@ struct Task {
 };
 
 // Waits until the record of chunk c is written; all lanes look which are. `ready`: those before it are known to be.
-__device__ __forceinline__ void wait_for_record(const Problem& p, const Task& task, int c, int& ready, int lane) {
+template <class P>
+__device__ __forceinline__ void wait_for_record(const P& p, const Task& task, int c, int& ready, int lane) {
   const int base = slot_base(task.slice, task.index);
   while (ready <= c) {
     unsigned mark = 0;

@@ -4,18 +4,15 @@
 // chains that every path adds. Products are mma: as many steps as wgmma takes, but each result can be used when it is
 // there. A chunk's operands are in registers before they are wanted, loaded between products of the chunk before; whether
 // barriers are open is asked long before it matters.
-#include "kernels/kda/kda_bf16_scan.cuh"
-
 #include <type_traits>
 
-namespace perigee::kernels::kda {
-namespace {
+#include "kernels/kda/kda_bf16_scan_long.cuh"
 
-constexpr int kWarps = 4, kThreads = 256;  // four warps compute; of four others two to four help
-constexpr int kTiles = kLongChannels / 16;
-constexpr int kRing = 4;                        // outputs of chunks on their way
-constexpr int kPitch = 2 * kLongChannels + 16;  // bytes between rows of v, out and states: they start in different banks
-constexpr int kLanes = 2 * kTiles, kRows = 32 / kLanes;  // lanes to a row of a block's values, rows to a warp
+namespace perigee::kernels::kda {
+
+using namespace scan_long;
+
+namespace {
 
 // Everything of a chunk has one distance from stage to stage.
 struct Stage {
@@ -25,11 +22,6 @@ struct Stage {
   uint8_t unused[15360 - Record::kBytes - kChunk * kPitch - 16];
 };
 static_assert(sizeof(Stage) % 1024 == 0);
-struct Slot {
-  uint8_t out[kChunk * kPitch];
-  uint64_t full, empty;
-};
-
 template <bool kStates, int kStages>
 struct Shared {
   Stage stage[kStages];
@@ -38,57 +30,6 @@ struct Shared {
   float4 partial[2][kWarps][3][32];  // sums over a warp's half of the channels, for its neighbour
   uint64_t states_full[2], states_empty[2];
 };
-
-__device__ __forceinline__ float4 load_floats(unsigned address) {
-  float4 x;
-  asm volatile("ld.shared.v4.f32 {%0,%1,%2,%3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address) : "memory");
-  return x;
-}
-__device__ __forceinline__ void store_floats(unsigned address, const C4& c) {
-  asm volatile("st.shared.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(address), "f"(c.x[0]), "f"(c.x[1]), "f"(c.x[2]), "f"(c.x[3]) : "memory");
-}
-__device__ __forceinline__ void load_two(unsigned& a, unsigned& b, unsigned address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];" : "=r"(a), "=r"(b) : "r"(address) : "memory");
-}
-__device__ __forceinline__ void store_transposed(unsigned address, unsigned a, unsigned b) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1,%2};" ::"r"(address), "r"(a), "r"(b) : "memory");
-#endif
-}
-__device__ __forceinline__ void store_transposed(unsigned address, const A4& r) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r.x[0]), "r"(r.x[1]),
-               "r"(r.x[2]), "r"(r.x[3]) : "memory");
-#endif
-}
-// mma where it stands: loads are between products, so that neither waits for the other.
-__device__ __forceinline__ void mma_here(C4& c, const A4& a, unsigned b0, unsigned b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
-               : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
-}
-// Whether a barrier's phase is over: asked early, so that the answer costs nothing; if not, one waits.
-__device__ __forceinline__ unsigned ask(unsigned barrier, unsigned parity) {
-  unsigned open = 0;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}\n"
-               : "=r"(open) : "r"(barrier), "r"(parity) : "memory");
-#endif
-  return open;
-}
-__device__ __forceinline__ void wait_unless(unsigned open, unsigned barrier, unsigned parity) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (open == 0)
-    asm volatile("{\n.reg .pred p;\nwait:\nmbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n@!p bra wait;\n}\n" ::"r"(barrier),
-                 "r"(parity) : "memory");
-#endif
-}
-__device__ __forceinline__ void warp_arrive_at(unsigned barrier, int lane) {
-  __syncwarp();
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (kArrivalsOfWarp == 32 || lane == 0) asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-#endif
-}
 
 // The records of the chunks and their rows of v into the ring.
 template <bool kStates, int kStages>
@@ -119,53 +60,6 @@ __device__ __forceinline__ void fetch(const Problem& p, Shared<kStates, kStages>
     }
     copies_arrive(&stage.full);
     if (++at == kStages) at = 0, parity ^= 1;
-  }
-}
-
-// What is handed over first is of no chunk.
-template <bool kStates, int kStages>
-__device__ __forceinline__ void write_out(const Problem& p, Shared<kStates, kStages>& shared, const Task& task, int lane) {
-  const int64_t stride = static_cast<int64_t>(p.heads) * p.dv;
-  const int piece = lane % kLanes;
-  bf16* out = p.out + static_cast<int64_t>(task.head) * p.dv + kLongChannels * task.part + 8 * piece;
-  for (int n = 0; n <= task.end - task.begin; ++n) {
-    const ChunkRows own(task.slice, task.begin + n - 1);
-    Slot& slot = shared.slot[n % kRing];
-    barrier_wait(&slot.full, n / kRing & 1);
-    uint4 value[kChunk / kRows];
-#pragma unroll
-    for (int i = 0; i < kChunk / kRows; ++i) value[i] = words(slot.out + (kRows * i + lane / kLanes) * kPitch + piece * 16);
-#pragma unroll
-    for (int i = 0; i < kChunk / kRows; ++i) {
-      const int row = kRows * i + lane / kLanes;
-      if (n > 0 && row >= own.first && row < own.last && piece < 2 * task.tiles)
-        *reinterpret_cast<uint4*>(out + (own.row0 + row) * stride) = value[i];
-    }
-    warp_arrive(&slot.empty, lane);
-  }
-}
-
-// S at the start of each chunk, half of the channels by either warp.
-template <bool kStates, int kStages>
-__device__ __forceinline__ void write_states(const Problem& p, Shared<kStates, kStages>& shared, const Task& task, int which, int lane) {
-  const int piece = lane % kLanes;
-  for (int n = 0; n < task.end - task.begin; ++n) {
-    const int64_t slot = kda_chunk_slot(task.slice.begin, task.index, task.begin + n);
-    bf16* to = p.chunk_states + (slot * p.heads + task.head) * p.dk * p.dv + kLongChannels * task.part + 8 * piece;
-    barrier_wait(&shared.states_full[n & 1], n >> 1 & 1);
-#pragma unroll
-    for (int group = 0; group < 16 / kRows; ++group) {
-      uint4 value[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        value[i] = words(shared.states[n & 1] + (64 * which + kRows * (4 * group + i) + lane / kLanes) * kPitch + piece * 16);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = 64 * which + kRows * (4 * group + i) + lane / kLanes;
-        if (row < p.dk && piece < 2 * task.tiles) *reinterpret_cast<uint4*>(to + row * p.dv) = value[i];
-      }
-    }
-    warp_arrive(&shared.states_empty[n & 1], lane);
   }
 }
 
@@ -372,9 +266,9 @@ __global__ void __maxnreg__(112) scan_long_kernel(const Problem p, int parts) {
         if (task.end == chunks && task.state != nullptr && task.part == 0 && ChunkRows(task.slice, chunks - 1).last < kChunk)
           keep_rows(p, task, lane);
       } else if (warp == kWarps + 1) {
-        write_out<kStates, kStages>(p, shared, task, lane);
+        write_out(p, shared, task, lane);
       } else if constexpr (kStates) {
-        write_states<kStates, kStages>(p, shared, task, warp - kWarps - 2, lane);
+        write_states(p, shared, task, warp - kWarps - 2, lane);
       }
     } else {
       more_registers<184>();
