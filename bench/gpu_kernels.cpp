@@ -1,4 +1,5 @@
-// KDA and latent attention of one layer of the 48B model on a GPU: 32 heads, bf16.
+// KDA and latent attention of one layer of the 48B model on a GPU: 32 heads, bf16; and the general transition that KDA is a
+// case of, on the same inputs.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -6,6 +7,8 @@
 #include "base/error.h"
 #include "base/random.h"
 #include "bench/gpu.h"
+#include "kernels/dplr/dplr_device.h"
+#include "kernels/gemm/gemm.h"
 #include "kernels/kda/kda_device.h"
 #include "kernels/mla/mla_device.h"
 
@@ -162,12 +165,111 @@ void kda_decode_figure(Rig& rig, Device& device, double copy, int64_t sequences,
                          target_us, seconds, fmt::format("one layer, batch {}", sequences)));
 }
 
+// KDA's inputs as T, and the same recurrence as the general one takes it: a = beta k, b = exp(g) . k, and beta k is written.
+template <class T>
+struct DplrPair {
+  T *q, *k, *v, *removed, *written, *read, *out;
+  float *g, *beta;
+
+  DplrPair(Arrays& arrays, int64_t rows) {
+    const int64_t period = std::min(rows, kPeriod);
+    const std::vector<float> queries = widened(
+                                 random_directions(period, 1 / std::sqrt(static_cast<float>(kKda.dk)), 1)),
+                             keys = widened(random_directions(period, 1, 2)),
+                             values = widened(random_bf16(period * kWidth, 3));
+    Random random(4);
+    std::vector<float> decay(keys.size()), step(keys.size() / kKda.dk), strong(keys), decayed(keys);
+    for (float& x : decay) x = -random.next_float() * random.next_float();
+    for (float& x : step) x = random.next_float();
+    for (size_t i = 0; i < keys.size(); ++i) {
+      strong[i] *= step[i / kKda.dk];
+      decayed[i] *= std::exp(decay[i]);
+    }
+    const auto place = [&](const std::vector<float>& x) { return arrays.repeat(as_t(x), rows * kWidth); };
+    q = place(queries), k = place(keys), v = place(values);
+    // The general one reads two arrays where these are one.
+    removed = place(strong), written = place(strong), read = place(decayed);
+    out = arrays.take<T>(rows * kWidth);
+    g = arrays.repeat(decay, rows * kWidth);
+    beta = arrays.repeat(step, rows * kKda.heads);
+  }
+  DplrDeviceInputs<T> general() const { return {q, written, v, removed, read, g}; }
+
+  static std::vector<float> widened(const std::vector<bf16>& x) {
+    std::vector<float> r;
+    for (const bf16 e : x) r.push_back(from_bf16(e.bits));
+    return r;
+  }
+  static std::vector<T> as_t(const std::vector<float>& x) {
+    if constexpr (std::is_same_v<T, float>) return x;
+    std::vector<T> r;
+    if constexpr (std::is_same_v<T, bf16>)
+      for (const float e : x) r.push_back({to_bf16(e)});
+    return r;
+  }
+  std::vector<float> result(Device& device, int64_t rows) const {
+    std::vector<T> x(static_cast<size_t>(rows * kWidth));
+    device.copy_out(x.data(), out, static_cast<int64_t>(x.size() * sizeof(T)));
+    if constexpr (std::is_same_v<T, bf16>)
+      return widened(x);
+    else
+      return x;
+  }
+};
+
+// ||a - b|| / ||b||
+double relative_difference(const std::vector<float>& a, const std::vector<float>& b) {
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double d = static_cast<double>(a[i]) - static_cast<double>(b[i]);
+    difference += d * d;
+    size += static_cast<double>(b[i]) * static_cast<double>(b[i]);
+  }
+  return std::sqrt(difference / size);
+}
+
+template <class T>
+void dplr_figure(Rig& rig, Device& device, double copy, const std::string& name, int64_t rows) {
+  if (!rig.wants(name)) return;
+  Arrays arrays(device);
+  const DplrPair<T> in(arrays, rows);
+  DeviceBatch batch = one_sequence(arrays, rows);
+  const int64_t bytes = std::max(kda_state_bytes<T>(kKda), dplr_state_bytes<T>(kKda));
+  std::byte* state = arrays.take<std::byte>(bytes);
+  batch.recurrent = arrays.upload<std::byte*>({state});
+  const auto tied = [&](int64_t) {
+    kda_forward<T>(device, kKda, in.q, in.k, in.v, in.g, in.beta, batch, 0, in.out);
+  };
+  const auto general = [&](int64_t) { dplr_forward<T>(device, kKda, in.general(), batch, 0, in.out); };
+  device.zero(state, bytes);
+  tied(0);
+  const std::vector<float> expected = in.result(device, rows);
+  device.zero(state, bytes);
+  general(0);
+  // bf16: both round what they multiply, the general one its inputs too.
+  const double difference = relative_difference(in.result(device, rows), expected);
+  PERIGEE_CHECK(difference < (sizeof(T) == 4 ? 1e-5 : 8.0 / 512), "two forms of KDA differ by {}",
+                difference);
+  device.zero(state, bytes);
+  const double tied_ms = 1e3 * median(replays(device, 3, 20, tied));
+  device.zero(state, bytes);
+  const std::vector<double> seconds = replays(device, 3, 20, general);
+  // q, k, v, a, b, out, and g in float.
+  rig.report(time_figure(name, "ms", Bound::kMemory,
+                         static_cast<double>(rows * kWidth * (6 * static_cast<int64_t>(sizeof(T)) + 4)), copy,
+                         0, seconds,
+                         fmt::format("general transition, one sequence of {} tokens; KDA on the same inputs "
+                                     "{:.3g} ms: {:.2f} times as fast",
+                                     rows, tied_ms, 1e3 * median(seconds) / tied_ms)));
+}
+
 }  // namespace
 
 std::vector<std::string> gpu_kernel_figure_names() {
   return {"gpu-kda-forward-32768",  "gpu-kda-forward-131072", "gpu-kda-backward-8192",
           "gpu-kda-backward-32768", "gpu-kda-decode-64",      "gpu-kda-decode-256",
-          "gpu-mla-decode"};
+          "gpu-kda-dplr-8192",      "gpu-kda-dplr-32768",     "gpu-kda-dplr-f32-8192",
+          "gpu-kda-dplr-f32-32768", "gpu-mla-decode"};
 }
 
 void bench_gpu_kda(Rig& rig, double copy) {
@@ -181,6 +283,10 @@ void bench_gpu_kda(Rig& rig, double copy) {
   kda_both_figure(rig, device, copy, 32768, 11);
   kda_decode_figure(rig, device, copy, 64, 60);
   kda_decode_figure(rig, device, copy, 256, 220);
+  for (const int64_t rows : {8192, 32768}) {
+    dplr_figure<bf16>(rig, device, copy, fmt::format("gpu-kda-dplr-{}", rows), rows);
+    dplr_figure<float>(rig, device, copy, fmt::format("gpu-kda-dplr-f32-{}", rows), rows);
+  }
 }
 
 void bench_gpu_mla(Rig& rig, double copy) {
