@@ -2,8 +2,10 @@
 // half is applied to what the heads gather from the latents.
 #include <cstring>
 
+#include "kernels/attention/rope.h"
 #include "kernels/norm/norm.h"
 #include "policy/model/adapter_products.h"
+#include "policy/model/pages.h"
 
 namespace perigee::policy {
 namespace {
@@ -37,38 +39,6 @@ void copy_columns(Context& ctx, int64_t rows, int64_t count, const float* from, 
   });
 }
 
-// The slices with their pages: the batch's own rows in training, else the sequences' blocks, into which the
-// new rows are copied first.
-MlaSlice* bind_pages(const Pass& pass, const Dims& m, int64_t layer, float* c) {
-  Scratch& scratch = pass.ctx.scratch;
-  const size_t n = pass.slices.size();
-  auto* out = scratch.take<MlaSlice>(static_cast<int64_t>(n));
-  for (size_t i = 0; i < n; ++i) {
-    const Slice& s = pass.slices[i];
-    const int64_t pages = (s.position + s.count + kLatentPage - 1) / kLatentPage;
-    auto* table = scratch.take<const float*>(pages);
-    if (pass.training()) {
-      for (int64_t page = 0; page < pages; ++page) table[page] = c + (s.begin + page * kLatentPage) * m.width;
-    } else {
-      const SequenceSlice& sequence = pass.sequences[i];
-      const int64_t offset = pass.state->page_offset(layer);
-      PERIGEE_CHECK(static_cast<int64_t>(sequence.blocks.size()) >= pages, "blocks {} pages {}",
-                    sequence.blocks.size(), pages);
-      for (int64_t page = 0; page < pages; ++page)
-        table[page] = reinterpret_cast<float*>(sequence.blocks[static_cast<size_t>(page)] + offset);
-      for (int64_t r = 0; r < s.count; ++r) {
-        const int64_t position = s.position + r;
-        float* to =
-            reinterpret_cast<float*>(sequence.blocks[static_cast<size_t>(position / kLatentPage)] + offset) +
-            position % kLatentPage * m.width;
-        std::memcpy(to, c + (s.begin + r) * m.width, static_cast<size_t>(m.width) * sizeof(float));
-      }
-    }
-    out[i] = {s, table};
-  }
-  return out;
-}
-
 }  // namespace
 
 void mla_half_forward(const Pass& pass, int64_t layer, const float* x, MlaActivations& a, float* y) {
@@ -92,6 +62,11 @@ void mla_half_forward(const Pass& pass, int64_t layer, const float* x, MlaActiva
   multiply(pass, {{p.q, a.h, m.D, a.q, m.H * m.q_width}, {p.kv_a, a.h, m.D, a.kv, m.width}}, a.low);
   rms_norm_forward(ctx, rows, m.latent, a.kv, m.width, w.vector(p.kv_norm), kMlaNormEps, a.c, m.width);
   copy_columns(ctx, rows, m.rope, a.kv + m.latent, m.width, a.c + m.latent, m.width);
+  if (pass.config.kind(layer) == LayerKind::kMlaRope) {
+    const auto steps = pass.layout().rope_steps(LayerKind::kMlaRope);
+    rope_forward(ctx, pass.slices, m.H, m.rope, steps, a.q + m.nope, m.q_width, m.H * m.q_width);
+    rope_forward(ctx, pass.slices, 1, m.rope, steps, a.c + m.latent, m.rope, m.width);
+  }
 
   {
     Scratch::Mark mark(ctx.scratch);
@@ -107,8 +82,7 @@ void mla_half_forward(const Pass& pass, int64_t layer, const float* x, MlaActiva
                    a.qa + h * m.width + m.latent, m.H * m.width);
     }
     matmul(ctx, {heads, static_cast<size_t>(m.H)});
-    const MlaSlice* slices = bind_pages(pass, m, layer, a.c);
-    mla_forward(ctx, m.shape, a.qa, {slices, pass.slices.size()}, a.ol, a.lse);
+    mla_forward(ctx, m.shape, a.qa, bind_pages(pass, layer, m.width, a.c), a.ol, a.lse);
     for (int64_t h = 0; h < m.H; ++h) {
       heads[h] = {w.matrix(p.absorb_v + static_cast<int>(h)),
                   a.ol + h * m.latent,
@@ -168,6 +142,11 @@ void mla_half_backward(const Pass& pass, int64_t layer, const float* x, const Ml
   rms_norm_backward(ctx, rows, m.latent, a.kv, m.width, w.vector(p.kv_norm), kMlaNormEps, dc, m.width, dkv,
                     m.width, false, grad(p.kv_norm));
   copy_columns(ctx, rows, m.rope, dc + m.latent, m.width, dkv + m.latent, m.width);
+  if (pass.config.kind(layer) == LayerKind::kMlaRope) {
+    const auto steps = pass.layout().rope_steps(LayerKind::kMlaRope);
+    rope_backward(ctx, pass.slices, m.H, m.rope, steps, dq + m.nope, m.q_width, m.H * m.q_width);
+    rope_backward(ctx, pass.slices, 1, m.rope, steps, dkv + m.latent, m.rope, m.width);
+  }
 
   if (!pass.frozen()) {
     const int64_t tasks = 2 * m.H;

@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "base/random.h"
+#include "kernels/attention/rope.h"
 
 namespace perigee::policy {
 ParamLayout::ParamLayout(ModelConfig config, Dtype dtype, MatrixForm matrices)
@@ -25,6 +26,8 @@ ParamLayout::ParamLayout(ModelConfig config, Dtype dtype, MatrixForm matrices)
     is_linear(kind) ? add_linear(i, p) : is_latent(kind) ? add_mla(i, p) : add_attention(i, p);
     add_feed_forward(i, p);
     layers_.push_back(p);
+    if (kind == LayerKind::kAttention) head_steps_ = kernels::rope_steps(c.head_dim, c.rope_theta);
+    if (kind == LayerKind::kMlaRope) latent_steps_ = kernels::rope_steps(c.qk_rope_head_dim, c.rope_theta);
   }
   final_norm_ = add("final_norm", TensorForm::kVector, c.hidden_size, 1);
   map("model.norm.weight", {c.hidden_size}, final_norm_);

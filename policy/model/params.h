@@ -9,6 +9,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -58,6 +59,10 @@ class ParamLayout : public ArenaLayout {
   int embed() const { return embed_; }
   int head() const { return head_; }
   int final_norm() const { return final_norm_; }
+  // Of the rotation in layers of this kind (kernels/attention/rope.h): mla_rope or attention. Empty: no layer has it.
+  std::span<const uint64_t> rope_steps(LayerKind kind) const {
+    return kind == LayerKind::kAttention ? head_steps_ : latent_steps_;
+  }
 
   // Float row-major values of a checkpoint tensor out of, or into, a flat f32 arena.
   void read_flat(const float* flat, const CheckpointTensor& t, float* values) const;
@@ -76,6 +81,7 @@ class ParamLayout : public ArenaLayout {
   ModelConfig config_;
   std::vector<LayerParams> layers_;
   std::vector<CheckpointTensor> checkpoint_;
+  std::vector<uint64_t> head_steps_, latent_steps_;
   int embed_ = -1, head_ = -1, final_norm_ = -1;
 };
 
