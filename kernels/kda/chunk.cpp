@@ -1,6 +1,7 @@
 #include "kernels/kda/chunk.h"
 
 #include <algorithm>
+#include <cstring>
 
 namespace perigee::kernels::kda {
 
@@ -146,6 +147,42 @@ void inner_tile(int64_t first, int64_t dk, int64_t dkp, const float* alpha, cons
 }
 
 }  // namespace
+
+void transpose(int64_t m, int64_t mp, int64_t n, const float* src, int64_t ldsrc, float* dst, int64_t lddst) {
+  // Four by four in registers, which every processor has.
+  typedef float F4 __attribute__((vector_size(16)));
+  int64_t i = 0;
+  for (; i + 4 <= m; i += 4) {
+    const float* from = src + i * ldsrc;
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4) {
+      F4 a, b, c, d;
+      std::memcpy(&a, from + j, sizeof a);
+      std::memcpy(&b, from + ldsrc + j, sizeof b);
+      std::memcpy(&c, from + 2 * ldsrc + j, sizeof c);
+      std::memcpy(&d, from + 3 * ldsrc + j, sizeof d);
+      const F4 ab01 = __builtin_shufflevector(a, b, 0, 4, 1, 5),
+               ab23 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const F4 cd01 = __builtin_shufflevector(c, d, 0, 4, 1, 5),
+               cd23 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      a = __builtin_shufflevector(ab01, cd01, 0, 1, 4, 5);
+      b = __builtin_shufflevector(ab01, cd01, 2, 3, 6, 7);
+      c = __builtin_shufflevector(ab23, cd23, 0, 1, 4, 5);
+      d = __builtin_shufflevector(ab23, cd23, 2, 3, 6, 7);
+      float* const to = dst + j * lddst + i;
+      std::memcpy(to, &a, sizeof a);
+      std::memcpy(to + lddst, &b, sizeof b);
+      std::memcpy(to + 2 * lddst, &c, sizeof c);
+      std::memcpy(to + 3 * lddst, &d, sizeof d);
+    }
+    for (; j < n; ++j)
+      for (int64_t r = 0; r < 4; ++r) dst[j * lddst + i + r] = from[r * ldsrc + j];
+  }
+  for (; i < m; ++i)
+    for (int64_t j = 0; j < n; ++j) dst[j * lddst + i] = src[i * ldsrc + j];
+  for (; i < mp; ++i)
+    for (int64_t j = 0; j < n; ++j) dst[j * lddst + i] = 0.0f;
+}
 
 Rows::Rows(float* memory, int64_t dk, int64_t dv) {
   const int64_t dkp = round_up16(dk), dvp = round_up16(dv);

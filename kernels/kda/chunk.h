@@ -36,13 +36,7 @@ struct Unit {
 inline constexpr Unit kUnit;
 
 // dst[j][i] = src[i][j] for i < m, j < n; columns [m, mp) of dst are zero.
-inline void transpose(int64_t m, int64_t mp, int64_t n, const float* src, int64_t ldsrc, float* dst,
-                      int64_t lddst) {
-  for (int64_t j = 0; j < n; ++j) {
-    for (int64_t i = 0; i < m; ++i) dst[j * lddst + i] = src[i * ldsrc + j];
-    for (int64_t i = m; i < mp; ++i) dst[j * lddst + i] = 0.0f;
-  }
-}
+void transpose(int64_t m, int64_t mp, int64_t n, const float* src, int64_t ldsrc, float* dst, int64_t lddst);
 
 // The rows of one chunk that are being computed: row i of the arrays is row first + i of the chunk. dkp and
 // dvp are dk and dv rounded up to 16; what lies past dk and dv is zero.
