@@ -35,12 +35,13 @@ int64_t percent_less(double part, double whole) {
 
 // Temporary buffers of a pass on the CPU: the residual stream and the widest half layer, in float32.
 int64_t host_scratch_bytes(const ModelConfig& c, int64_t rows) {
-  const int64_t kda = 10 * c.linear_width() + 2 * c.linear_head_dim + 2 * c.linear_heads;
+  const int64_t linear = 12 * c.linear_width() + 3 * c.linear_head_dim + 3 * c.linear_heads;
   const int64_t mla =
       c.num_heads * (c.qk_head_dim() + c.latent_width() + c.kv_lora_rank + c.v_head_dim) + c.latent_width();
+  const int64_t attention = 2 * c.num_heads * c.head_dim + c.kv_width();
   const int64_t dense = 3 * std::max(c.intermediate_size, c.shared_intermediate_size());
   const int64_t routed = c.experts_per_token * (3 * c.moe_intermediate_size + c.hidden_size) + c.num_experts;
-  return 4 * rows * (5 * c.hidden_size + std::max({kda, mla, dense + routed}));
+  return 4 * rows * (5 * c.hidden_size + std::max({linear, mla, attention, dense + routed}));
 }
 
 StateLayout state_of(const ParamLayout& layout, bool cuda) {
@@ -107,8 +108,7 @@ MemoryPlan plan_memory(const ModelConfig& config, const std::string& model, cons
       throw_input("--contexts: {} tokens are more than the {} of {}", tokens, config.max_length, model);
   const bool narrow = config.dtype == Dtype::kBf16;
   const MatrixForm form = device.cuda && narrow ? MatrixForm::kTiles : MatrixForm::kPanels;
-  const ParamLayout layout(config, config.dtype, form),
-      all_mla(with_mla_everywhere(config), config.dtype, form);
+  const ParamLayout layout(config, config.dtype, form);
 
   MemoryPlan p;
   p.device = device;
@@ -139,7 +139,9 @@ MemoryPlan plan_memory(const ModelConfig& config, const std::string& model, cons
     p.contexts.push_back({tokens, size, p.left_bytes / std::max<int64_t>(1, size)});
   }
   p.token_bytes = bytes_per_token(state);
-  p.all_mla_token_bytes = bytes_per_token(state_of(all_mla, device.cuda));
+  if (config.kv_lora_rank > 0)
+    p.all_mla_token_bytes =
+        bytes_per_token(state_of(ParamLayout(with_mla_everywhere(config), config.dtype, form), device.cuda));
   // In float32 the weights are their own masters.
   p.training_bytes_per_element = narrow ? 16 : 12;
   p.training_bytes = p.training_bytes_per_element * layout.elements();
@@ -203,9 +205,12 @@ void MemoryPlan::print(const std::string& model) const {
                    bytes(block_bytes), block_tokens));
   for (const Context& c : contexts)
     line(fmt::format("{} tokens", context_name(c.tokens)).c_str(), c.bytes, fmt::format("{} at once", c.fit));
-  const int64_t less = all_mla_token_bytes > 0 ? percent_less(token_bytes, all_mla_token_bytes) : 0;
-  fmt::print("      {:<18} {:>8.0f} B  with MLA in every layer {:.0f} B: -{}.{} %\n", "cache per token",
-             token_bytes, all_mla_token_bytes, less / 10, less % 10);
+  fmt::print("      {:<18} {:>8.0f} B", "cache per token", token_bytes);
+  if (all_mla_token_bytes > 0) {
+    const int64_t less = percent_less(token_bytes, all_mla_token_bytes);
+    fmt::print("  with MLA in every layer {:.0f} B: -{}.{} %", all_mla_token_bytes, less / 10, less % 10);
+  }
+  fmt::print("\n");
   line("full training", training_bytes,
        fmt::format("{} bytes an element beside the weights ({}): {}", training_bytes_per_element,
                    training_bytes_per_element == 16 ? "gradient, moments, masters" : "gradient, moments",

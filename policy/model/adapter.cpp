@@ -19,8 +19,8 @@ using nlohmann::json;
 
 const std::vector<std::string>& known_targets() {
   static const std::vector<std::string> names = {
-      "q_proj",   "k_proj",   "v_proj",   "o_proj",   "f_a_proj",           "f_b_proj",  "b_proj",
-      "g_a_proj", "g_b_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj", "down_proj", "w1", "w3", "w2"};
+      "q_proj",   "k_proj",   "v_proj",   "o_proj",             "f_a_proj",  "f_b_proj", "a_proj",    "b_proj", "e_a_proj",
+      "e_b_proj", "g_a_proj", "g_b_proj", "kv_a_proj_with_mqa", "gate_proj", "up_proj",  "down_proj", "w1",     "w3",       "w2"};
   return names;
 }
 

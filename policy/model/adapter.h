@@ -27,8 +27,8 @@ struct LoraConfig {
   int64_t rank = 16;  // 1..kMostRank; a multiple of 8 for bfloat16 on a GPU
   double alpha = 32;
   // Modules by their last name in the checkpoint. Of every layer that has one: q_proj, k_proj, v_proj, o_proj, f_a_proj,
-  // f_b_proj, b_proj, g_a_proj, g_b_proj (KDA; q_proj and o_proj of MLA too), kv_a_proj_with_mqa (MLA), gate_proj,
-  // up_proj, down_proj (dense layers and shared experts), w1, w3, w2 (gate, up, down of every single expert).
+  // f_b_proj, a_proj, b_proj, e_a_proj, e_b_proj, g_a_proj, g_b_proj (linear mixers, docs/mixers.md), kv_a_proj_with_mqa
+  // (MLA), gate_proj, up_proj, down_proj (dense layers and shared experts), w1, w3, w2 (gate, up, down of every single expert).
   std::vector<std::string> targets = {"q_proj", "k_proj", "v_proj", "o_proj"};
   uint64_t seed = 0;  // of the first weights
 

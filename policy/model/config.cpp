@@ -199,8 +199,6 @@ void read_token_mixers(JsonReader& in, ModelConfig& c) {
       in.fail("token_mixers", fmt::format("{} is not a mixer{}", json_brief(item), hint.empty() ? "; known are " + join(known) : hint));
     }
     c.layers.push_back(static_cast<LayerKind>(found - known.begin()));
-    if (c.layers.back() == LayerKind::kMamba2 || c.layers.back() == LayerKind::kAttention)
-      in.fail("token_mixers", fmt::format("{} has no layer yet", json_brief(item)));
   }
 }
 

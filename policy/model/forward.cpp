@@ -18,7 +18,7 @@ int64_t mixer_floats(const ModelConfig& c, LayerKind kind) {
   switch (kind) {
     case LayerKind::kKda:
     case LayerKind::kGdn: return kda_state_floats(shape);
-    case LayerKind::kMamba2: break;
+    case LayerKind::kMamba2: return ssd_state_floats(shape);
     case LayerKind::kDplr: return dplr_state_floats(shape);
     case LayerKind::kMla:
     case LayerKind::kMlaRope: return kLatentPage * c.latent_width();

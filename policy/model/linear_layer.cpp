@@ -38,7 +38,9 @@ struct Dims {
   bool normalises() const { return kind != LayerKind::kMamba2; }  // q and k
   bool gated() const { return gate != OutputGate::kNone; }
   int64_t state_floats() const {
-    return kind == LayerKind::kDplr ? dplr_state_floats(shape) : kda_state_floats(shape);
+    return kind == LayerKind::kMamba2 ? ssd_state_floats(shape)
+           : kind == LayerKind::kDplr ? dplr_state_floats(shape)
+                                      : kda_state_floats(shape);
   }
 };
 
@@ -103,6 +105,12 @@ void recur(const Pass& pass, const Dims& m, int64_t layer, const LinearActivatio
   const int64_t rows = pass.rows;
   Scratch::Mark mark(ctx.scratch);
   switch (m.kind) {
+    case LayerKind::kMamba2:
+      head_gate_forward(ctx, rows, m.H, a.b, a_log, dt_bias, a.g, a.delta);
+      scale_heads(ctx, rows, m.H, m.d, a.delta, a.v, a.written);
+      ssd_forward(ctx, m.shape, a.qn, a.kn, a.written, a.g, bind_states<SsdSlice>(pass, m, layer), a.o, a.chunk_states);
+      add_skip(ctx, rows, m.H, m.d, pass.weights.vector(p.skip), a.v, a.o);
+      return;
     case LayerKind::kDplr:
       kda_gate_forward(ctx, m.shape, rows, a.f, nullptr, a_log, dt_bias, a.g, nullptr);
       sigmoid_gate_forward(ctx, rows * m.wide, a.e, a.kn, a.written);
@@ -137,6 +145,14 @@ void recur_backward(const Pass& pass, const Dims& m, int64_t layer, const Linear
   const int64_t rows = pass.rows;
   Scratch::Mark mark(ctx.scratch);
   switch (m.kind) {
+    case LayerKind::kMamba2: {
+      float *dwritten = pass.take(m.wide), *dg = pass.take(m.H), *ddelta = pass.take(m.H);
+      ssd_backward(ctx, m.shape, a.qn, a.kn, a.written, a.g, a.chunk_states, pass.slices, d_o, d.q, d.k, dwritten, dg);
+      scale_skip_backward(ctx, rows, m.H, m.d, a.delta, pass.weights.vector(p.skip), a.v, dwritten, d_o, d.v, ddelta,
+                          grad(p.skip));
+      head_gate_backward(ctx, rows, m.H, a.b, a_log, dt_bias, dg, ddelta, d.b, grad(p.a_log), grad(p.dt_bias));
+      return;
+    }
     case LayerKind::kDplr: {
       float *dwritten = pass.take(m.wide), *dremoved = pass.take(m.wide);
       const DplrGradients out{d.q, dwritten, d.v, dremoved, d.k, d.f};
