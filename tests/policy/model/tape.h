@@ -25,7 +25,10 @@ struct Var {
 template <class T>
 class Tape {
  public:
-  Tape() { current() = this; }
+  Tape() : nodes_(memory()) {
+    current() = this;
+    nodes_.clear();
+  }
   ~Tape() { current() = nullptr; }
   Tape(const Tape&) = delete;
   Tape& operator=(const Tape&) = delete;
@@ -57,7 +60,12 @@ class Tape {
     int32_t a, b;
     T da, db;
   };
-  std::vector<Node> nodes_;
+  // Kept from tape to tape: tens of megabytes given back and taken again cost more than what is computed in them.
+  static std::vector<Node>& memory() {
+    static thread_local std::vector<Node> nodes;
+    return nodes;
+  }
+  std::vector<Node>& nodes_;
 };
 
 template <class T>
