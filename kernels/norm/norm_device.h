@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/device/device.h"
+#include "kernels/norm/output_gate.h"
 
 namespace perigee::kernels {
 
@@ -27,15 +28,26 @@ void rms_norm_backward(Device& device, int64_t rows, int64_t d, const X* x, int6
                        const D* dy, int64_t lddy, G* dx, int64_t lddx, bool accumulate, float* dw,
                        RowSums sums = RowSums::kCpu);
 
-// Over each head of d values: y = x * rsqrt(mean x^2 + eps) * w * sigmoid(gate). x, gate, y [rows, heads*d], w [d].
-// y may be x or gate.
+// Over each head of d values: y = x * rsqrt(mean x^2 + eps) * w * G(gate), G as OutputGate says. x, gate, y
+// [rows, heads*d], w [d]. With kNone gate is null. y may be x or gate.
+template <class T>
+void gated_rms_norm_forward(Device& device, int64_t rows, int64_t heads, int64_t d, OutputGate kind, const T* x,
+                            const T* gate, const float* w, float eps, T* y);
+// dx, dgate overwritten; dw [d] accumulated. dx may be dy. With kNone gate and dgate are null.
+template <class T>
+void gated_rms_norm_backward(Device& device, int64_t rows, int64_t heads, int64_t d, OutputGate kind, const T* x,
+                             const T* gate, const float* w, float eps, const T* dy, T* dx, T* dgate, float* dw);
+// With the sigmoid.
 template <class T>
 void gated_rms_norm_forward(Device& device, int64_t rows, int64_t heads, int64_t d, const T* x, const T* gate,
-                            const float* w, float eps, T* y);
-// dx, dgate overwritten; dw [d] accumulated. dx may be dy.
+                            const float* w, float eps, T* y) {
+  gated_rms_norm_forward<T>(device, rows, heads, d, OutputGate::kSigmoid, x, gate, w, eps, y);
+}
 template <class T>
 void gated_rms_norm_backward(Device& device, int64_t rows, int64_t heads, int64_t d, const T* x, const T* gate,
-                             const float* w, float eps, const T* dy, T* dx, T* dgate, float* dw);
+                             const float* w, float eps, const T* dy, T* dx, T* dgate, float* dw) {
+  gated_rms_norm_backward<T>(device, rows, heads, d, OutputGate::kSigmoid, x, gate, w, eps, dy, dx, dgate, dw);
+}
 
 // y += x over n values in float32.
 template <class X>

@@ -26,10 +26,10 @@ TEST_F(NormDevice, rms_norm_over_float_has_the_bits_of_the_cpu) {
       for (const bool accumulate : {false, true}) {
         Floats dx = normals(rows * ldx, 4), dw = normals(d, 5);
         const DeviceArray<float> dev_dx(device(), dx), dev_dw(device(), dw);
-        rms_norm_backward(ctx, rows, d, x.data(), ldx, w.data(), kEps, dy.data(), ldy, dx.data(), ldx, accumulate,
-                          dw.data());
-        rms_norm_backward(device(), rows, d, dev_x.data(), ldx, dev_w, kEps, dev_dy.data(), ldy, dev_dx.data(), ldx,
-                          accumulate, dev_dw);
+        rms_norm_backward(ctx, rows, d, x.data(), ldx, w.data(), kEps, dy.data(), ldy, dx.data(), ldx,
+                          accumulate, dw.data());
+        rms_norm_backward(device(), rows, d, dev_x.data(), ldx, dev_w, kEps, dev_dy.data(), ldy,
+                          dev_dx.data(), ldx, accumulate, dev_dw);
         EXPECT_EQ(first_difference(dev_dx.get(), dx), -1) << rows << " x " << d;
         EXPECT_EQ(first_difference(dev_dw.get(), dw), -1) << rows << " x " << d;
       }
@@ -77,9 +77,10 @@ void backward_near_the_cpu(Device& device, int64_t rows, int64_t d) {
     Floats dx = held<G>(normals(rows * d, 4)), dw = normals(d, 5);
     const DeviceArray<G> dev_dx(device, as<G>(dx));
     const DeviceArray<float> dev_dw(device, dw);
-    rms_norm_backward(ctx, rows, d, x.data(), d, w.data(), kEps, dy.data(), d, dx.data(), d, accumulate, dw.data());
-    rms_norm_backward(device, rows, d, dev_x.data(), d, dev_w, kEps, dev_dy.data(), d, dev_dx.data(), d, accumulate,
-                      dev_dw, RowSums::kBlocks);
+    rms_norm_backward(ctx, rows, d, x.data(), d, w.data(), kEps, dy.data(), d, dx.data(), d, accumulate,
+                      dw.data());
+    rms_norm_backward(device, rows, d, dev_x.data(), d, dev_w, kEps, dev_dy.data(), d, dev_dx.data(), d,
+                      accumulate, dev_dw, RowSums::kBlocks);
     const double most = std::is_same_v<G, bf16> ? kOneRounding : 1e-6;
     EXPECT_LT(relative_error(dev_dx.get(), doubles(dx)), most) << d;
     EXPECT_LT(relative_error(dev_dw.get(), doubles(dw)), 2e-6) << rows << " x " << d;
@@ -96,59 +97,80 @@ TEST_F(NormDevice, rms_norm_gradients_by_blocks_are_near_the_cpu) {
     }
 }
 
+constexpr OutputGate kGates[] = {OutputGate::kSigmoid, OutputGate::kSwish, OutputGate::kNone};
+
 TEST_F(NormDevice, gated_norm_over_float_has_the_bits_of_the_cpu) {
   Context ctx(2);
-  for (const int64_t d : {1, 5, 16, 33, 128, 300}) {
-    const int64_t rows = 7, heads = 3, n = rows * heads * d;
-    const Floats x = normals(n, 1), gate = normals(n, 2, 3.0f), w = normals(d, 3), dy = normals(n, 4);
-    Floats y(x.size()), dx(x.size()), dgate(x.size()), dw = normals(d, 5);
-    const DeviceArray<float> dev_x(device(), x), dev_gate(device(), gate), dev_w(device(), w), dev_dy(device(), dy),
-        dev_y(device(), n), dev_dx(device(), n), dev_dgate(device(), n), dev_dw(device(), dw);
-    gated_rms_norm_forward(ctx, rows, heads, d, x.data(), gate.data(), w.data(), kEps, y.data());
-    gated_rms_norm_forward(device(), rows, heads, d, dev_x.data(), dev_gate.data(), dev_w, kEps, dev_y.data());
-    EXPECT_EQ(first_difference(dev_y.get(), y), -1) << d;
-    gated_rms_norm_backward(ctx, rows, heads, d, x.data(), gate.data(), w.data(), kEps, dy.data(), dx.data(),
-                            dgate.data(), dw.data());
-    gated_rms_norm_backward(device(), rows, heads, d, dev_x.data(), dev_gate.data(), dev_w, kEps, dev_dy.data(),
-                            dev_dx.data(), dev_dgate.data(), dev_dw);
-    EXPECT_EQ(first_difference(dev_dx.get(), dx), -1) << d;
-    EXPECT_EQ(first_difference(dev_dgate.get(), dgate), -1) << d;
-    EXPECT_EQ(first_difference(dev_dw.get(), dw), -1) << d;
-  }
+  for (const OutputGate kind : kGates)
+    for (const int64_t d : {1, 5, 16, 33, 128, 300}) {
+      const bool gated = kind != OutputGate::kNone;
+      const int64_t rows = 7, heads = 3, n = rows * heads * d;
+      const Floats x = normals(n, 1), gate = normals(n, 2, 3.0f), w = normals(d, 3), dy = normals(n, 4);
+      Floats y(x.size()), dx(x.size()), dgate(x.size()), dw = normals(d, 5);
+      const DeviceArray<float> dev_x(device(), x), dev_gate(device(), gate), dev_w(device(), w),
+          dev_dy(device(), dy), dev_y(device(), n), dev_dx(device(), n), dev_dgate(device(), n),
+          dev_dw(device(), dw);
+      gated_rms_norm_forward(ctx, rows, heads, d, kind, x.data(), gated ? gate.data() : nullptr, w.data(),
+                             kEps, y.data());
+      gated_rms_norm_forward(device(), rows, heads, d, kind, dev_x.data(), gated ? dev_gate.data() : nullptr,
+                             dev_w, kEps, dev_y.data());
+      EXPECT_EQ(first_difference(dev_y.get(), y), -1) << d;
+      gated_rms_norm_backward(ctx, rows, heads, d, kind, x.data(), gated ? gate.data() : nullptr, w.data(),
+                              kEps, dy.data(), dx.data(), gated ? dgate.data() : nullptr, dw.data());
+      gated_rms_norm_backward(device(), rows, heads, d, kind, dev_x.data(), gated ? dev_gate.data() : nullptr,
+                              dev_w, kEps, dev_dy.data(), dev_dx.data(), gated ? dev_dgate.data() : nullptr,
+                              dev_dw);
+      EXPECT_EQ(first_difference(dev_dx.get(), dx), -1) << d;
+      if (gated) {
+        EXPECT_EQ(first_difference(dev_dgate.get(), dgate), -1) << d;
+      }
+      EXPECT_EQ(first_difference(dev_dw.get(), dw), -1) << d;
+    }
 }
 
 TEST_F(NormDevice, gated_norm_over_bf16_is_near_float64_and_the_same_in_any_batch) {
   Context ctx(2);
-  for (const int64_t d : {8, 33, 128})
-    for (const int64_t rows : {1, 300}) {
-      const int64_t heads = 5, wide = heads * d, n = rows * wide;
-      const Floats x = held<bf16>(normals(n, 1)), gate = held<bf16>(normals(n, 2, 3.0f)), w = normals(d, 3),
-                   dy = held<bf16>(normals(n, 4));
-      const DeviceArray<bf16> dev_x(device(), narrow(x)), dev_gate(device(), narrow(gate)), dev_dy(device(), narrow(dy)),
-          dev_y(device(), n), alone(device(), wide), dev_dx(device(), n), dev_dgate(device(), n);
-      const DeviceArray<float> dev_w(device(), w);
-      gated_rms_norm_forward(device(), rows, heads, d, dev_x.data(), dev_gate.data(), dev_w, kEps, dev_y.data());
-      Doubles expected;
-      for (int64_t i = 0; i < rows * heads; ++i) {
-        const Doubles head =
-            reference::gated_rms_norm(doubles(part(x, i * d, d)), doubles(part(gate, i * d, d)), doubles(w), kEps);
-        expected.insert(expected.end(), head.begin(), head.end());
-      }
-      EXPECT_LT(relative_error(dev_y.get(), expected), kOneRounding) << rows << " x " << d;
-      const int64_t last = (rows - 1) * wide;
-      gated_rms_norm_forward(device(), 1, heads, d, dev_x.data() + last, dev_gate.data() + last, dev_w, kEps, alone.data());
-      EXPECT_TRUE(same_bits(alone.get(), part(dev_y.get(), last, wide))) << d;
+  for (const OutputGate kind : kGates)
+    for (const int64_t d : {8, 33, 128})
+      for (const int64_t rows : {1, 300}) {
+        const bool gated = kind != OutputGate::kNone;
+        const int64_t heads = 5, wide = heads * d, n = rows * wide;
+        const Floats x = held<bf16>(normals(n, 1)), gate = held<bf16>(normals(n, 2, 3.0f)), w = normals(d, 3),
+                     dy = held<bf16>(normals(n, 4));
+        const DeviceArray<bf16> dev_x(device(), narrow(x)), dev_gate(device(), narrow(gate)),
+            dev_dy(device(), narrow(dy)), dev_y(device(), n), alone(device(), wide), dev_dx(device(), n),
+            dev_dgate(device(), n);
+        const DeviceArray<float> dev_w(device(), w);
+        gated_rms_norm_forward(device(), rows, heads, d, kind, dev_x.data(),
+                               gated ? dev_gate.data() : nullptr, dev_w, kEps, dev_y.data());
+        Doubles expected;
+        for (int64_t i = 0; i < rows * heads; ++i) {
+          const Doubles head = reference::gated_rms_norm(
+              doubles(part(x, i * d, d)), doubles(part(gate, i * d, d)), doubles(w), kEps,
+              kind == OutputGate::kSigmoid ? reference::Gate::kSigmoid
+              : kind == OutputGate::kSwish ? reference::Gate::kSwish
+                                           : reference::Gate::kNone);
+          expected.insert(expected.end(), head.begin(), head.end());
+        }
+        EXPECT_LT(relative_error(dev_y.get(), expected), kOneRounding) << rows << " x " << d;
+        const int64_t last = (rows - 1) * wide;
+        gated_rms_norm_forward(device(), 1, heads, d, kind, dev_x.data() + last,
+                               gated ? dev_gate.data() + last : nullptr, dev_w, kEps, alone.data());
+        EXPECT_TRUE(same_bits(alone.get(), part(dev_y.get(), last, wide))) << d;
 
-      Floats dx(x.size()), dgate(x.size()), dw = normals(d, 5);
-      const DeviceArray<float> dev_dw(device(), dw);
-      gated_rms_norm_backward(ctx, rows, heads, d, x.data(), gate.data(), w.data(), kEps, dy.data(), dx.data(),
-                              dgate.data(), dw.data());
-      gated_rms_norm_backward(device(), rows, heads, d, dev_x.data(), dev_gate.data(), dev_w, kEps, dev_dy.data(),
-                              dev_dx.data(), dev_dgate.data(), dev_dw);
-      EXPECT_LT(relative_error(dev_dx.get(), doubles(dx)), kOneRounding) << rows << " x " << d;
-      EXPECT_LT(relative_error(dev_dgate.get(), doubles(dgate)), kOneRounding) << rows << " x " << d;
-      EXPECT_LT(relative_error(dev_dw.get(), doubles(dw)), 2e-6) << rows << " x " << d;
-    }
+        Floats dx(x.size()), dgate(x.size()), dw = normals(d, 5);
+        const DeviceArray<float> dev_dw(device(), dw);
+        gated_rms_norm_backward(ctx, rows, heads, d, kind, x.data(), gated ? gate.data() : nullptr, w.data(),
+                                kEps, dy.data(), dx.data(), gated ? dgate.data() : nullptr, dw.data());
+        gated_rms_norm_backward(device(), rows, heads, d, kind, dev_x.data(),
+                                gated ? dev_gate.data() : nullptr, dev_w, kEps, dev_dy.data(), dev_dx.data(),
+                                gated ? dev_dgate.data() : nullptr, dev_dw);
+        EXPECT_LT(relative_error(dev_dx.get(), doubles(dx)), kOneRounding) << rows << " x " << d;
+        if (gated) {
+          EXPECT_LT(relative_error(dev_dgate.get(), doubles(dgate)), kOneRounding) << rows << " x " << d;
+        }
+        EXPECT_LT(relative_error(dev_dw.get(), doubles(dw)), 2e-6) << rows << " x " << d;
+      }
 }
 
 TEST_F(NormDevice, add_inplace_has_the_bits_of_the_cpu) {
