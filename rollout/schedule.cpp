@@ -13,6 +13,12 @@ constexpr uint64_t kEvaluationSeeds = 0x65766Au;
 
 std::string checkpoint_path(uint32_t version) { return fmt::format("checkpoints/v{:08}", version); }
 
+double mean(const std::map<int64_t, double>& values) {
+  double sum = 0;
+  for (const auto& [slot, value] : values) sum += value;
+  return sum / static_cast<double>(values.size());
+}
+
 }  // namespace
 
 Schedule::Schedule(const RunConfig& config, const std::string& run_id, Store& store, EpisodeBook& book, TaskFeed feed)
@@ -281,8 +287,13 @@ void Schedule::end_evaluation(std::vector<Json>& events) {
   row.n = e.n;
   row.correct = e.correct;
   row.accuracy = static_cast<double>(e.correct) / static_cast<double>(e.n);
+  Json levels = Json::object();
+  for (const auto& [name, level] : e.levels)
+    levels[name] = {{"n", level.rewards.size()}, {"correct", level.correct}, {"mean_reward", mean(level.rewards)}};
   row.detail = Json{{"mean_tokens", static_cast<double>(e.tokens) / static_cast<double>(e.n)},
-                    {"failed_rewards", e.failed}}
+                    {"failed_rewards", e.failed},
+                    {"mean_reward", mean(e.rewards)},
+                    {"levels", levels}}
                    .dump();
   store_.record_evaluation(run_id_, row);
   evaluated_.insert({e.phase, e.step});
@@ -311,6 +322,10 @@ void Schedule::take_completed(std::vector<Json>& events) {
     if (evaluation_ && evaluation_->open.erase(id) > 0) {
       evaluation_->correct += g->correct[0];
       evaluation_->failed += g->rewards[0].failed;
+      evaluation_->rewards[g->slot] = g->rewards[0].total;
+      auto& level = evaluation_->levels[g->task.value("difficulty", "")];
+      level.correct += g->correct[0];
+      level.rewards[g->slot] = g->rewards[0].total;
       evaluation_->tokens += static_cast<int64_t>(g->members[0].tokens.size());
     }
     book_.close(id);

@@ -13,6 +13,7 @@
 #pragma once
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <optional>
 #include <set>
 #include <string>
@@ -88,6 +89,12 @@ class Schedule {
     uint32_t version = 0;
     std::set<int64_t> open;  // group ids
     int64_t n = 0, correct = 0, tokens = 0, failed = 0;
+    std::map<int64_t, double> rewards;  // by slot, so that no mean depends on who was done first
+    struct Level {
+      int64_t correct = 0;
+      std::map<int64_t, double> rewards;
+    };
+    std::map<std::string, Level> levels;  // by the tasks' difficulty
   };
 
   // schedule.cpp
