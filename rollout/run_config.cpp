@@ -115,7 +115,7 @@ void describe_learning(Schema& s, RunConfig& c, Raw& raw) {
   describe_trainer(s, "warmup", c.warmup.trainer);
 
   s.section("learn", "Reinforcement learning.");
-  s.field("learn.steps", &c.learn.steps, "optimiser steps, one a batch", Range{1, 1e9});
+  s.field("learn.steps", &c.learn.steps, "optimiser steps, one a batch; 0: none", Range{0, 1e9});
   auto& l = c.learn.trainer.loss;
   s.field("learn.lora", &raw.lora,
           "train low-rank adapters beside the frozen model, in the warm-up too: `{\"rank\": 16, \"alpha\": 32, \"targets\": [\"q_proj\", ...]}` "
@@ -219,6 +219,7 @@ void check(const Schema& schema, RunConfig& c, Raw& raw, const std::string& wher
     kernels::parse(raw.advantage, c.learn.advantage);
   if ((c.learn.trainer.ptx_coef > 0) != (c.learn.ptx_batch > 0))
     fail("learn.ptx_coef and learn.ptx_batch go together: one of them is 0");
+  if (c.learn.steps == 0 && c.warmup.steps == 0) fail("learn.steps and warmup.steps are 0: there is nothing to train");
   const auto& r = c.rollout;
   if (loss.correction == kernels::Correction::kNone && r.mode == RunMode::kAsync && r.max_policy_lag > 4)
     fail("rollout.max_policy_lag above 4 without learn.correction does not learn: set learn.correction (tis, icepop, ...)");

@@ -54,7 +54,8 @@ TEST(RunConfig, OverridesWinInOrderAndAreChecked) {
   EXPECT_EQ(c.learn.steps, 4);
   EXPECT_EQ(c.run.name, "x");
   EXPECT_THROW(with({}, {"learn.stepz=3"}), Error);
-  EXPECT_THROW(with({}, {"learn.steps=0"}), Error);
+  EXPECT_THROW(with({}, {"learn.steps=0"}), Error) << "and no warm-up: nothing to train";
+  EXPECT_EQ(with({}, {"learn.steps=0", "warmup.steps=3"}).learn.steps, 0);
 }
 
 TEST(RunConfig, OverridesReachIntoTasksRewardAndModel) {
