@@ -79,13 +79,27 @@ std::vector<int32_t> stop_tokens(const policy::ModelConfig& model, const policy:
 
 RunTasks::RunTasks(const RunConfig& config, const policy::ModelConfig& model, const policy::Tokenizer& tokenizer)
     : tokenizer_(tokenizer),
-      source_(make_task_source(config.tasks, "tasks", derive_seed(config.seed(), kTaskSeeds))),
       environment_(Environment::make(config)),
       bos_(model.bos_id),
       eos_(model.eos_id),
       stop_tokens_(rollout::stop_tokens(model, tokenizer)),
+      source_(make_task_source(config.tasks, "tasks", derive_seed(config.seed(), kTaskSeeds),
+                               prompt_counter(config, model.max_length))),
       records_(source_->levels()) {
   if (config.warmup.steps > 0 || config.learn.ptx_batch > 0) worked_example(0);
+}
+
+PromptTokens RunTasks::prompt_counter(const RunConfig& config, int64_t longest) const {
+  PromptTokens t;
+  t.text = [this](std::string_view text) {
+    std::vector<int32_t> ids;
+    tokenizer_.append_plain(text, ids);
+    return static_cast<int64_t>(ids.size());
+  };
+  t.prompt = [this](const Task& task) { return static_cast<int64_t>(prompt_tokens(task).size()); };
+  t.answer = config.rollout.max_new_tokens;
+  t.longest = longest;
+  return t;
 }
 
 std::vector<int32_t> RunTasks::prompt_tokens(const Task& task, std::vector<uint8_t>* answered) const {

@@ -25,6 +25,7 @@ class RunTasks {
  public:
   // tokenizer outlives it.
   RunTasks(const RunConfig& config, const policy::ModelConfig& model, const policy::Tokenizer& tokenizer);
+  RunTasks(const RunTasks&) = delete;  // generators count tokens with it
 
   // Every task of a file, and one of a generator, fits the run. max_length: the model's.
   // ERRORS (input): with FILE:LINE, a prompt too long, a worked example missing where the run learns from them; more
@@ -47,6 +48,8 @@ class RunTasks {
   const std::vector<int32_t>& stop_tokens() const { return stop_tokens_; }
 
  private:
+  // How a generator counts the tokens of its prompts.
+  PromptTokens prompt_counter(const RunConfig& config, int64_t longest) const;
   PreparedTask prepare(const Task& task) const;
   // answered, of each token: it is an answer too; null: nobody asks.
   std::vector<int32_t> prompt_tokens(const Task& task, std::vector<uint8_t>* answered = nullptr) const;
@@ -54,10 +57,10 @@ class RunTasks {
   void append_worked_turns(const Task& task, policy::TrainSequence& s) const;
 
   const policy::Tokenizer& tokenizer_;
-  std::unique_ptr<TaskSource> source_;
   std::unique_ptr<Environment> environment_;
   int32_t bos_ = 0, eos_ = 0;
   std::vector<int32_t> stop_tokens_;
+  std::unique_ptr<TaskSource> source_;  // counts with what stands above
   std::vector<LevelRecord> records_;
 };
 

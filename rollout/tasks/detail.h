@@ -1,5 +1,6 @@
 // Between tasks.cpp and the generators.
 #pragma once
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -13,6 +14,9 @@ namespace perigee::rollout {
 struct Problem {
   std::string canonical;
   Task task;
+  // Of a task that takes long to write: makes it, for the problem that is taken. Empty: it is there. The generator
+  // outlives it.
+  std::function<Task()> finish = {};
 };
 
 // Of the prompts of palindrome, mqar and stack.

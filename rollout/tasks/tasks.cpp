@@ -10,6 +10,7 @@
 #include "base/json.h"
 #include "base/text.h"
 #include "rollout/tasks/detail.h"
+#include "rollout/tasks/long_context.h"
 
 namespace perigee::rollout {
 namespace {
@@ -19,11 +20,16 @@ constexpr uint64_t kHeldOutShare = 8;
 constexpr int kMaxDraws = 4096;
 
 using MakeGenerator = std::unique_ptr<Generator> (*)(JsonReader&, const WorkedStyle&);
+using MakeLong = std::unique_ptr<Generator> (*)(JsonReader&, const PromptTokens&);
 struct Kind {
   std::string_view name;
-  MakeGenerator make;
+  MakeGenerator make_short = nullptr;
+  MakeLong make_long = nullptr;
+  std::unique_ptr<Generator> make(JsonReader& options, const WorkedStyle& style, const PromptTokens& tokens) const {
+    return make_long != nullptr ? make_long(options, tokens) : make_short(options, style);
+  }
 };
-constexpr std::array<Kind, 10> kGenerators{{{"arithmetic", make_arithmetic},
+constexpr std::array<Kind, 15> kGenerators{{{"arithmetic", make_arithmetic},
                                            {"countdown", make_countdown_tasks},
                                            {"sort", make_sort},
                                            {"calculate", make_calculate},
@@ -32,15 +38,24 @@ constexpr std::array<Kind, 10> kGenerators{{{"arithmetic", make_arithmetic},
                                            {"code", make_code_tasks},
                                            {"palindrome", make_palindrome},
                                            {"mqar", make_mqar},
-                                           {"stack", make_stack}}};
+                                           {"stack", make_stack},
+                                           {"needle", nullptr, make_needle},
+                                           {"variable_tracking", nullptr, make_variable_tracking},
+                                           {"common_words", nullptr, make_common_words},
+                                           {"frequent_words", nullptr, make_frequent_words},
+                                           {"mrcr", nullptr, make_mrcr}}};
 
 enum class Side : uint64_t { kTrain = 1, kHeldOut = 2 };
 
 class Generated : public TaskSource {
  public:
-  Generated(const Kind& kind, const nlohmann::json& config, JsonReader& reader, std::string_view where,
-            uint64_t seed) {
+  Generated(const Kind& kind, const nlohmann::json& config, JsonReader& reader, std::string_view where, uint64_t seed,
+            const PromptTokens& tokens)
+      : tokens_(tokens) {
     seed_ = seed;
+    for (const char* key : {"think_open", "think_close"})
+      if (kind.make_long != nullptr && reader.has(key))
+        reader.fail(key, fmt::format("the worked examples of {} are answers alone", kind.name));
     const WorkedStyle style{reader.string("think_open", "<think>"), reader.string("think_close", "</think>")};
     read_curriculum(reader);
     const nlohmann::json* levels = reader.find("levels");
@@ -52,7 +67,7 @@ class Generated : public TaskSource {
       for (const auto& level : *by_length) add_level(kind, config, level, level.at("name").get<std::string>(), where, style);
     } else if (levels == nullptr) {
       names_ = {std::string(kind.name)};
-      generators_.push_back(kind.make(reader, style));
+      generators_.push_back(kind.make(reader, style, tokens_));
       reader.finish();
     } else {
       if (!levels->is_array() || levels->empty() || levels->size() > kMaxLevels)
@@ -66,8 +81,8 @@ class Generated : public TaskSource {
     }
     // Both sides of every level have problems, or the run would find out late.
     for (uint64_t level = 0; level < this->levels(); ++level) {
-      draw(level, Side::kTrain);
-      draw(level, Side::kHeldOut);
+      draw_problem(level, Side::kTrain);
+      draw_problem(level, Side::kHeldOut);
     }
   }
 
@@ -118,25 +133,31 @@ class Generated : public TaskSource {
     for (const auto& [key, value] : level.items())
       if (key != "weight" && key != "name") merged[key] = value;
     JsonReader options(merged, where, prefix);
-    generators_.push_back(kind.make(options, style));
+    generators_.push_back(kind.make(options, style, tokens_));
     options.finish();
   }
 
   Task draw(uint64_t index, Side side) const {
+    Problem problem = draw_problem(index, side);
+    Task task = problem.finish ? problem.finish() : std::move(problem.task);
+    task.index = index;
+    task.difficulty = names_[level_of(index)];
+    return task;
+  }
+
+  Problem draw_problem(uint64_t index, Side side) const {
     const uint64_t level = level_of(index);
     Random random(derive_seed(seed_, index, static_cast<uint64_t>(side)));
     for (int i = 0; i < kMaxDraws; ++i) {
       Problem problem = generators_[level]->draw(random);
-      if (is_held_out(problem.canonical) != (side == Side::kHeldOut)) continue;
-      problem.task.index = index;
-      problem.task.difficulty = names_[level];
-      return std::move(problem.task);
+      if (is_held_out(problem.canonical) == (side == Side::kHeldOut)) return problem;
     }
     throw_input(
         "tasks: level {} has too few different problems to keep some out of training; widen its options",
         quote(names_[level]));
   }
 
+  const PromptTokens tokens_;
   std::vector<std::unique_ptr<Generator>> generators_;  // by level
 };
 
@@ -178,8 +199,8 @@ bool is_held_out(std::string_view canonical_problem) {
   return hash128(canonical_problem).low % kHeldOutShare == 0;
 }
 
-std::unique_ptr<TaskSource> make_task_source(const nlohmann::json& config, std::string_view where,
-                                             uint64_t seed) {
+std::unique_ptr<TaskSource> make_task_source(const nlohmann::json& config, std::string_view where, uint64_t seed,
+                                             const PromptTokens& tokens) {
   JsonReader reader(config, where);
   const std::string name = reader.string("kind");
   if (name == "jsonl") {
@@ -189,7 +210,7 @@ std::unique_ptr<TaskSource> make_task_source(const nlohmann::json& config, std::
   }
   std::vector<std::string> names = {"jsonl"};
   for (const auto& kind : kGenerators) {
-    if (kind.name == name) return std::make_unique<Generated>(kind, config, reader, where, seed);
+    if (kind.name == name) return std::make_unique<Generated>(kind, config, reader, where, seed, tokens);
     names.emplace_back(kind.name);
   }
   reader.fail("kind", fmt::format("one of {} is expected, not {}{}", join(names), quote(name),

@@ -10,6 +10,8 @@
 //   {"kind": "palindrome", "length": 64, "symbols": 26}
 //   {"kind": "mqar", "length": 64, "pairs": 8, "queries": 8, "values": 10, "key_length": 1, "gaps": "near"}
 //   {"kind": "stack", "length": 64, "stacks": 64, "elements": 26, "pushes": 0.6}
+// For long contexts (docs/long_context.md), of "length" tokens together with the answer's rollout.max_new_tokens:
+//   {"kind": "needle", "length": 4096, "variant": "single", ...}, variable_tracking, common_words, frequent_words, mrcr
 // For environments (docs/environments.md):
 //   {"kind": "calculate", "min_digits": 3, "max_digits": 5, "min_operands": 2, "max_operands": 2, "operators": "+-*",
 //    "call_share": 1}
@@ -41,6 +43,7 @@
 #include <vector>
 
 #include "policy/tokenizer/chat.h"
+#include "rollout/tasks/prompt_tokens.h"
 
 namespace perigee::rollout {
 
@@ -110,9 +113,10 @@ class TaskSource {
 };
 
 // ERRORS (input): one line, naming the key with the nearest suggestion, or the file and line; a generator
-// whose problems are too few to hold some out.
-std::unique_ptr<TaskSource> make_task_source(const nlohmann::json& config, std::string_view where,
-                                             uint64_t seed);
+// whose problems are too few to hold some out; a length that it cannot reach.
+// tokens: how generators of long prompts count.
+std::unique_ptr<TaskSource> make_task_source(const nlohmann::json& config, std::string_view where, uint64_t seed,
+                                             const PromptTokens& tokens = PromptTokens::bytes());
 
 // What a level has shown so far; both may be fractions (mean successes of groups, or decayed counts).
 struct LevelRecord {
