@@ -301,12 +301,12 @@ __global__ void __maxnreg__(168) intra_kernel(const Problem p) {
 
 }  // namespace
 
-void launch_intra(Device& dev, const Problem& p) {
+void launch_intra(Device& dev, const Problem& p, bool scan_beside) {
   allow_shared_memory(intra_kernel, sizeof(Shared));
   PERIGEE_CUDA(cudaFuncSetAttribute(intra_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
   const int64_t items = static_cast<int64_t>(p.slot_end - p.slot_begin) * p.heads;
   // All blocks stand on the chip at once, with room for the scan beside them unless that has many blocks.
-  const int64_t blocks = int64_t{few_blocks(dev, p) ? 3 : 6} * dev.info().multiprocessors;
+  const int64_t blocks = int64_t{scan_beside && few_blocks(dev, p) ? 3 : 6} * dev.info().multiprocessors;
   launch_dependent(intra_kernel, dim3(static_cast<unsigned>(items < blocks ? items : blocks)), dim3(kThreads),
                    sizeof(Shared), dev.stream(), p);
 }

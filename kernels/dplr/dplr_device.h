@@ -43,6 +43,8 @@ void dplr_forward(Device& dev, const DplrShape& shape, const DplrDeviceInputs<T>
 
 // Gradients for a training batch; all outputs overwritten on the slices' rows. chunk_states as dplr_forward wrote it.
 // dq,dk,da,db T [rows, heads*dk]; dv T [rows, heads*dv]; dg float32 [rows, heads*dk].
+// Scratch, T = bf16: min(slots * heads, 4,096) * 116 KB + slots * (8 + 4 heads) B + heads * 128 KiB with slots =
+// kda_chunk_slots(rows, slices).
 template <class T>
 struct DplrDeviceGradients {
   T *dq, *dk, *dv, *da, *db;

@@ -1,5 +1,5 @@
 // What the three steps of the bf16 backward share: fragments of the tensor cores' m16n8k16 product, tiles in shared
-// memory, and the records that one step leaves for the next. Internal to kernels/kda.
+// memory, and the records that one step leaves for the next. Internal to kernels/kda and kernels/dplr.
 //
 // A tile has rows of 128 bf16; the sixteen-byte piece c of row r lies at r*256 + (c ^ r%8)*16, so that eight rows of one
 // piece are in different banks. Records in device memory have the same order and are copied as they are.
@@ -28,6 +28,7 @@ struct Record {
 constexpr int kFragmentBytes = 512;
 
 struct Operands {
+  using Record = kda_grad::Record;
   int heads, dk, dv;
   const bf16 *q, *k, *v, *states, *dout;
   const float *g, *beta;

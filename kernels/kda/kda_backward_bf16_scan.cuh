@@ -2,8 +2,8 @@
 //   dX = X0 + W dS';  dS = Diag(Gamma) dS' + (Gamma Q)ᵀ dO - (Gamma K)ᵀ (beta dX)
 // The columns of dS (values) are independent: a block takes 64 of one head of one slice, a warp sixteen, and holds them in
 // registers, transposed, so that the result of one product is the first operand of the next without leaving the warp.
-// What all warps need of a chunk is brought to shared memory kStages - 1 chunks ahead. Included by kda_backward_bf16.cu
-// alone.
+// What all warps need of a chunk is brought to shared memory kStages - 1 chunks ahead. Also the scan of the general delta
+// rule (kernels/dplr/dplr_backward_bf16.cu): O are the operands of either; its records begin as Record.
 #pragma once
 #include "kernels/kda/kda_backward_bf16.cuh"
 
@@ -40,7 +40,8 @@ __device__ __forceinline__ void bulk_copy(unsigned to, const std::byte* from, in
 }
 
 // steps: how many stages this block has used; goes on from slice to slice.
-__device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half, int head, int slice_index,
+template <class O>
+__device__ __forceinline__ void run_slice(const O& o, Shared& m, int half, int head, int slice_index,
                                           unsigned& steps) {
   const DeviceSlice slice = o.batch.slice[slice_index];
   const int first = static_cast<int>(kda_chunk_slot(slice.begin, slice_index, 0));
@@ -57,10 +58,9 @@ __device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half
 #pragma unroll
     for (int e = 0; e < 4; ++e) ds[i][e] = high < end ? carry_in[(4 * i + e) * kThreads] : 0.0f;
 
-  const unsigned step0 = steps;
   const std::byte* next =
-      o.records + (static_cast<int64_t>(high - 1 - o.slot0) * o.heads + head) * Record::kBytes;
-  const int64_t stride = static_cast<int64_t>(o.heads) * Record::kBytes;
+      o.records + (static_cast<int64_t>(high - 1 - o.slot0) * o.heads + head) * O::Record::kBytes;
+  const int64_t stride = static_cast<int64_t>(o.heads) * O::Record::kBytes;
   unsigned filled = steps;
   int left = high - low;
   const auto fetch = [&] {
@@ -167,7 +167,8 @@ __device__ __forceinline__ void run_slice(const Operands& o, Shared& m, int half
 }
 
 // One of `of` blocks that share the slices of a head and half of the values.
-__device__ __forceinline__ void run(const Operands& o, std::byte* memory, int head, int half, int block,
+template <class O>
+__device__ __forceinline__ void run(const O& o, std::byte* memory, int head, int half, int block,
                                     int of) {
   Shared& m = *reinterpret_cast<Shared*>(memory);
   if (threadIdx.x == 0) {

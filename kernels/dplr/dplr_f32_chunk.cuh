@@ -1,7 +1,6 @@
-// The steps of one chunk of one head on float units, shared by the forward and by the recomputation in the backward: what
-// chunk.h is to the CPU. Over float every element is the same chain of operations as there, so it has the same bits; T is
-// what inputs are read as. Called by all threads of a block of kThreads; they end with the block synchronised. Internal to
-// kernels/dplr.
+// The steps of one chunk of one head over float, shared by the forward and by the recomputation in the backward: what
+// chunk.h is to the CPU. Every element is the same chain of operations as there, so it has the same bits.
+// Called by all threads of a block of kThreads; they end with the block synchronised. Internal to kernels/dplr.
 #pragma once
 #include "kernels/dplr/dplr_device.h"
 #include "kernels/kda/kda_f32_chunk.cuh"
@@ -48,8 +47,7 @@ __device__ inline void open_chunk(int dk, const DeviceRows& rows) {
 }
 
 // n rows of one head, the first at element `at`; ld elements between rows of q, k, a, b and g.
-template <class T>
-__device__ inline void prepare_rows(int n, int dk, const DplrDeviceInputs<T>& in, int64_t at, int64_t ld,
+__device__ inline void prepare_rows(int n, int dk, const DplrDeviceInputs<float>& in, int64_t at, int64_t ld,
                                     const DeviceRows& rows) {
   for (int x = threadIdx.x; x < dk; x += kThreads) {
     float gs[kChunk], qs[kChunk], bs[kChunk], ks[kChunk],
@@ -58,10 +56,10 @@ __device__ inline void prepare_rows(int n, int dk, const DplrDeviceInputs<T>& in
     for (int i = 0; i < kChunk; ++i) {
       const int64_t from = at + (i < n ? i : n - 1) * ld + x;
       gs[i] = in.g[from];
-      qs[i] = to_float(in.q[from]);
-      bs[i] = to_float(in.b[from]);
-      ks[i] = to_float(in.k[from]);
-      as[i] = to_float(in.a[from]);
+      qs[i] = in.q[from];
+      bs[i] = in.b[from];
+      ks[i] = in.k[from];
+      as[i] = in.a[from];
     }
     float gamma = rows.gamma[x];
 #pragma unroll

@@ -1,6 +1,6 @@
-// dplr_forward on float units; over float the CPU's bits (kernels/dplr/forward.cpp). The columns of S do not meet, so a
+// dplr_forward over float: the CPU's bits (kernels/dplr/forward.cpp). The columns of S do not meet, so a
 // block takes kColumns of them for one head of one slice and goes through the chunks with its part of S in shared memory.
-#include "kernels/dplr/dplr_chunk.cuh"
+#include "kernels/dplr/dplr_f32_chunk.cuh"
 
 namespace perigee::kernels {
 
@@ -27,10 +27,9 @@ int shared_floats(int dk) {
   return DeviceRows::floats(dk) + kTileFloats + kColumns * (dk + 32 + 32);
 }
 
-template <class T>
 __global__ void __launch_bounds__(kThreads)
-    forward_kernel(Shape shape, DplrDeviceInputs<T> in, T* out, T* chunk_states, DeviceBatch batch,
-                   int64_t state_offset) {
+    forward_kernel(Shape shape, DplrDeviceInputs<float> in, float* out, float* chunk_states,
+                   DeviceBatch batch, int64_t state_offset) {
   extern __shared__ float memory[];
   const int slice_index = blockIdx.y, dk = shape.dk, dv = shape.dv;
   const int blocks = (dv + kColumns - 1) / kColumns, head = blockIdx.x / blocks;
@@ -66,10 +65,10 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t row = slice.begin + done;
     const int n = min(kChunk - filled, slice.count - done);
     if (chunk_states != nullptr) {
-      T* to = chunk_states + (slot++ * shape.heads + head) * dk * dv;
+      float* to = chunk_states + (slot++ * shape.heads + head) * dk * dv;
       if (inside)
         for (int i = group; i < dk; i += kGroups)
-          to[static_cast<int64_t>(i) * dv + column] = from_float<T>(s[i * kColumns + c]);
+          to[static_cast<int64_t>(i) * dv + column] = s[i * kColumns + c];
     }
     if (filled == 0) {
       for (int i = group; i < 2 * kChunk; i += kGroups) vw[i * kColumns + c] = 0.0f;
@@ -94,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
       if (group + r * kGroups < 2 * n) s_bq[(group + r * kGroups) * kColumns + c] = sum[r];
     // The rows' values to their places.
     for (int i = group; i < n; i += kGroups)
-      vw[(filled + i) * kColumns + c] = inside ? to_float(in.v[at_v + i * ldv]) : 0.0f;
+      vw[(filled + i) * kColumns + c] = inside ? in.v[at_v + i * ldv] : 0.0f;
     __syncthreads();
     if (group == 0) {
       for (int i = 0; i < n; ++i) {
@@ -112,7 +111,7 @@ __global__ void __launch_bounds__(kThreads)
         o = math::fma(fh[before], vw[before * kColumns + c], o);
         o = math::fma(fh[16 + before], t, o);
         vw[(16 + before) * kColumns + c] = t;
-        if (inside) out[at_v + i * ldv] = from_float<T>(o);
+        if (inside) out[at_v + i * ldv] = o;
       }
     }
     __syncthreads();
@@ -140,9 +139,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Gamma, K~ and A~ as the slice leaves them. A kernel of its own, after the blocks of columns have all read the old ones.
-template <class T>
-__global__ void __launch_bounds__(kThreads) close_kernel(Shape shape, const T* k, const T* a, const float* g,
-                                                         DeviceBatch batch, int64_t state_offset) {
+__global__ void __launch_bounds__(kThreads)
+    close_kernel(Shape shape, const float* k, const float* a, const float* g, DeviceBatch batch,
+                 int64_t state_offset) {
   const int head = blockIdx.x, dk = shape.dk;
   const DeviceSlice slice = batch.slice[blockIdx.y];
   if (slice.count == 0) return;
@@ -165,10 +164,10 @@ __global__ void __launch_bounds__(kThreads) close_kernel(Shape shape, const T* k
   }
   for (int i = threadIdx.x; i < 32 * dk; i += kThreads) {
     const int x = i / 32, lane = i % 32;
-    const T* own = lane < 16 ? k : a;
+    const float* own = lane < 16 ? k : a;
     float decayed = first == 0 ? 0.0f : state.ka_decayed[i];
     for (int r = 0; r < n; ++r)
-      decayed = math::fma(to_float(own[at + r * ld + x]), lane % 16 == first + r ? 1.0f : 0.0f,
+      decayed = math::fma(own[at + r * ld + x], lane % 16 == first + r ? 1.0f : 0.0f,
                           decayed * math::exp(g[at + r * ld + x]));
     state.ka_decayed[i] = decayed;
   }
@@ -194,15 +193,14 @@ void dplr_forward<float>(Device& dev, const DplrShape& shape, const DplrDeviceIn
   const Shape s{static_cast<int>(shape.heads), static_cast<int>(shape.dk), static_cast<int>(shape.dv)};
   const int bytes = shared_floats(s.dk) * static_cast<int>(sizeof(float));
   PERIGEE_CHECK(bytes <= 227 * 1024, "dk {} needs {} bytes of shared memory", s.dk, bytes);
-  allow_shared_memory(forward_kernel<float>, bytes);
+  allow_shared_memory(forward_kernel, bytes);
   const dim3 grid(blocks_for(s.dv, kColumns) * static_cast<unsigned>(s.heads),
                   static_cast<unsigned>(batch.slices));
-  forward_kernel<float>
-      <<<grid, kThreads, bytes, dev.stream()>>>(s, in, out, chunk_states, batch, state_offset);
+  forward_kernel<<<grid, kThreads, bytes, dev.stream()>>>(s, in, out, chunk_states, batch, state_offset);
   PERIGEE_LAUNCHED();
   if (batch.training()) return;
-  close_kernel<float><<<dim3(static_cast<unsigned>(s.heads), static_cast<unsigned>(batch.slices)), kThreads,
-                        0, dev.stream()>>>(s, in.k, in.a, in.g, batch, state_offset);
+  close_kernel<<<dim3(static_cast<unsigned>(s.heads), static_cast<unsigned>(batch.slices)), kThreads, 0,
+                 dev.stream()>>>(s, in.k, in.a, in.g, batch, state_offset);
   PERIGEE_LAUNCHED();
 }
 

@@ -1,7 +1,7 @@
-// dplr_backward on float units; over float the CPU's bits (kernels/dplr/backward.cpp, whose names these are). A block takes
+// dplr_backward over float: the CPU's bits (kernels/dplr/backward.cpp, whose names these are). A block takes
 // one head of one slice through its chunks from last to first; the sums over the columns of S keep it from being shared by
 // more.
-#include "kernels/dplr/dplr_chunk.cuh"
+#include "kernels/dplr/dplr_f32_chunk.cuh"
 
 namespace perigee::kernels {
 
@@ -55,9 +55,8 @@ __device__ void multiply32(int depth, int columns, const float* a, int lda, int 
 }
 
 // dq, dk, da, db, dg of all rows in channel x: the chains of decayed vectors forwards, then their gradients backwards.
-template <class T>
-__device__ void key_gradients(const DplrDeviceGradients<T>& out, int64_t at, int64_t ld, int n, int dk, int x,
-                              const DeviceRows& rows, const Buffers& m) {
+__device__ void key_gradients(const DplrDeviceGradients<float>& out, int64_t at, int64_t ld, int n, int dk,
+                              int x, const DeviceRows& rows, const Buffers& m) {
   float k_decayed[16][16], a_decayed[16][16];  // all indices are constants once the loops are unrolled
   float gamma[17], dkey[16], dremoval[16];
   gamma[0] = 1.0f;
@@ -118,20 +117,19 @@ __device__ void key_gradients(const DplrDeviceGradients<T>& out, int64_t at, int
         }
       dgamma = math::fma(b, dgb, dgamma);
       const int64_t to = at + i * ld + x;
-      out.dq[to] = from_float<T>(dq);
-      out.dk[to] = from_float<T>(dk_i);
-      out.da[to] = from_float<T>(da_i);
-      out.db[to] = from_float<T>(db);
+      out.dq[to] = dq;
+      out.dk[to] = dk_i;
+      out.da[to] = da_i;
+      out.db[to] = db;
       out.dg[to] = dg;
     }
   }
 }
 
 // far_ds: null, or [blocks][dk, dv] for dS where shared memory is too small.
-template <class T>
 __global__ void __launch_bounds__(kThreads)
-    backward_kernel(Shape shape, DplrDeviceInputs<T> in, const T* chunk_states, const T* dout,
-                    DplrDeviceGradients<T> out, DeviceBatch batch, float* far_ds) {
+    backward_kernel(Shape shape, DplrDeviceInputs<float> in, const float* chunk_states, const float* dout,
+                    DplrDeviceGradients<float> out, DeviceBatch batch, float* far_ds) {
   extern __shared__ float memory[];
   const int head = blockIdx.x, slice_index = blockIdx.y, dk = shape.dk, dv = shape.dv;
   const int ldv = dv | 1, tid = threadIdx.x;
@@ -149,7 +147,8 @@ __global__ void __launch_bounds__(kThreads)
     const bool last = c == chunks - 1;
     const int64_t at_k = row * ld_k + static_cast<int64_t>(head) * dk,
                   at_v = row * ld_v + static_cast<int64_t>(head) * dv;
-    const T* s = chunk_states + (kda_chunk_slot(slice.begin, slice_index, c) * shape.heads + head) * dk * dv;
+    const float* s =
+        chunk_states + (kda_chunk_slot(slice.begin, slice_index, c) * shape.heads + head) * dk * dv;
 
     // The forward of the chunk, without the outputs.
     __syncthreads();
@@ -158,7 +157,7 @@ __global__ void __launch_bounds__(kThreads)
     inner_products(0, n, dk, rows);
     for (int item = tid; item < 16 * dv; item += kThreads) {
       const int i = item / dv, x = item % dv;
-      m.vw[i * ldv + x] = i < n ? to_float(in.v[at_v + i * ld_v + x]) : 0.0f;
+      m.vw[i * ldv + x] = i < n ? in.v[at_v + i * ld_v + x] : 0.0f;
       m.vw[(16 + i) * ldv + x] = 0.0f;
     }
     // (Gamma . b_i)ᵀ S, into the rows of z for now.
@@ -167,7 +166,7 @@ __global__ void __launch_bounds__(kThreads)
       float sum[8];
       for (int i = 0; i < 8; ++i) sum[i] = 0.0f;
       for (int y = 0; y < dk; ++y) {
-        const float s_y = to_float(s[static_cast<int64_t>(y) * dv + x]);
+        const float s_y = s[static_cast<int64_t>(y) * dv + x];
 #pragma unroll
         for (int i = 0; i < 8; ++i)
           if (i0 + i < n) sum[i] = math::fma(rows.gbq[2 * (i0 + i) * dk + y], s_y, sum[i]);
@@ -192,7 +191,7 @@ __global__ void __launch_bounds__(kThreads)
         m.vw[(16 + i) * ldv + x] = 0.0f - t;
       }
       for (int i = n - 1; i >= 0; --i) {
-        const float d = to_float(dout[at_v + i * ld_v + x]);
+        const float d = dout[at_v + i * ld_v + x];
         float dv_i = last ? 0.0f : m.ka_ds[i * ldv + x], dw_i = last ? 0.0f : m.ka_ds[(16 + i) * ldv + x];
         dv_i = math::fma(rows.fh[32 * i + i], d, dv_i);
         dw_i = math::fma(rows.fh[32 * i + 16 + i], d, dw_i);
@@ -202,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
           dv_i = math::fma(ce[i], z_r, math::fma(fh[i], do_r, dv_i));
           dw_i = math::fma(ce[16 + i], z_r, math::fma(fh[16 + i], do_r, dw_i));
         }
-        out.dv[at_v + i * ld_v + x] = from_float<T>(dv_i);
+        out.dv[at_v + i * ld_v + x] = dv_i;
         m.z_do[2 * i * ldv + x] = 0.0f - dw_i;
         m.z_do[(2 * i + 1) * ldv + x] = d;
       }
@@ -222,7 +221,7 @@ __global__ void __launch_bounds__(kThreads)
       float sum[16];
       for (int r = 0; r < 16; ++r) sum[r] = 0.0f;
       for (int y = 0; y < dv; ++y) {
-        const float s_y = to_float(s[static_cast<int64_t>(x) * dv + y]);
+        const float s_y = s[static_cast<int64_t>(x) * dv + y];
 #pragma unroll
         for (int r = 0; r < 16; ++r)
           if (r < n) sum[r] = math::fma(s_y, m.z_do[(2 * r + half) * ldv + y], sum[r]);
@@ -242,7 +241,7 @@ __global__ void __launch_bounds__(kThreads)
       float sum = 0.0f;
       if (!last)
         for (int y = tid % 16; y < (dv + 15) / 16 * 16; y += 16)
-          sum = y < dv ? math::fma(to_float(s[static_cast<int64_t>(x) * dv + y]), ds[x * dv + y], sum)
+          sum = y < dv ? math::fma(s[static_cast<int64_t>(x) * dv + y], ds[x * dv + y], sum)
                        : math::fma(0.0f, 0.0f, sum);
       sum = math::reduce_add16(sum);
       if (tid % 16 == 0) m.dgamma[x] = sum;
@@ -272,9 +271,10 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-template <class T>
-void dplr_backward(Device& dev, const DplrShape& shape, const DplrDeviceInputs<T>& in, const T* chunk_states,
-                   const DeviceBatch& batch, const T* dout, const DplrDeviceGradients<T>& gradients) {
+template <>
+void dplr_backward<float>(Device& dev, const DplrShape& shape, const DplrDeviceInputs<float>& in,
+                          const float* chunk_states, const DeviceBatch& batch, const float* dout,
+                          const DplrDeviceGradients<float>& gradients) {
   PERIGEE_CHECK(shape.heads > 0 && shape.dk > 0 && shape.dv > 0, "heads {} dk {} dv {}", shape.heads,
                 shape.dk, shape.dv);
   PERIGEE_CHECK(batch.training(), "the backward takes whole sequences");
@@ -290,15 +290,10 @@ void dplr_backward(Device& dev, const DplrShape& shape, const DplrDeviceInputs<T
   else
     far_ds = dev.scratch.take<float>(static_cast<int64_t>(ds_floats) * s.heads * batch.slices);
   const int bytes = floats * static_cast<int>(sizeof(float));
-  allow_shared_memory(backward_kernel<T>, bytes);
-  backward_kernel<T><<<dim3(static_cast<unsigned>(s.heads), static_cast<unsigned>(batch.slices)), kThreads,
-                       bytes, dev.stream()>>>(s, in, chunk_states, dout, gradients, batch, far_ds);
+  allow_shared_memory(backward_kernel, bytes);
+  backward_kernel<<<dim3(static_cast<unsigned>(s.heads), static_cast<unsigned>(batch.slices)), kThreads,
+                    bytes, dev.stream()>>>(s, in, chunk_states, dout, gradients, batch, far_ds);
   PERIGEE_LAUNCHED();
 }
-
-template void dplr_backward<float>(Device&, const DplrShape&, const DplrDeviceInputs<float>&, const float*,
-                                   const DeviceBatch&, const float*, const DplrDeviceGradients<float>&);
-template void dplr_backward<bf16>(Device&, const DplrShape&, const DplrDeviceInputs<bf16>&, const bf16*,
-                                  const DeviceBatch&, const bf16*, const DplrDeviceGradients<bf16>&);
 
 }  // namespace perigee::kernels
