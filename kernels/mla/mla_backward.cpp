@@ -20,13 +20,15 @@ using simd::F16;
 constexpr int64_t kTileQueries = 96;
 
 struct Buffers {
-  float *keys, *values, *p, *ds;  // keys, values: a block on its side
+  float *keys, *values, *dense, *p, *ds;  // a block's keys and values on their side; its keys, row after row
   static int64_t floats(const AttendShape& s) {
-    return turned_floats(s.width) + turned_floats(s.values) + 2 * kTileQueries * kLatentPage;
+    return turned_floats(s.width) + turned_floats(s.values) + kLatentPage * s.width +
+           2 * kTileQueries * kLatentPage;
   }
   Buffers(const AttendShape& s, float* memory) {
     keys = memory, memory += turned_floats(s.width);
     values = memory, memory += turned_floats(s.values);
+    dense = memory, memory += kLatentPage * s.width;
     p = memory, memory += kTileQueries * kLatentPage;
     ds = memory;
   }
@@ -54,8 +56,9 @@ struct StreamWork {
   void turn(int64_t block, const Buffers& b) const {
     const float* const rows = stream.rows + block * kLatentPage * shape.row;
     turn_block(rows + stream.key_at, block_rows(block), shape.row, shape.width, nullptr, b.keys);
-    if (!shared())
-      turn_block(rows + stream.value_at, block_rows(block), shape.row, shape.values, nullptr, b.values);
+    if (shared()) return;
+    turn_block(rows + stream.value_at, block_rows(block), shape.row, shape.values, nullptr, b.values);
+    copy_rows(rows + stream.key_at, shape.row, block_rows(block), shape.width, b.dense);
   }
 
   // One cell, the block already turned. The first cell of a sum overwrites.
@@ -87,8 +90,10 @@ struct StreamWork {
     const int64_t block_at = block * kLatentPage * row;
     if (want_dq) {
       float* const dq = stream.dq + first * width;
-      const TileArgs to_dq = {keys, b.ds, kLatentPage, 1,     stream.rows + block_at + stream.key_at,
-                              row,  16,   dq,          width, nullptr};
+      // Rows of several heads lie kilobytes apart, in few sets of the L1 cache: they are read from their copy.
+      const float* const block_keys = shared() ? stream.rows + block_at + stream.key_at : b.dense;
+      const TileArgs to_dq = {keys, b.ds, kLatentPage, 1,      block_keys, shared() ? row : width,
+                              16,   dq,   width,       nullptr};
       block == 0 ? tile_product<Start::kZero>(to_dq, count, width)
                  : tile_product<Start::kLoad>(to_dq, count, width);
     }

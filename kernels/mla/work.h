@@ -34,6 +34,12 @@ void for_tasks(Context& ctx, int64_t tasks, int64_t floats, const Body& body) {
   ctx.parallel_for(workers, 1, std::cref(work));  // by reference: a std::function of it allocates nothing
 }
 
+// to [rows, columns], dense, from rows `width` floats apart.
+inline void copy_rows(const float* from, int64_t width, int64_t rows, int64_t columns, float* to) {
+  for (int64_t i = 0; i < rows; ++i)
+    std::memcpy(to + i * columns, from + i * width, static_cast<size_t>(columns) * sizeof(float));
+}
+
 // The first `rows` rows of `block`, of `columns` floats `width` apart, turned on their side, in panels of 16: element (row i,
 // column j) at turned[(i / 16 * columns + j) * 16 + i % 16]. Rows up to the next multiple of 16 become zero. What lies
 // at the same place in `next` (may be null), the block to be turned after this one, is prefetched.
