@@ -25,6 +25,7 @@ struct Kind {
   std::string_view name;
   MakeGenerator make_short = nullptr;
   MakeLong make_long = nullptr;
+  bool answers_alone = make_long != nullptr;  // its worked examples think of nothing
   std::unique_ptr<Generator> make(JsonReader& options, const WorkedStyle& style, const PromptTokens& tokens) const {
     return make_long != nullptr ? make_long(options, tokens) : make_short(options, style);
   }
@@ -36,9 +37,9 @@ constexpr std::array<Kind, 15> kGenerators{{{"arithmetic", make_arithmetic},
                                            {"sql", make_sql_tasks},
                                            {"document", make_document},
                                            {"code", make_code_tasks},
-                                           {"palindrome", make_palindrome},
-                                           {"mqar", make_mqar},
-                                           {"stack", make_stack},
+                                           {"palindrome", make_palindrome, nullptr, true},
+                                           {"mqar", make_mqar, nullptr, true},
+                                           {"stack", make_stack, nullptr, true},
                                            {"needle", nullptr, make_needle},
                                            {"variable_tracking", nullptr, make_variable_tracking},
                                            {"common_words", nullptr, make_common_words},
@@ -54,7 +55,7 @@ class Generated : public TaskSource {
       : tokens_(tokens) {
     seed_ = seed;
     for (const char* key : {"think_open", "think_close"})
-      if (kind.make_long != nullptr && reader.has(key))
+      if (kind.answers_alone && reader.has(key))
         reader.fail(key, fmt::format("the worked examples of {} are answers alone", kind.name));
     const WorkedStyle style{reader.string("think_open", "<think>"), reader.string("think_close", "</think>")};
     read_curriculum(reader);

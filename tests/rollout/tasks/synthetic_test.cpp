@@ -320,6 +320,7 @@ TEST(Synthetic, HostileOptionsAreRefusedInOneLine) {
   expect(R"({"kind": "stack", "length": 4})", "length: 4 is out of range");
   expect(R"({"kind": "stack", "elements": 1})", "elements");
   expect(R"({"kind": "stack", "pushes": 1})", "pushes");
+  expect(R"({"kind": "stack", "think_open": "["})", "think_open: the worked examples of stack are answers alone");
   expect(R"({"kind": "stack", "depth": 3})", "depth: unknown key");
   expect(R"({"kind": "stack", "lengths": []})", "lengths: a list of 1 to 100 lengths");
   expect(R"({"kind": "stack", "lengths": [64, "x"]})", "lengths: whole numbers");
