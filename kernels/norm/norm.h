@@ -24,17 +24,6 @@ void gated_rms_norm_backward(Context& ctx, int64_t rows, int64_t heads, int64_t 
                              const float* x, const float* gate, const float* w, float eps, const float* dy,
                              float* dx, float* dgate, float* dw);
 
-// With the sigmoid.
-inline void gated_rms_norm_forward(Context& ctx, int64_t rows, int64_t heads, int64_t d, const float* x,
-                                   const float* gate, const float* w, float eps, float* y) {
-  gated_rms_norm_forward(ctx, rows, heads, d, OutputGate::kSigmoid, x, gate, w, eps, y);
-}
-inline void gated_rms_norm_backward(Context& ctx, int64_t rows, int64_t heads, int64_t d, const float* x,
-                                    const float* gate, const float* w, float eps, const float* dy, float* dx,
-                                    float* dgate, float* dw) {
-  gated_rms_norm_backward(ctx, rows, heads, d, OutputGate::kSigmoid, x, gate, w, eps, dy, dx, dgate, dw);
-}
-
 // y += x over n floats (the residual stream).
 void add_inplace(Context& ctx, int64_t n, const float* x, float* y);
 
