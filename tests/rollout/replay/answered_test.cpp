@@ -39,7 +39,7 @@ json run_json(const char* tasks) {
           {"warmup", {{"steps", 3}, {"batch", 6}, {"eval_every", 3}, {"lr", 3e-3}}},
           {"rollout", {{"groups_per_step", 2}, {"group_size", 4}, {"max_new_tokens", 4}}},
           {"learn", {{"steps", 3}, {"lr", 1e-3}, {"ptx_batch", 3}, {"ptx_coef", 0.5}}},
-          {"eval", {{"every", 3}, {"tasks", 4}}},
+          {"eval", {{"every", 3}, {"tasks", 8}, {"temperature", 1}}},
           {"workers", {{"threads", 1}}},
           {"bus", {{"heartbeat_ms", 100}}}};
 }
@@ -147,6 +147,17 @@ TEST(Answered, EveryVersionIsMadeAgainToTheBit) {
     EXPECT_EQ(rebuilt.other_hash, 0);
     ASSERT_EQ(hashes.size(), 7u);  // the first weights, three steps of warm-up, three of reinforcement learning
     EXPECT_EQ(hashes.back(), outcome.weights_hash);
+    // What evaluations say of each level, here the one there is.
+    const auto evaluations = store.evaluations("small");
+    ASSERT_EQ(evaluations.size(), 2u);
+    for (const Evaluation& e : evaluations) {
+      const json detail = json::parse(e.detail);
+      EXPECT_GT(detail.at("mean_reward").get<double>(), 0);
+      const json& level = detail.at("levels").at(config.tasks.at("kind").get<std::string>());
+      EXPECT_EQ(level.at("n"), 8);
+      EXPECT_EQ(level.at("correct"), e.correct);
+      EXPECT_EQ(level.at("mean_reward"), detail.at("mean_reward"));
+    }
     // Reinforcement learning trains on what was sampled, and on nothing that the prompt answers itself.
     for (const int64_t step : store.train_steps("small"))
       for (const policy::TrainSequence& q : episode_sequences(store, *store.train_batch("small", step))) {
