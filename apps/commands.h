@@ -11,6 +11,7 @@ inline constexpr char kGroupMachine[] = "This machine";
 
 void add_train(Program&);
 void add_resume(Program&);
+void add_compare(Program&);
 void add_config(Program&);
 void add_runs(Program&);
 void add_rollouts(Program&);
@@ -36,8 +37,8 @@ void add_doctor(Program&);
 void add_bench(Program&);
 
 inline void add_commands(Program& program) {
-  for (const auto add : {add_train, add_resume, add_config, add_runs, add_rollouts, add_show, add_watch, add_export, add_rescore,
-                         add_inspect, add_verify, add_replay, add_checkout, add_branch, add_diff, add_explain, add_store,
+  for (const auto add : {add_train, add_resume, add_compare, add_config, add_runs, add_rollouts, add_show, add_watch, add_export,
+                         add_rescore, add_inspect, add_verify, add_replay, add_checkout, add_branch, add_diff, add_explain, add_store,
                          add_init, add_score, add_generate, add_serve, add_agent, add_eval, add_doctor, add_bench})
     add(program);
 }
