@@ -88,6 +88,18 @@ class MixersAdapters : public ::testing::TestWithParam<MixersCase> {
 INSTANTIATE_TEST_SUITE_P(Mixers, MixersAdapters, ::testing::ValuesIn(adapter_cases()),
                          [](const auto& info) { return info.param.name; });
 
+TEST_P(MixersAdapters, EveryModuleMayBeNamedAsATarget) {
+  const std::vector<std::string> modules = testing::adaptable(model_.layout);
+  const LoraConfig config = parse_lora_config({{"targets", modules}}, "run.json");
+  EXPECT_EQ(config.targets, modules);
+  const AdapterLayout layout(model_.layout, config);
+  size_t matrices = 0;
+  for (const CheckpointTensor& t : model_.layout.checkpoint())
+    matrices += t.shape.size() == 2 && t.name.find("_proj") != std::string::npos &&
+                !t.name.ends_with("kv_b_proj.weight");
+  EXPECT_EQ(layout.adapters().size(), matrices);
+}
+
 TEST_P(MixersAdapters, OfZerosKeepTheBitsOfTheModel) {
   SmallAdapters none = adapters(0), some = adapters(0.1);
   const std::vector<int32_t> tokens = testing::random_tokens(70, model_.vocab(), 54);

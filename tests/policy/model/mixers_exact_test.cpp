@@ -98,6 +98,23 @@ TEST_P(MixersExact, AnySplitIsTheTrainingForward) {
   }
 }
 
+// Keys beyond a span of eight pages are merged with those of the spans before.
+class MixersExactLong : public MixersExact {};
+INSTANTIATE_TEST_SUITE_P(Mixers, MixersExactLong,
+                         ::testing::Values(testing::mixers_case("keys", {"attention"}, 1),
+                                           testing::mixers_case("latents", {"mla_rope"}, 1),
+                                           testing::mixers_case("stack", {"gdn", "attention", "mla", "dplr"},
+                                                                4)),
+                         [](const auto& info) { return info.param.name; });
+
+TEST_P(MixersExactLong, SpansOfPagesToo) {
+  const std::vector<int32_t> all = tokens(1100, 4);
+  const Rows want = trained(all, {1100});
+  for (const std::vector<int64_t>& cuts :
+       std::vector<std::vector<int64_t>>{{511, 512, 513}, {500, 1023, 1024, 1025}, {1, 576, 1099}, {}})
+    expect_same(in_pieces(all, cuts), want, ::testing::PrintToString(cuts));
+}
+
 TEST_P(MixersExact, APrefixOfASequenceHasItsBits) {
   const std::vector<int32_t> all = tokens(130, 3);
   const Rows want = trained(all, {130});

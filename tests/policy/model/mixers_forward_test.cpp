@@ -1,6 +1,8 @@
 // What every mixer computes, against the float64 reference of whole models.
 #include <gtest/gtest.h>
 
+#include <functional>
+
 #include "policy/learn/trainer.h"
 #include "tests/policy/model/mixers_model.h"
 
@@ -66,6 +68,19 @@ class Mixers : public ::testing::TestWithParam<MixersCase> {};
 INSTANTIATE_TEST_SUITE_P(Forward, Mixers, ::testing::ValuesIn(testing::mixers_cases()),
                          [](const auto& info) { return info.param.name; });
 
+// Heads as models have them.
+std::vector<MixersCase> wide_cases() {
+  std::vector<MixersCase> out;
+  for (const char* mixer : {"kda", "gdn", "mamba2", "dplr", "mla_rope", "attention"})
+    out.push_back(testing::mixers_case(
+        std::string("wide_") + mixer, {mixer}, 1,
+        R"({"linear_attn_config": {"num_heads": 2, "head_dim": 128}, "head_dim": 128, "kv_lora_rank": 96,
+                                           "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128})"));
+  return out;
+}
+INSTANTIATE_TEST_SUITE_P(Wide, Mixers, ::testing::ValuesIn(wide_cases()),
+                         [](const auto& info) { return info.param.name; });
+
 // The bound is what float32 costs when the same equations are computed plainly, token by token: the model's own order of
 // operations (chunks, absorbed matrices, blocks of keys) is another, and about as good. Seen over all cases: up to 1.2
 // times that error by root mean square, 2.3 times at the worst place. A wrong term is off by 10^4 times as much.
@@ -85,6 +100,73 @@ TEST_P(Mixers, ComputeTheirEquations) {
   compare("layers", &Computed::layers);
   compare("hidden", &Computed::hidden);
   compare("logprobs", &Computed::logprobs);
+}
+
+// Changes a tensor of every layer.
+void change(MixersModel& model, const std::string& name,
+            const std::function<void(std::vector<float>&)>& edit) {
+  for (const CheckpointTensor& t : model.layout.checkpoint()) {
+    if (!t.name.ends_with("self_attn." + name)) continue;
+    std::vector<float> x = model.values(t, model.flat.data());
+    edit(x);
+    model.layout.write_flat(model.flat.data(), t, x.data());
+  }
+  model.layout.flat_to_weights(model.flat.data(), model.arena.data());
+}
+std::vector<float> values_of(MixersModel& model, const std::string& name) {
+  std::vector<float> out;
+  change(model, name, [&](std::vector<float>& x) { out = x; });
+  return out;
+}
+
+constexpr size_t kHead = 16;  // channels
+
+// Every channel of a head as its first: rows of `row` values.
+void one_a_head(std::vector<float>& x, size_t row) {
+  for (size_t i = 0; i < x.size(); ++i) x[i] = x[i / (kHead * row) * kHead * row + i % row];
+}
+// The rows of W_b W_a that stand for the heads.
+std::vector<float> product(MixersModel& model, const std::string& a_name, const std::string& b_name) {
+  const std::vector<float> a = values_of(model, a_name), b = values_of(model, b_name);
+  const size_t D = a.size() / kHead;
+  std::vector<float> out;
+  for (size_t row = 0; row < b.size() / kHead; row += kHead)
+    for (size_t j = 0; j < D; ++j) {
+      double sum = 0;
+      for (size_t i = 0; i < kHead; ++i) sum += double{b[row * kHead + i]} * a[i * D + j];
+      out.push_back(static_cast<float>(sum));
+    }
+  return out;
+}
+
+void expect_the_same(MixersModel& a, MixersModel& b) {
+  const std::vector<int32_t> tokens = testing::random_tokens(90, a.vocab(), 15);
+  const std::vector<double> x = by_the_model(a, tokens).hidden, y = by_the_model(b, tokens).hidden;
+  EXPECT_LT(root_mean_square(x, y), 4e-6);  // float32, by other operations; the errors above are up to 1e-6
+}
+
+// docs/mixers.md says which mixer is another with some of its numbers alike.
+TEST(MixersContain, DplrOfOneStrengthAHeadWithoutDecayIsTheDeltaRule) {
+  MixersModel dplr(testing::mixers_config({"dplr"}, 1), 14), gdn(testing::mixers_config({"gdn"}, 1), 14);
+  change(dplr, "e_b_proj.weight", [](std::vector<float>& x) { one_a_head(x, kHead); });
+  const std::vector<float> strength = product(dplr, "e_a_proj.weight", "e_b_proj.weight");
+  change(gdn, "b_proj.weight", [&](std::vector<float>& x) { x = strength; });
+  for (MixersModel* m : {&dplr, &gdn})
+    change(*m, "dt_bias", [](std::vector<float>& x) { x.assign(x.size(), -200.0f); });
+  expect_the_same(dplr, gdn);
+}
+
+TEST(MixersContain, KdaOfOneDecayAHeadIsGdn) {
+  MixersModel kda(testing::mixers_config({"kda"}, 1), 16), gdn(testing::mixers_config({"gdn"}, 1), 16);
+  change(kda, "f_b_proj.weight", [](std::vector<float>& x) { one_a_head(x, kHead); });
+  change(kda, "dt_bias", [](std::vector<float>& x) { one_a_head(x, 1); });
+  const std::vector<float> decay = product(kda, "f_a_proj.weight", "f_b_proj.weight"),
+                           bias = values_of(kda, "dt_bias");
+  change(gdn, "a_proj.weight", [&](std::vector<float>& x) { x = decay; });
+  change(gdn, "dt_bias", [&](std::vector<float>& x) {
+    for (size_t head = 0; head < x.size(); ++head) x[head] = bias[head * kHead];
+  });
+  expect_the_same(kda, gdn);
 }
 
 }  // namespace

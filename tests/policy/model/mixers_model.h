@@ -86,6 +86,11 @@ inline std::vector<MixersCase> mixers_cases() {
       mixers_case("both_caches", {"attention", "mla", "gdn", "mla_rope"}, 4,
                   R"({"linear_attn_config": {"output_gate": "swish", "short_conv_kernel_size": 0}})"));
   out.push_back(mixers_case(
+      "odd_sizes", {"kda", "gdn", "mamba2", "dplr", "mla", "mla_rope", "attention"}, 7,
+      R"({"hidden_size": 13, "intermediate_size": 9, "linear_attn_config": {"num_heads": 1, "head_dim": 5},
+                                "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 2, "kv_lora_rank": 3,
+                                "qk_nope_head_dim": 1, "qk_rope_head_dim": 2, "v_head_dim": 1})"));
+  out.push_back(mixers_case(
       "experts", {"dplr", "attention"}, 2,
       R"({"num_experts": 6, "num_experts_per_token": 2, "num_shared_experts": 1, "first_k_dense_replace": 1,
                                 "moe_intermediate_size": 32, "routed_scaling_factor": 1.5})"));
