@@ -84,7 +84,7 @@ MachineMemory machine_memory() {
   return m;
 }
 
-std::vector<int64_t> parse_contexts(const std::string& text) {
+std::vector<int64_t> parse_contexts(const std::string& text, const std::string& option) {
   std::vector<int64_t> contexts;
   for (size_t at = 0; at <= text.size();) {
     const size_t end = std::min(text.find(',', at), text.size());
@@ -94,7 +94,7 @@ std::vector<int64_t> parse_contexts(const std::string& text) {
     const std::string unit(after, word.data() + word.size());
     const int shift = unit == "k" || unit == "K" ? 10 : unit == "m" || unit == "M" ? 20 : 0;
     if (error != std::errc{} || (shift == 0 && !unit.empty()) || tokens < 1 || tokens > int64_t{1} << 31)
-      throw_input("--contexts: {} is not a number of tokens, such as 4096, 32k or 1M", quote(word));
+      throw_input("{}: {} is not a number of tokens, such as 4096, 32k or 1M", option, quote(word));
     contexts.push_back(tokens << shift);
     at = end + 1;
   }

@@ -65,6 +65,6 @@ MemoryPlan plan_memory(const policy::ModelConfig& config, const std::string& mod
                        const std::vector<int64_t>& contexts);
 
 // "4k,32k,1M": k is 1024, M 1024 * 1024. ERRORS (input): names the option and the word.
-std::vector<int64_t> parse_contexts(const std::string& text);
+std::vector<int64_t> parse_contexts(const std::string& text, const std::string& option = "--contexts");
 
 }  // namespace perigee::apps
