@@ -51,6 +51,7 @@ json own_tasks(json tasks) {
 // What training does with worked examples is not evaluated.
 json evaluated(json config) {
   config["warmup"]["steps"] = 0;
+  config["learn"]["steps"] = 1;
   config["learn"]["ptx_batch"] = 0;
   config["learn"]["ptx_coef"] = 0;
   return config;

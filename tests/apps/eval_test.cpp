@@ -1,0 +1,94 @@
+// perigee eval by length: the table, its JSON, and what is refused before anything is computed.
+#include "tests/apps/run_program.h"
+
+namespace perigee {
+namespace {
+
+using nlohmann::json;
+
+class EvalTest : public testing::Test {
+ protected:
+  // A configuration of a needle task; the model beside it is that of the tiny golden case.
+  std::string config() {
+    json c = small_run(place_ / "run");
+    c["tasks"] = {{"kind", "needle"}, {"style", "noise"}, {"length", 64}, {"min_length", 40}};
+    c["reward"] = {{{"verifier", "task"}}};
+    spill(place_ / "run.json", c.dump());
+    return place_ / "run.json";
+  }
+  std::vector<std::string> eval(std::vector<std::string> more) {
+    std::vector<std::string> args = {"eval", "--config", config(), "--model", golden("tiny")};
+    args.insert(args.end(), more.begin(), more.end());
+    return args;
+  }
+  TempDirectory place_;
+};
+
+TEST_F(EvalTest, TheSuiteIsMeasuredAtEachLength) {
+  const std::vector<std::string> args = {"eval", "--suite", "long", "--model", golden("tiny"), "--lengths", "3k,4k", "--tasks", "2", "--json"};
+  const Said said = run_perigee(args);
+  ASSERT_EQ(said.code, 0) << said.err;
+  const json result = said.json();
+  EXPECT_EQ(result["suite"], "long");
+  ASSERT_EQ(result["cells"].size(), 16u);
+  for (size_t i = 0; i < 16; ++i) {
+    const json& cell = result["cells"][i];
+    const int64_t length = i % 2 == 0 ? 3072 : 4096;
+    EXPECT_EQ(cell["length"], length);
+    EXPECT_EQ(cell["tasks"], 2);
+    EXPECT_EQ(cell["answers"].size(), 2u);
+    EXPECT_GT(cell["prefill_tokens_per_s"], 0);
+    EXPECT_GT(cell["sequence_bytes"], 0);
+    EXPECT_EQ(cell["reward_failed"], 0);
+    // The prompt leaves the answer the room that the task says.
+    EXPECT_LT(cell["prompt_tokens_mean"], length);
+    EXPECT_GE(cell["prompt_tokens_mean"], length - 640);
+    EXPECT_EQ(cell["prefilled_tokens"].get<double>(), 2 * cell["prompt_tokens_mean"].get<double>());
+  }
+  EXPECT_EQ(result["cells"][0]["task"], "needle single");
+  EXPECT_EQ(result["cells"][15]["task"], "mrcr");
+  EXPECT_EQ(result["cells"][0]["prompt_tokens_mean"], 3072 - 32);
+}
+
+TEST_F(EvalTest, ATableOfTheRunsOwnTasks) {
+  const Said said = run_perigee(eval({"--lengths", "64,200,1k", "--tasks", "3"}));
+  ASSERT_EQ(said.code, 0) << said.err;
+  for (const char* part : {"64", "200", "1k", "needle", "prompt tokens/s", "memory of a sequence", "3 held-out tasks each"})
+    EXPECT_NE(said.out.find(part), std::string::npos) << part << "\n" << said.out;
+}
+
+TEST_F(EvalTest, ACellIsWhatTheTasksAtThatLengthGive) {
+  const json cell = run_perigee(eval({"--lengths", "300", "--tasks", "4", "--json"})).json()["cells"][0];
+  const json alone =
+      run_perigee(eval({"--set", "tasks.length=300", "--set", "tasks.min_length=300", "--tasks", "4", "--json"})).json();
+  ASSERT_EQ(alone["answers"].size(), 4u);
+  for (size_t i = 0; i < 4; ++i) {
+    EXPECT_EQ(cell["answers"][i]["response"], alone["answers"][i]["response"]);
+    EXPECT_EQ(cell["answers"][i]["answer"], alone["answers"][i]["answer"]);
+    EXPECT_EQ(alone["answers"][i]["prompt"].get<std::string>().size() + 1 + 12, 300u);
+  }
+  EXPECT_EQ(cell["accuracy"], alone["accuracy"]);
+}
+
+TEST_F(EvalTest, ThreadsAndSmallChunksDoNotChangeAnAnswer) {
+  const json one = run_perigee(eval({"--lengths", "500", "--tasks", "3", "--threads", "1", "--json"})).json();
+  const json two = run_perigee(eval({"--lengths", "500", "--tasks", "3", "--threads", "2", "--set", "engine.prefill_chunk=37",
+                                     "--set", "engine.max_running=2", "--json"}))
+                       .json();
+  EXPECT_EQ(one["cells"][0]["answers"], two["cells"][0]["answers"]);
+}
+
+TEST_F(EvalTest, WhatCannotBeDoneIsRefusedFirst) {
+  expect_refused(eval({"--lengths", "2M"}), "--lengths: 2097152 tokens are more than the 1048576 of");
+  expect_refused(eval({"--lengths", "4k,12"}), "needle at 12: tasks: length: 12 tokens cannot be reached");
+  expect_refused(eval({"--lengths", "4q"}), "--lengths: \"4q\" is not a number of tokens");
+  expect_refused(eval({"--suite", "lonk"}), "did you mean long?");
+  expect_refused(eval({"--lengths", "64", "--show"}), "--show");
+  expect_refused(eval({"--lengths", "64", "--set", "tasks.varient=single"}), "did you mean variant?");
+  expect_refused(eval({"--lengths", "64", "--set", "tasks.kind=sort"}), "needle at 64: tasks: ");
+  expect_refused({"eval", "--suite", "long", "--model", golden("tiny"), "--lengths", "512"}, "tokens cannot be reached");
+  expect_refused({"eval", "--lengths", "512", "--model", golden("tiny")}, "name a run");
+}
+
+}  // namespace
+}  // namespace perigee
