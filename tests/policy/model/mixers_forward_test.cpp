@@ -1,8 +1,6 @@
 // What every mixer computes, against the float64 reference of whole models.
 #include <gtest/gtest.h>
 
-#include <functional>
-
 #include "policy/learn/trainer.h"
 #include "tests/policy/model/mixers_model.h"
 
@@ -84,16 +82,15 @@ INSTANTIATE_TEST_SUITE_P(Wide, Mixers, ::testing::ValuesIn(wide_cases()),
 // The bound is what float32 costs when the same equations are computed plainly, token by token: the model's own order of
 // operations (chunks, absorbed matrices, blocks of keys) is another, and about as good. Seen over all cases: up to 1.2
 // times that error by root mean square, 2.3 times at the worst place. A wrong term is off by 10^4 times as much.
-TEST_P(Mixers, ComputeTheirEquations) {
-  MixersModel model(GetParam().config, 11);
+void expect_equations(MixersModel& model, const std::string& name) {
   const std::vector<int32_t> tokens = testing::random_tokens(131, model.vocab(), 12);
   const Computed truth = by_reference<double>(model, tokens), plain = by_reference<float>(model, tokens),
                  got = by_the_model(model, tokens);
   const auto compare = [&](const char* what, const std::vector<double> Computed::*of) {
     const double bound = root_mean_square(plain.*of, truth.*of), error = root_mean_square(got.*of, truth.*of);
     const double ratio = error / bound, peak = largest(got.*of, truth.*of) / largest(plain.*of, truth.*of);
-    std::printf("%s %s: error %.2g, %.2f of plain float32's; largest %.2f of its\n", GetParam().name.c_str(),
-                what, error, ratio, peak);
+    std::printf("%s %s: error %.2g, %.2f of plain float32's; largest %.2f of its\n", name.c_str(), what,
+                error, ratio, peak);
     EXPECT_LT(ratio, 2) << what;
     EXPECT_LT(peak, 4) << what;
   };
@@ -102,20 +99,22 @@ TEST_P(Mixers, ComputeTheirEquations) {
   compare("logprobs", &Computed::logprobs);
 }
 
-// Changes a tensor of every layer.
-void change(MixersModel& model, const std::string& name,
-            const std::function<void(std::vector<float>&)>& edit) {
-  for (const CheckpointTensor& t : model.layout.checkpoint()) {
-    if (!t.name.ends_with("self_attn." + name)) continue;
-    std::vector<float> x = model.values(t, model.flat.data());
-    edit(x);
-    model.layout.write_flat(model.flat.data(), t, x.data());
-  }
-  model.layout.flat_to_weights(model.flat.data(), model.arena.data());
+TEST_P(Mixers, ComputeTheirEquations) {
+  MixersModel model(GetParam().config, 11);
+  expect_equations(model, GetParam().name);
 }
+
+TEST(MixersDecay, FromNoneToAllAtOnce) {
+  for (const char* mixer : {"kda", "gdn", "mamba2", "dplr"}) {
+    MixersModel model(testing::mixers_config({mixer}, 1), 18);
+    testing::make_decays_extreme(model);
+    expect_equations(model, std::string(mixer) + " with extreme decays");
+  }
+}
+
 std::vector<float> values_of(MixersModel& model, const std::string& name) {
   std::vector<float> out;
-  change(model, name, [&](std::vector<float>& x) { out = x; });
+  model.change("self_attn." + name, [&](std::vector<float>& x) { out = x; });
   return out;
 }
 
@@ -148,22 +147,22 @@ void expect_the_same(MixersModel& a, MixersModel& b) {
 // docs/mixers.md says which mixer is another with some of its numbers alike.
 TEST(MixersContain, DplrOfOneStrengthAHeadWithoutDecayIsTheDeltaRule) {
   MixersModel dplr(testing::mixers_config({"dplr"}, 1), 14), gdn(testing::mixers_config({"gdn"}, 1), 14);
-  change(dplr, "e_b_proj.weight", [](std::vector<float>& x) { one_a_head(x, kHead); });
+  dplr.change("self_attn.e_b_proj.weight", [](std::vector<float>& x) { one_a_head(x, kHead); });
   const std::vector<float> strength = product(dplr, "e_a_proj.weight", "e_b_proj.weight");
-  change(gdn, "b_proj.weight", [&](std::vector<float>& x) { x = strength; });
+  gdn.change("self_attn.b_proj.weight", [&](std::vector<float>& x) { x = strength; });
   for (MixersModel* m : {&dplr, &gdn})
-    change(*m, "dt_bias", [](std::vector<float>& x) { x.assign(x.size(), -200.0f); });
+    m->change("self_attn.dt_bias", [](std::vector<float>& x) { x.assign(x.size(), -200.0f); });
   expect_the_same(dplr, gdn);
 }
 
 TEST(MixersContain, KdaOfOneDecayAHeadIsGdn) {
   MixersModel kda(testing::mixers_config({"kda"}, 1), 16), gdn(testing::mixers_config({"gdn"}, 1), 16);
-  change(kda, "f_b_proj.weight", [](std::vector<float>& x) { one_a_head(x, kHead); });
-  change(kda, "dt_bias", [](std::vector<float>& x) { one_a_head(x, 1); });
+  kda.change("self_attn.f_b_proj.weight", [](std::vector<float>& x) { one_a_head(x, kHead); });
+  kda.change("self_attn.dt_bias", [](std::vector<float>& x) { one_a_head(x, 1); });
   const std::vector<float> decay = product(kda, "f_a_proj.weight", "f_b_proj.weight"),
                            bias = values_of(kda, "dt_bias");
-  change(gdn, "a_proj.weight", [&](std::vector<float>& x) { x = decay; });
-  change(gdn, "dt_bias", [&](std::vector<float>& x) {
+  gdn.change("self_attn.a_proj.weight", [&](std::vector<float>& x) { x = decay; });
+  gdn.change("self_attn.dt_bias", [&](std::vector<float>& x) {
     for (size_t head = 0; head < x.size(); ++head) x[head] = bias[head * kHead];
   });
   expect_the_same(kda, gdn);

