@@ -41,6 +41,7 @@ __global__ void forward(int64_t heads, int64_t d, int64_t rows, bool vectors, co
       for (int j = 0; j < kHeld && c + j < wide; ++j)
         g[i * wide + j] = log_decay(math::exp(a_log[(c + j) / d]), f[i * wide + j] + dt_bias[c + j], lower_bound);
   }
+  if (b == nullptr) return;
   b += first * heads, beta += first * heads;
   for (int64_t i = blockIdx.y * int64_t{kThreads} + threadIdx.x; i < count * heads; i += gridDim.y * int64_t{kThreads})
     beta[i] = math::short_sigmoid(b[i]);

@@ -161,6 +161,7 @@ void kda_gate_backward(Device& device, int64_t heads, int64_t d, int64_t rows, c
     sum_channels<<<static_cast<unsigned>(heads), 32, 0, stream>>>(d, channels, da_log);
     PERIGEE_LAUNCHED();
   }
+  if (b == nullptr) return;
   beta_slopes<<<blocks_for(rows * heads, 256), 256, 0, stream>>>(rows * heads, b, dbeta, db);
   PERIGEE_LAUNCHED();
 }

@@ -10,7 +10,7 @@ namespace perigee::kernels {
 // f [rows, heads*d], b [rows, heads], a_log [heads], dt_bias [heads*d] -> g [rows, heads*d], beta [rows, heads] = sigmoid(b).
 //   lower_bound 0:    g = -exp(a_log) * softplus(f + dt_bias)               any magnitude: the published checkpoint
 //   lower_bound < 0:  g = lower_bound * sigmoid(exp(a_log) * (f + dt_bias))  in (lower_bound, 0): models trained so
-// g may be f, beta may be b.
+// g may be f, beta may be b. b null (and beta, dbeta, db): g alone is wanted.
 void kda_gate_forward(Device& device, int64_t heads, int64_t d, int64_t rows, const float* f, const float* b,
                       const float* a_log, const float* dt_bias, float* g, float* beta, float lower_bound = 0.0f);
 
