@@ -89,4 +89,50 @@ __device__ __forceinline__ void products(const float* a, const float* b, int ld,
     for (int i = 0; i < 4; ++i) acc[i] = math::fma(query[i * ld + k], row[k], acc[i]);
 }
 
+// Four rows of C neighbouring channels of a sum in shared memory, in registers while more is added: rows[i] += sum over r of
+// w[r][i] x[r], one chain of fused multiply-adds in ascending r.
+template <int C>
+struct Sums {
+  float of[4][C];
+  __device__ __forceinline__ void load(const float* rows, int ld) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) get(rows + i * ld, of[i]);
+  }
+  __device__ __forceinline__ void store(float* row, int i) const { put(row, of[i]); }
+  __device__ __forceinline__ void add(const float* x, int ld, const float* w, int ldw, int n) {
+#pragma unroll 4
+    for (int r = 0; r < n; ++r) {
+      float v[C];
+      get(x + r * ld, v);
+      const float4 y = *reinterpret_cast<const float4*>(w + r * ldw);
+#pragma unroll
+      for (int c = 0; c < C; ++c) {
+        of[0][c] = math::fma(y.x, v[c], of[0][c]);
+        of[1][c] = math::fma(y.y, v[c], of[1][c]);
+        of[2][c] = math::fma(y.z, v[c], of[2][c]);
+        of[3][c] = math::fma(y.w, v[c], of[3][c]);
+      }
+    }
+  }
+  static __device__ __forceinline__ void get(const float* p, float (&v)[C]) {
+    if constexpr (C == 4) {
+      const float4 x = *reinterpret_cast<const float4*>(p);
+      v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
+    } else if constexpr (C == 2) {
+      const float2 x = *reinterpret_cast<const float2*>(p);
+      v[0] = x.x, v[1] = x.y;
+    } else {
+      v[0] = *p;
+    }
+  }
+  static __device__ __forceinline__ void put(float* p, const float (&v)[C]) {
+    if constexpr (C == 4)
+      *reinterpret_cast<float4*>(p) = make_float4(v[0], v[1], v[2], v[3]);
+    else if constexpr (C == 2)
+      *reinterpret_cast<float2*>(p) = make_float2(v[0], v[1]);
+    else
+      *p = v[0];
+  }
+};
+
 }  // namespace perigee::kernels::attention

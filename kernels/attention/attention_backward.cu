@@ -49,10 +49,27 @@ __device__ __forceinline__ void weights(const Gradient<T>& a, const DeviceSlice&
   }
 }
 
+constexpr int kQueries = 16;  // of a block that makes dq
+
+// dq += weight k, four queries and C channels at a time.
+template <int C>
+__device__ __forceinline__ void add_keys(const float* k, int ld, int dim, int queries, int skip, int present,
+                                         const float* weight, float* dq) {
+  for (int item = threadIdx.x; item < kQueries / 4 * (dim / C); item += kThreads) {
+    const int column = item % (dim / C) * C, query = item / (dim / C) * 4;
+    if (query >= queries) break;
+    Sums<C> sums;
+    sums.load(dq + query * ld + column, ld);
+    sums.add(k + column, ld, weight + query, kQueries, present);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (query + i >= skip) sums.store(dq + (query + i) * ld + column, i);
+  }
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) backward_queries(const Gradient<T> a) {
-  constexpr int kQueries = 16;
-  __shared__ float weight[kPage][kQueries];
+  __shared__ alignas(16) float weight[kPage][kQueries];
   extern __shared__ float4 memory[];
   const DeviceSlice slice = a.batch.slice[blockIdx.y];
   const Shape& m = a.m;
@@ -87,36 +104,40 @@ __global__ void __launch_bounds__(kThreads) backward_queries(const Gradient<T> a
     // A query before this block has no part in it: a zero weight could turn a -0 into a +0.
     int skip = 0;
     while (static_cast<int>((first + skip) / m.group) < key) ++skip;
-    for (int item = t; item < kQueries / 4 * dim; item += kThreads) {
-      const int column = item % dim, query = item / dim * 4;
-      if (query >= queries) break;
-      float acc[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc[i] = dq[(query + i) * ld + column];
-#pragma unroll 4
-      for (int j = 0; j < present; ++j) {
-        const float x = k[j * ld + column];
-        const float4 w = *reinterpret_cast<const float4*>(&weight[j][query]);
-        acc[0] = math::fma(w.x, x, acc[0]);
-        acc[1] = math::fma(w.y, x, acc[1]);
-        acc[2] = math::fma(w.z, x, acc[2]);
-        acc[3] = math::fma(w.w, x, acc[3]);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (query + i >= skip) dq[(query + i) * ld + column] = acc[i];
-    }
+    if (dim % 2 == 0)
+      add_keys<2>(k, ld, dim, queries, skip, present, &weight[0][0], dq);
+    else
+      add_keys<1>(k, ld, dim, queries, skip, present, &weight[0][0], dq);
     __syncthreads();
   }
   for (int item = t; item < queries * dim; item += kThreads)
     a.dq[at(item / dim) + item % dim] = from_float<T>(dq[item / dim * ld + item % dim]);
 }
 
+constexpr int kKeys = 32, kRows = 32;  // of a block that makes dk and dv, and the queries that it takes at once
+
+// dk += ds q, then dv += p dout, four keys and C channels at a time.
+template <int C>
+__device__ __forceinline__ void add_rows(const float* q, const float* dout, int ld, int dim, int rows, const float* ds,
+                                         const float* p, float* dk, float* dv) {
+  const int half = kKeys / 4 * (dim / C);
+  for (int item = threadIdx.x; item < 2 * half; item += kThreads) {
+    const bool values = item >= half;
+    const int rest = values ? item - half : item, column = rest % (dim / C) * C, key = rest / (dim / C) * 4;
+    float* const to = (values ? dv : dk) + key * ld + column;
+    Sums<C> sums;
+    sums.load(to, ld);
+    sums.add((values ? dout : q) + column, ld, (values ? p : ds) + key, kKeys, rows);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums.store(to + i * ld, i);
+  }
+}
+
 // Half a block of keys: every query of its key head from the block's first token on.
 template <class T>
 __global__ void __launch_bounds__(kThreads) backward_keys(const Gradient<T> a) {
-  constexpr int kKeys = 32, kQueries = 32;
-  __shared__ float p_of[kQueries][kKeys], ds_of[kQueries][kKeys];
+  __shared__ alignas(16) float p_of[kRows][kKeys];
+  __shared__ alignas(16) float ds_of[kRows][kKeys];
   extern __shared__ float4 memory[];
   const DeviceSlice slice = a.batch.slice[blockIdx.y];
   const Shape& m = a.m;
@@ -128,17 +149,17 @@ __global__ void __launch_bounds__(kThreads) backward_keys(const Gradient<T> a) {
   const int64_t own = (slice.begin + key) * m.width() + static_cast<int64_t>(kv_head) * dim;
   float* const k = reinterpret_cast<float*>(memory);
   float *const v = k + kKeys * ld, *const dk = v + kKeys * ld, *const dv = dk + kKeys * ld, *const q = dv + kKeys * ld,
-               *const dout = q + kQueries * ld;
+               *const dout = q + kRows * ld;
   fill_stage<kKeys>(k, ld, dim, present, [&](int r) { return a.kv + own + r * m.width(); });
   fill_stage<kKeys>(v, ld, dim, present, [&](int r) { return a.kv + own + m.values() + r * m.width(); });
   for (int i = t; i < 2 * kKeys * ld; i += kThreads) dk[i] = 0.0f;
 
   const int64_t all = static_cast<int64_t>(slice.count) * m.group;
-  for (int64_t first = static_cast<int64_t>(key / kPage * kPage) * m.group; first < all; first += kQueries) {
-    const int queries = all - first < kQueries ? static_cast<int>(all - first) : kQueries;
+  for (int64_t first = static_cast<int64_t>(key / kPage * kPage) * m.group; first < all; first += kRows) {
+    const int queries = all - first < kRows ? static_cast<int>(all - first) : kRows;
     const auto at = [&](int r) { return (row + m.query(first + r, kv_head)) * dim; };
-    fill_stage<kQueries>(q, ld, dim, queries, [&](int r) { return a.q + at(r); });
-    fill_stage<kQueries>(dout, ld, dim, queries, [&](int r) { return a.dout + at(r); });
+    fill_stage<kRows>(q, ld, dim, queries, [&](int r) { return a.q + at(r); });
+    fill_stage<kRows>(dout, ld, dim, queries, [&](int r) { return a.dout + at(r); });
     __syncthreads();
     float p[4], ds[4];
     products<kKeys>(q, k, ld, dim, p);
@@ -151,28 +172,10 @@ __global__ void __launch_bounds__(kThreads) backward_keys(const Gradient<T> a) {
       ds_of[query + i][t % kKeys] = ds[i];
     }
     __syncthreads();
-    // Items of dk, then of dv: four keys and one channel each.
-    for (int item = t; item < 2 * (kKeys / 4) * dim; item += kThreads) {
-      const bool values = item >= kKeys / 4 * dim;
-      const int rest = values ? item - kKeys / 4 * dim : item, column = rest % dim, j = rest / dim * 4;
-      float* const to = (values ? dv : dk) + j * ld + column;
-      const float* const from = (values ? dout : q) + column;
-      const float* const w = (values ? &p_of[0][0] : &ds_of[0][0]) + j;
-      float acc[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc[i] = to[i * ld];
-#pragma unroll 4
-      for (int r = 0; r < queries; ++r) {
-        const float x = from[r * ld];
-        const float4 y = *reinterpret_cast<const float4*>(w + r * kKeys);
-        acc[0] = math::fma(y.x, x, acc[0]);
-        acc[1] = math::fma(y.y, x, acc[1]);
-        acc[2] = math::fma(y.z, x, acc[2]);
-        acc[3] = math::fma(y.w, x, acc[3]);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) to[i * ld] = acc[i];
-    }
+    if (dim % 4 == 0)
+      add_rows<4>(q, dout, ld, dim, queries, &ds_of[0][0], &p_of[0][0], dk, dv);
+    else
+      add_rows<1>(q, dout, ld, dim, queries, &ds_of[0][0], &p_of[0][0], dk, dv);
     __syncthreads();
   }
   for (int item = t; item < present * dim; item += kThreads) {

@@ -16,8 +16,8 @@ constexpr int kSpan = 8 * kPage;
 constexpr int64_t kMostPartialBytes = int64_t{256} << 20;
 
 struct Shared {
+  alignas(16) float weight[kPage][kQueries];  // exp(s - maximum), turned
   float score[kQueries][kPage + 1];
-  float weight[kPage][kQueries];  // exp(s - maximum), turned
   float alpha[kQueries], maximum[kQueries], sum[kQueries], total_maximum[kQueries], total_sum[kQueries];
   int seen[kQueries];
 };
@@ -74,40 +74,37 @@ __device__ __forceinline__ void softmax(Shared& s) {
   }
 }
 
-// o = alpha o + weight v, four queries and one channel at a time.
+// o = alpha o + weight v, four queries and C channels at a time.
+template <int C>
 __device__ __forceinline__ void gather(const Shared& s, const float* v, int ld, int dim, int queries, int present,
                                        float* o) {
-  for (int item = threadIdx.x; item < kQueries / 4 * dim; item += kThreads) {
-    const int column = item % dim, query = item / dim * 4;
+  for (int item = threadIdx.x; item < kQueries / 4 * (dim / C); item += kThreads) {
+    const int column = item % (dim / C) * C, query = item / (dim / C) * 4;
     if (query >= queries) break;
-    float acc[4];
+    Sums<C> sums;
     int seen[4];
+    sums.load(o + query * ld + column, ld);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       seen[i] = s.seen[query + i];
-      acc[i] = s.alpha[query + i] * o[(query + i) * ld + column];
+#pragma unroll
+      for (int c = 0; c < C; ++c) sums.of[i][c] = s.alpha[query + i] * sums.of[i][c];
     }
     const int common = seen[0] > 0 ? seen[0] : 0;
-    int key = 0;
-#pragma unroll 4
-    for (; key < common; ++key) {
-      const float x = v[key * ld + column];
-      const float4 w = *reinterpret_cast<const float4*>(&s.weight[key][query]);
-      acc[0] = math::fma(w.x, x, acc[0]);
-      acc[1] = math::fma(w.y, x, acc[1]);
-      acc[2] = math::fma(w.z, x, acc[2]);
-      acc[3] = math::fma(w.w, x, acc[3]);
-    }
+    sums.add(v + column, ld, &s.weight[0][query], kQueries, common);
     // A key that a query does not see is never multiplied by a zero weight.
-    for (; key < present; ++key) {
-      const float x = v[key * ld + column];
+    for (int key = common; key < present; ++key) {
+      float x[C];
+      Sums<C>::get(v + key * ld + column, x);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (key < seen[i]) acc[i] = math::fma(s.weight[key][query + i], x, acc[i]);
+        if (key < seen[i])
+#pragma unroll
+          for (int c = 0; c < C; ++c) sums.of[i][c] = math::fma(s.weight[key][query + i], x[c], sums.of[i][c]);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (seen[i] > 0) o[(query + i) * ld + column] = acc[i];
+      if (seen[i] > 0) sums.store(o + (query + i) * ld + column, i);
   }
 }
 
@@ -140,7 +137,10 @@ __device__ __forceinline__ void attend(Shared& s, const Tile<T>& tile, int span,
     fill_stage<kPage>(stage, ld, m.dim, present, [&](int r) { return block + m.values() + r * m.width(); });
     softmax(s);
     __syncthreads();
-    gather(s, stage, ld, m.dim, tile.queries, present, o);
+    if (m.dim % 2 == 0)
+      gather<2>(s, stage, ld, m.dim, tile.queries, present, o);
+    else
+      gather<1>(s, stage, ld, m.dim, tile.queries, present, o);
     __syncthreads();
   }
 }
