@@ -144,7 +144,7 @@ TEST(ComparePlan, RefusesAFileThatIsWrong) {
   expect_refusal(with("seeds", {1, 1}), {"seeds", "twice"});
   expect_refusal(with("seeds", {-1}), {"seeds"});
   expect_refusal(with("reach", 2), {"reach"});
-  expect_refusal(with("match", {{"parameter", 1}}), {"match.parameter", "did you mean match.parameters"});
+  expect_refusal(with("match", {{"parameter", 1}}), {"match.parameter", "did you mean parameters"});
   expect_refusal(with("measure", {{"context", {"4q"}}}), {"measure.context", "4q"});
   nlohmann::json c = small_comparison();
   c["variants"][1]["name"] = "hybrid";

@@ -103,7 +103,7 @@ TEST(CompareChart, NumbersForPeople) {
   EXPECT_EQ(tokens_text(1048576), "1M");
   EXPECT_EQ(tokens_text(1000), "1000");
   EXPECT_EQ(number_text(0), "0");
-  EXPECT_EQ(number_text(0.012345), "0.01234");
+  EXPECT_EQ(number_text(0.0123), "0.01230");
   EXPECT_EQ(number_text(12345678), "12.3 M");
   EXPECT_EQ(number_text(123456), "123 k");
   EXPECT_EQ(number_text(NAN), "-");
