@@ -93,92 +93,100 @@ bool stays_float32(const std::string& name) {
          name.ends_with("e_score_correction_bias");
 }
 
-class MixersCheckpoint : public ::testing::TestWithParam<MixersCase> {};
-INSTANTIATE_TEST_SUITE_P(Mixers, MixersCheckpoint, ::testing::ValuesIn(testing::mixers_cases()),
-                         [](const auto& info) { return info.param.name; });
-
-TEST_P(MixersCheckpoint, HoldsTheTensorsThatAreDocumented) {
-  const MixersModel model(GetParam().config, 61);
-  Shapes got;
-  int64_t count = 0;
-  for (const CheckpointTensor& t : model.layout.checkpoint()) {
-    EXPECT_TRUE(got.emplace(t.name, t.shape).second) << t.name << " is there twice";
-    int64_t n = 1;
-    for (const int64_t s : t.shape) n *= s;
-    count += n;
-    EXPECT_EQ(t.f32_in_file, stays_float32(t.name)) << t.name;
+TEST(MixersCheckpoint, HoldsTheTensorsThatAreDocumented) {
+  for (const MixersCase& each : testing::mixers_cases()) {
+    SCOPED_TRACE(each.name);
+    const MixersModel model(each.config, 61);
+    Shapes got;
+    int64_t count = 0;
+    for (const CheckpointTensor& t : model.layout.checkpoint()) {
+      EXPECT_TRUE(got.emplace(t.name, t.shape).second) << t.name << " is there twice";
+      int64_t n = 1;
+      for (const int64_t s : t.shape) n *= s;
+      count += n;
+      EXPECT_EQ(t.f32_in_file, stays_float32(t.name)) << t.name;
+    }
+    EXPECT_EQ(got, documented(each.config));
+    EXPECT_EQ(parameter_count(model.layout.config()), count);
+    EXPECT_EQ(model.layout.parameter_count(), count);
   }
-  EXPECT_EQ(got, documented(GetParam().config));
-  EXPECT_EQ(parameter_count(model.layout.config()), count);
-  EXPECT_EQ(model.layout.parameter_count(), count);
 }
 
-TEST_P(MixersCheckpoint, SavedIsLoaded) {
-  const MixersModel model(GetParam().config, 62);
-  TempDirectory place;
-  save_model(place / "float", model.layout, model.flat.data(), Dtype::kF32);
-  const LoadedModel loaded = load_model(place / "float", Dtype::kF32);
-  EXPECT_EQ(loaded.layout->config(), model.layout.config());
-  EXPECT_EQ(loaded.flat, model.flat);
+TEST(MixersCheckpoint, SavedIsLoaded) {
+  for (const MixersCase& each : testing::mixers_cases()) {
+    SCOPED_TRACE(each.name);
+    const MixersModel model(each.config, 62);
+    TempDirectory place;
+    save_model(place / "float", model.layout, model.flat.data(), Dtype::kF32);
+    const LoadedModel loaded = load_model(place / "float", Dtype::kF32);
+    EXPECT_EQ(loaded.layout->config(), model.layout.config());
+    EXPECT_EQ(loaded.flat, model.flat);
 
-  save_model(place / "half", model.layout, model.flat.data(), Dtype::kBf16);
-  const SafetensorsSet half(place / "half");
-  EXPECT_EQ(half.tensors().size(), documented(GetParam().config).size());
-  for (const CheckpointTensor& t : model.layout.checkpoint()) {
-    const TensorView* view = half.find(t.name);
-    ASSERT_NE(view, nullptr) << t.name;
-    EXPECT_EQ(view->type == TensorType::kF32, stays_float32(t.name)) << t.name;
-    if (!stays_float32(t.name)) continue;
-    EXPECT_EQ(to_float32(*view), model.values(t, model.flat.data())) << t.name;
+    save_model(place / "half", model.layout, model.flat.data(), Dtype::kBf16);
+    const SafetensorsSet half(place / "half");
+    EXPECT_EQ(half.tensors().size(), documented(each.config).size());
+    for (const CheckpointTensor& t : model.layout.checkpoint()) {
+      const TensorView* view = half.find(t.name);
+      ASSERT_NE(view, nullptr) << t.name;
+      EXPECT_EQ(view->type == TensorType::kF32, stays_float32(t.name)) << t.name;
+      if (!stays_float32(t.name)) continue;
+      EXPECT_EQ(to_float32(*view), model.values(t, model.flat.data())) << t.name;
+    }
+    const LoadedModel again = load_model(place / "half", Dtype::kBf16);
+    EXPECT_EQ(again.layout->config().dtype, Dtype::kBf16);
+    EXPECT_EQ(again.layout->config().layers, model.layout.config().layers);
   }
-  const LoadedModel again = load_model(place / "half", Dtype::kBf16);
-  EXPECT_EQ(again.layout->config().dtype, Dtype::kBf16);
-  EXPECT_EQ(again.layout->config().layers, model.layout.config().layers);
 }
 
 // Every element of the arena but padding belongs to exactly one place of the checkpoint.
-TEST_P(MixersCheckpoint, ArenaAndTensorsAreOneToOne) {
-  const MixersModel model(GetParam().config, 63);
-  const ParamLayout& layout = model.layout;
-  std::vector<float> flat(static_cast<size_t>(layout.elements()), 0.0f);
-  float next = 1;
-  for (const CheckpointTensor& t : layout.checkpoint()) {
-    std::vector<float> values = model.values(t, flat.data());
-    for (float& v : values) v = next++;
-    layout.write_flat(flat.data(), t, values.data());
+TEST(MixersCheckpoint, ArenaAndTensorsAreOneToOne) {
+  for (const MixersCase& each : testing::mixers_cases()) {
+    SCOPED_TRACE(each.name);
+    const MixersModel model(each.config, 63);
+    const ParamLayout& layout = model.layout;
+    std::vector<float> flat(static_cast<size_t>(layout.elements()), 0.0f);
+    float next = 1;
+    for (const CheckpointTensor& t : layout.checkpoint()) {
+      std::vector<float> values = model.values(t, flat.data());
+      for (float& v : values) v = next++;
+      layout.write_flat(flat.data(), t, values.data());
+    }
+    std::vector<float> seen;
+    for (const float v : flat)
+      if (v != 0) seen.push_back(v);
+    std::sort(seen.begin(), seen.end());
+    ASSERT_EQ(static_cast<int64_t>(seen.size()), layout.parameter_count());
+    for (size_t i = 0; i < seen.size(); ++i) ASSERT_EQ(seen[i], static_cast<float>(i + 1));
   }
-  std::vector<float> seen;
-  for (const float v : flat)
-    if (v != 0) seen.push_back(v);
-  std::sort(seen.begin(), seen.end());
-  ASSERT_EQ(static_cast<int64_t>(seen.size()), layout.parameter_count());
-  for (size_t i = 0; i < seen.size(); ++i) ASSERT_EQ(seen[i], static_cast<float>(i + 1));
 }
 
 // A first model neither explodes nor starts with a mixer that is switched off.
-TEST_P(MixersCheckpoint, FirstWeightsAreAFunctionOfTheSeed) {
-  const MixersModel model(GetParam().config, 64);
-  const ParamLayout& layout = model.layout;
-  std::vector<float> flat(static_cast<size_t>(layout.elements())), again(flat), other(flat);
-  initialize(layout, 1, flat.data());
-  initialize(layout, 1, again.data());
-  initialize(layout, 2, other.data());
-  EXPECT_EQ(flat, again);
-  for (const CheckpointTensor& t : layout.checkpoint()) {
-    const std::vector<float> x = model.values(t, flat.data()), y = model.values(t, other.data());
-    for (const float v : x) ASSERT_TRUE(std::isfinite(v)) << t.name;
-    if (t.name.ends_with("e_score_correction_bias")) continue;
-    for (const float v : x) ASSERT_NE(v, 0) << t.name;
-    if (t.name.ends_with("norm.weight") || t.name.ends_with("self_attn.D")) {
-      for (const float v : x) ASSERT_EQ(v, 1) << t.name;
-    } else {
-      EXPECT_NE(x, y) << t.name;
-    }
-    if (!t.name.ends_with("dt_bias")) continue;
-    for (const float v : x) {
-      const double rate = std::log1p(std::exp(double{v}));
-      ASSERT_GT(rate, 0.99e-3) << t.name;
-      ASSERT_LT(rate, 1.01e-1) << t.name;
+TEST(MixersCheckpoint, FirstWeightsAreAFunctionOfTheSeed) {
+  for (const MixersCase& each : testing::mixers_cases()) {
+    SCOPED_TRACE(each.name);
+    const MixersModel model(each.config, 64);
+    const ParamLayout& layout = model.layout;
+    std::vector<float> flat(static_cast<size_t>(layout.elements())), again(flat), other(flat);
+    initialize(layout, 1, flat.data());
+    initialize(layout, 1, again.data());
+    initialize(layout, 2, other.data());
+    EXPECT_EQ(flat, again);
+    for (const CheckpointTensor& t : layout.checkpoint()) {
+      const std::vector<float> x = model.values(t, flat.data()), y = model.values(t, other.data());
+      for (const float v : x) ASSERT_TRUE(std::isfinite(v)) << t.name;
+      if (t.name.ends_with("e_score_correction_bias")) continue;
+      for (const float v : x) ASSERT_NE(v, 0) << t.name;
+      if (t.name.ends_with("norm.weight") || t.name.ends_with("self_attn.D")) {
+        for (const float v : x) ASSERT_EQ(v, 1) << t.name;
+      } else {
+        EXPECT_NE(x, y) << t.name;
+      }
+      if (!t.name.ends_with("dt_bias")) continue;
+      for (const float v : x) {
+        const double rate = std::log1p(std::exp(double{v}));
+        ASSERT_GT(rate, 0.99e-3) << t.name;
+        ASSERT_LT(rate, 1.01e-1) << t.name;
+      }
     }
   }
 }

@@ -80,75 +80,81 @@ void expect_no_difference(const std::vector<TrainSequence>& batch, const std::ve
   EXPECT_EQ(different, 0) << "of " << compared;
 }
 
-class MixersEngine : public ::testing::TestWithParam<MixersCase> {};
-INSTANTIATE_TEST_SUITE_P(Mixers, MixersEngine, ::testing::ValuesIn(testing::mixers_cases()),
-                         [](const auto& info) { return info.param.name; });
-
-TEST_P(MixersEngine, DrawsWithTheNumbersThatTheLearnerSees) {
-  MixersModel model(GetParam().config, 44);
-  kernels::Context ctx(2);
-  Engine engine(ctx, model.layout, small_engine());
-  engine.set_weights(model.weights(), 0);
-  const std::vector<TrainSequence> batch = sampled(engine, model.vocab(), 8);
-  TrainerConfig config;
-  config.micro_batch_tokens = 300;
-  Trainer trainer(ctx, model.layout, config);
-  expect_no_difference(batch, trainer.logprobs(model.weights(), batch), 200);
+TEST(MixersEngine, DrawsWithTheNumbersThatTheLearnerSees) {
+  for (const MixersCase& each : testing::mixers_cases()) {
+    SCOPED_TRACE(each.name);
+    MixersModel model(each.config, 44);
+    kernels::Context ctx(2);
+    Engine engine(ctx, model.layout, small_engine());
+    engine.set_weights(model.weights(), 0);
+    const std::vector<TrainSequence> batch = sampled(engine, model.vocab(), 8);
+    TrainerConfig config;
+    config.micro_batch_tokens = 300;
+    Trainer trainer(ctx, model.layout, config);
+    expect_no_difference(batch, trainer.logprobs(model.weights(), batch), 200);
+  }
 }
 
-TEST_P(MixersEngine, AdaptersToo) {
-  testing::json config = GetParam().config;
-  config["intermediate_size"] = 64;  // gate_proj and up_proj are cut between panels of 16
-  MixersModel model(config, 48);
-  testing::SmallAdapters adapters(model.layout, 0.1,
-                                  testing::lora_config(4, testing::adaptable(model.layout)));
-  kernels::Context ctx(2);
-  const EngineConfig small = small_engine();
-  Engine engine(host_backend(ctx, adapters.layout, model.weights(), small.memory_bytes), model.layout, small);
-  engine.set_weights(adapters.weights(), 0);
-  const std::vector<TrainSequence> batch = sampled(engine, model.vocab(), 6);
-  Trainer trainer(host_learn_backend(ctx, adapters.layout, model.weights(), false), adapters.layout, {});
-  expect_no_difference(batch, trainer.logprobs(adapters.weights(), batch), 150);
+TEST(MixersEngine, AdaptersToo) {
+  for (const MixersCase& each : testing::mixers_cases()) {
+    SCOPED_TRACE(each.name);
+    testing::json config = each.config;
+    config["intermediate_size"] = 64;  // gate_proj and up_proj are cut between panels of 16
+    MixersModel model(config, 48);
+    testing::SmallAdapters adapters(model.layout, 0.1,
+                                    testing::lora_config(4, testing::adaptable(model.layout)));
+    kernels::Context ctx(2);
+    const EngineConfig small = small_engine();
+    Engine engine(host_backend(ctx, adapters.layout, model.weights(), small.memory_bytes), model.layout,
+                  small);
+    engine.set_weights(adapters.weights(), 0);
+    const std::vector<TrainSequence> batch = sampled(engine, model.vocab(), 6);
+    Trainer trainer(host_learn_backend(ctx, adapters.layout, model.weights(), false), adapters.layout, {});
+    expect_no_difference(batch, trainer.logprobs(adapters.weights(), batch), 150);
+  }
 }
 
 // A session that is saved, restored in another engine and fed more has the bits of one that never stopped.
-TEST_P(MixersEngine, ASessionMovesBetweenEngines) {
-  MixersModel model(GetParam().config, 45);
-  kernels::Context ctx(1);
-  const auto open = [&] {
-    auto engine = std::make_unique<Engine>(ctx, model.layout, small_engine());
-    engine->set_weights(model.weights(), 0);
-    return engine;
-  };
-  const std::vector<int32_t> first = testing::random_tokens(61, model.vocab(), 46),
-                             second = testing::random_tokens(17, model.vocab(), 47);
-  const auto go_on = [&](Engine& engine, std::vector<int32_t> tokens) {
-    Extension x;
-    x.tokens = std::move(tokens);
-    x.max_new_tokens = 30;
-    x.prompt_logprobs = true;
-    EXPECT_TRUE(engine.extend(1, x));
-    std::vector<GeneratedToken> out;
-    while (!engine.idle()) engine.step(out);
-    return out;
-  };
-  auto stays = open(), leaves = open(), arrives = open();
-  for (Engine* e : {stays.get(), leaves.get()}) ASSERT_TRUE(e->restore({.id = 1, .seed = 9, .tokens = {}}));
-  go_on(*stays, first);
-  go_on(*leaves, first);
-  RestoredSequence moved;
-  moved.id = 1;
-  moved.seed = 9;
-  moved.tokens.assign(leaves->tokens(1).begin(), leaves->tokens(1).end());
-  moved.prompt_tokens = 61;
-  moved.snapshot = std::make_shared<Snapshot>(leaves->save(1));
-  ASSERT_TRUE(arrives->restore(moved));
-  const auto want = go_on(*stays, second), got = go_on(*arrives, second);
-  ASSERT_EQ(got.size(), want.size());
-  ASSERT_GT(got.size(), 17u);
-  for (size_t i = 0; i < got.size(); ++i) {
-    EXPECT_EQ(got[i].token, want[i].token) << i;
-    EXPECT_EQ(std::memcmp(&got[i].logprob, &want[i].logprob, sizeof(float)), 0) << i;
+TEST(MixersEngine, ASessionMovesBetweenEngines) {
+  for (const MixersCase& each : testing::mixers_cases()) {
+    SCOPED_TRACE(each.name);
+    MixersModel model(each.config, 45);
+    kernels::Context ctx(1);
+    const auto open = [&] {
+      auto engine = std::make_unique<Engine>(ctx, model.layout, small_engine());
+      engine->set_weights(model.weights(), 0);
+      return engine;
+    };
+    const std::vector<int32_t> first = testing::random_tokens(61, model.vocab(), 46),
+                               second = testing::random_tokens(17, model.vocab(), 47);
+    const auto go_on = [&](Engine& engine, std::vector<int32_t> tokens) {
+      Extension x;
+      x.tokens = std::move(tokens);
+      x.max_new_tokens = 30;
+      x.prompt_logprobs = true;
+      EXPECT_TRUE(engine.extend(1, x));
+      std::vector<GeneratedToken> out;
+      while (!engine.idle()) engine.step(out);
+      return out;
+    };
+    auto stays = open(), leaves = open(), arrives = open();
+    for (Engine* e : {stays.get(), leaves.get()}) ASSERT_TRUE(e->restore({.id = 1, .seed = 9, .tokens = {}}));
+    go_on(*stays, first);
+    go_on(*leaves, first);
+    RestoredSequence moved;
+    moved.id = 1;
+    moved.seed = 9;
+    moved.tokens.assign(leaves->tokens(1).begin(), leaves->tokens(1).end());
+    moved.prompt_tokens = 61;
+    moved.snapshot = std::make_shared<Snapshot>(leaves->save(1));
+    ASSERT_TRUE(arrives->restore(moved));
+    const auto want = go_on(*stays, second), got = go_on(*arrives, second);
+    ASSERT_EQ(got.size(), want.size());
+    ASSERT_GT(got.size(), 17u);
+    for (size_t i = 0; i < got.size(); ++i) {
+      EXPECT_EQ(got[i].token, want[i].token) << i;
+      EXPECT_EQ(std::memcmp(&got[i].logprob, &want[i].logprob, sizeof(float)), 0) << i;
+    }
   }
 }
 
