@@ -15,7 +15,7 @@ constexpr int64_t kLongest = int64_t{1} << 24;
 constexpr size_t kNoiseLine = 64;  // bytes
 constexpr int kDraws = 16;         // of a line that fits, before the text is ended
 constexpr std::string_view kRepeated = "The road goes on and the sky stays grey. Nothing happens here today.\n";
-constexpr int kCorrections = 6;
+constexpr int kCorrections = 4;
 
 std::string printable_letters(JsonReader& options, std::string_view key, std::string_view absent) {
   std::string letters = options.string(key, absent);

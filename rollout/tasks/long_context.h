@@ -5,7 +5,7 @@
 //
 // INVARIANTS
 //  L1  With a byte a token the sum is exact. With another tokenizer it is never above, and below by at most
-//      max(32, length / 200); where lines begin tokens of their own, as in Kimi's vocabulary, it is exact too.
+//      max(32, length / 200); where lines begin tokens of their own, as in Kimi's vocabulary, mostly exact too.
 //  L2  The time is proportional to the length: each piece of text is counted once by itself, and the whole
 //      once or a few times.
 #pragma once

@@ -222,7 +222,9 @@ TEST(LongContext, ReachesALengthOfAVocabularyLikeKimis) {
     if (config.value("style", "") == "noise") continue;
     config["length"] = 16384;
     const Task task = source(config, 2, tokens)->train(1);
-    EXPECT_EQ(tokens.prompt(task) + 64, 16384) << config;
+    // What the numbers of a list take is guessed from one of as many digits.
+    EXPECT_LE(tokens.prompt(task) + 64, 16384) << config;
+    EXPECT_GE(tokens.prompt(task) + 64, 16384 - (config["kind"] == "common_words" ? 32 : 0)) << config;
     EXPECT_EQ(solve(config, task.prompt), unordered_answer(config, task.answer)) << config;
   }
 }

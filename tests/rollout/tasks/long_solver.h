@@ -26,13 +26,14 @@ inline std::string between(const std::string& text, const std::string& open, con
   return text.substr(from, text.find(close, from) - from);
 }
 
-inline std::vector<std::string> split(std::string text, const std::string& separator) {
+inline std::vector<std::string> split(const std::string& text, const std::string& separator) {
   std::vector<std::string> parts;
-  for (size_t at = text.find(separator); at != text.npos; at = text.find(separator)) {
-    parts.push_back(text.substr(0, at));
-    text.erase(0, at + separator.size());
+  size_t begin = 0;
+  for (size_t at = text.find(separator); at != text.npos; at = text.find(separator, begin)) {
+    parts.push_back(text.substr(begin, at - begin));
+    begin = at + separator.size();
   }
-  parts.push_back(text);
+  parts.push_back(text.substr(begin));
   return parts;
 }
 
