@@ -96,13 +96,15 @@ void device_initialize(Device& device, const ParamLayout& layout, uint64_t seed,
     ones(p.post_norm);
     normal(p.q, range);
     normal(p.o, residual);
-    if (c.kind(i) == LayerKind::kKda) {
-      for (int t : {p.k, p.v, p.f_a, p.f_b, p.b, p.g_a, p.g_b}) normal(t, range);
-      put(p.conv, Draw::kConvolution, 1);
+    for (int t : {p.k, p.v, p.f_a, p.f_b, p.a, p.b, p.e_a, p.e_b, p.g_a, p.g_b})
+      if (t >= 0) normal(t, range);
+    if (is_linear(c.kind(i))) {
+      if (p.conv >= 0) put(p.conv, Draw::kConvolution, 1);
+      if (p.skip >= 0) ones(p.skip);
       put(p.a_log, Draw::kLogDecay, 1);
       put(p.dt_bias, Draw::kRate, 1);
       ones(p.o_norm);
-    } else {
+    } else if (is_latent(c.kind(i))) {
       normal(p.kv_a, range);
       ones(p.kv_norm);
       for (int h = 0; h < static_cast<int>(c.num_heads); ++h) {

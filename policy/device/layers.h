@@ -6,9 +6,11 @@
 #pragma once
 #include <span>
 
+#include "kernels/attention/shape.h"
 #include "kernels/device/batch.h"
 #include "kernels/device/device.h"
 #include "kernels/mla/mla_expanded_device.h"
+#include "kernels/norm/norm_device.h"
 #include "policy/model/forward.h"
 #include "policy/model/low_rows.h"
 
@@ -57,26 +59,30 @@ struct Pass {
   }
 };
 
+// Of the four linear mixers (docs/mixers.md); what one does not have stays null.
 template <class T>
-struct KdaActivations {
-  T* h = nullptr;                                    // [rows, D] normalised input
-  T* qkv = nullptr;                                  // [rows, 3Hd] before the convolution
-  T *q = nullptr, *k = nullptr, *v = nullptr;        // [rows, Hd] after it, q and k normalised
-  T *f_low = nullptr, *gate_low = nullptr;           // [rows, d]
-  float *f = nullptr, *b = nullptr;                  // [rows, Hd], [rows, H]
-  float *g = nullptr, *beta = nullptr;               // [rows, Hd], [rows, H]
+struct LinearActivations {
+  T* h = nullptr;                                      // [rows, D] normalised input
+  T* qkv = nullptr;                                    // [rows, 3Hd] before the convolution
+  T *q = nullptr, *k = nullptr, *v = nullptr;          // [rows, Hd] after it, q and k normalised (not of mamba2)
+  T *f_low = nullptr, *e_low = nullptr, *gate_low = nullptr;  // [rows, d]
+  float *f = nullptr, *e = nullptr;                    // [rows, Hd]
+  float *a = nullptr, *b = nullptr;                    // [rows, H]
+  float* g = nullptr;                                  // [rows, Hd]; mamba2: [rows, H]
+  float *beta = nullptr, *delta = nullptr;             // [rows, H]
+  T* written = nullptr;                                // dplr: eta k; mamba2: delta v [rows, Hd]
   T *gate = nullptr, *o = nullptr, *normed = nullptr;  // [rows, Hd]
-  T* chunk_states = nullptr;                         // training
+  T* chunk_states = nullptr;                           // training
   LowRows<T> low;
 };
 // x: the residual stream, added to; null: only the activations are wanted again. h: null, or norm(in) already made.
 template <class T>
-void kda_half_forward(const Pass& pass, int64_t layer, KdaActivations<T>& a, const float* in, float* x, T* h = nullptr);
+void linear_half_forward(const Pass& pass, int64_t layer, LinearActivations<T>& a, const float* in, float* x, T* h = nullptr);
 // in: the residual stream as it entered the half. dy [rows, D]: its gradient as it left; dx [rows, D]: the same in
 // float32, to which the half adds its own part. gradient: flat, accumulated.
 template <class T>
-void kda_half_backward(const Pass& pass, int64_t layer, const float* in, const KdaActivations<T>& a, const T* dy, float* dx,
-                       float* gradient);
+void linear_half_backward(const Pass& pass, int64_t layer, const float* in, const LinearActivations<T>& a, const T* dy,
+                          float* dx, float* gradient);
 
 template <class T>
 struct MlaActivations {
@@ -99,6 +105,36 @@ void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, con
 template <class T>
 void mla_half_backward(const Pass& pass, int64_t layer, const float* in, const MlaActivations<T>& a, const T* dy, float* dx,
                        float* gradient);
+
+template <class T>
+struct AttentionActivations {
+  T* h = nullptr;         // [rows, D]
+  T* q = nullptr;         // [rows, heads * head_dim] rotated
+  T* kv = nullptr;        // [rows, 2 * kv_heads * head_dim] keys, rotated, then values
+  T* o = nullptr;         // [rows, heads * head_dim]
+  float* lse = nullptr;   // [rows, heads]; training
+  bool kept = false;      // o and lse have memory of the caller's, and are not computed again where x is null
+  LowRows<T> low;
+};
+template <class T>
+void attention_half_forward(const Pass& pass, int64_t layer, AttentionActivations<T>& a, const float* in, float* x,
+                            T* h = nullptr);
+template <class T>
+void attention_half_backward(const Pass& pass, int64_t layer, const float* in, const AttentionActivations<T>& a,
+                             const T* dy, float* dx, float* gradient);
+
+// The mixer of a layer, whichever it is.
+template <class T>
+struct MixerActivations {
+  LinearActivations<T> linear;
+  MlaActivations<T> mla;
+  AttentionActivations<T> attention;
+};
+template <class T>
+void mixer_half_forward(const Pass& pass, int64_t layer, MixerActivations<T>& a, const float* in, float* x, T* h = nullptr);
+template <class T>
+void mixer_half_backward(const Pass& pass, int64_t layer, const float* in, const MixerActivations<T>& a, const T* dy,
+                         float* dx, float* gradient);
 
 template <class T>
 struct FeedForwardActivations {
@@ -125,6 +161,12 @@ void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivation
 template <class T>
 void feed_forward_backward(const Pass& pass, int64_t layer, const float* in, const FeedForwardActivations<T>& a, const T* dy,
                            const float* dy32, float* dx, float* gradient);
+
+kernels::AttentionShape attention_shape(const ModelConfig& config);
+
+// The residual stream is float32 for both types; only float has bits to keep.
+template <class T>
+inline constexpr kernels::RowSums kRowSums = sizeof(T) == 4 ? kernels::RowSums::kCpu : kernels::RowSums::kBlocks;
 
 // What a sequence holds, for activations of type T.
 template <class T>

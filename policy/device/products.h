@@ -1,6 +1,7 @@
 // Products of a pass's rows with weight tensors, forwards and backwards. Private to policy/device.
 #pragma once
 #include <initializer_list>
+#include <span>
 #include <vector>
 
 #include "kernels/gemm/gemm_device.h"
@@ -73,8 +74,13 @@ struct Product {
 // The products' tasks. What they need of adapters is launched here, in one launch, and kept in `low`, whose memory is
 // the device's scratch.
 template <class T>
-std::vector<kernels::DeviceMatmulTask<T>> with_adapters(const Pass& pass, std::initializer_list<Product<T>> products,
+std::vector<kernels::DeviceMatmulTask<T>> with_adapters(const Pass& pass, std::span<const Product<T>> products,
                                                         LowRows<T>& low);
+template <class T>
+std::vector<kernels::DeviceMatmulTask<T>> with_adapters(const Pass& pass, std::initializer_list<Product<T>> products,
+                                                        LowRows<T>& low) {
+  return with_adapters<T>(pass, std::span<const Product<T>>(products.begin(), products.size()), low);
+}
 
 // The gradients of products, collected: of their inputs as tasks for the caller to launch, of their weights (or of their
 // adapters', where the model is frozen) in one call of weights(). What is taken lies in the device's scratch.
@@ -95,7 +101,10 @@ class ProductGradients {
 
   // Of dx: a task for each product, and behind it those of adapters of parts, which add to its result: for
   // one call each. Launches what they need of adapters.
-  std::vector<kernels::DeviceGradInputTask<T>> inputs(std::initializer_list<Input> products);
+  std::vector<kernels::DeviceGradInputTask<T>> inputs(std::span<const Input> products);
+  std::vector<kernels::DeviceGradInputTask<T>> inputs(std::initializer_list<Input> products) {
+    return inputs(std::span<const Input>(products.begin(), products.size()));
+  }
   // Of dx that all end in the same float32 memory, the first storing, the others adding, in order.
   void sum_of_inputs(std::vector<kernels::DeviceGradInputTask<T>> tasks);
   // Of the weights of every product so far.

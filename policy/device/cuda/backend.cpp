@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "kernels/attention/attention_device.h"
 #include "kernels/gemm/gemm_device.h"
 #include "kernels/moe/moe_device.h"
 #include "kernels/sampling/sampling_device.h"
@@ -473,16 +474,16 @@ StateLayout device_state_layout(const ParamLayout& layout) {
 }
 
 void check_device_model(const ParamLayout& layout) {
-  for (const LayerKind kind : layout.config().layers)
-    if (kind != LayerKind::kKda && kind != LayerKind::kMla)
-      throw_input("token_mixers: {} does not run on a GPU yet; use --set run.device=cpu", layer_kind_name(kind));
-  if (layout.config().output_gate != OutputGate::kSigmoid || (layout.config().linear_heads > 0 && layout.config().conv_size == 0))
-    throw_input("linear_attn_config: a GPU runs the sigmoid output gate and the convolution only; use --set run.device=cpu");
+  const ModelConfig& c = layout.config();
+  for (const LayerKind kind : c.layers) {
+    if (kind == LayerKind::kAttention && c.head_dim > kAttentionMostDim)
+      throw_input("head_dim is {}: a GPU takes at most {}", c.head_dim, kAttentionMostDim);
+  }
+  if (c.linear_head_dim > 128) throw_input("linear_attn_config.head_dim is {}: a GPU takes at most 128", c.linear_head_dim);
   if (layout.matrices() != MatrixForm::kTiles) return;
   if (!Device::runs_bf16(0))
     throw_input("bfloat16 on a GPU takes compute capability 9.0 (H100, H200) and a build with -DPERIGEE_CUDA_ARCH=90a; use "
                 "float32, or for a run run.numerics portable");
-  const ModelConfig& c = layout.config();
   const auto multiple = [](const char* name, int64_t value, int64_t of) {
     if (value % of != 0) throw_input("{} is {}: bfloat16 on a GPU takes multiples of {}; use float32", name, value, of);
   };
@@ -492,7 +493,7 @@ void check_device_model(const ParamLayout& layout) {
   multiple("vocab_size", c.vocab_size, 2);
   multiple("linear_attn_config.num_heads", c.linear_heads, 2);
   multiple("linear_attn_config.head_dim", c.linear_head_dim, 16);
-  if (c.linear_head_dim > 128) throw_input("linear_attn_config.head_dim is {}: a GPU takes at most 128", c.linear_head_dim);
+  multiple("head_dim", c.head_dim, 8);
   multiple("kv_lora_rank", c.kv_lora_rank, 16);
   multiple("qk_rope_head_dim", c.qk_rope_head_dim, 16);
   multiple("qk_nope_head_dim", c.qk_nope_head_dim, 8);
@@ -505,13 +506,19 @@ void check_device_model(const ParamLayout& layout) {
 int64_t device_scratch_bytes(const ParamLayout& layout, int64_t rows) {
   const ModelConfig& c = layout.config();
   const int64_t act = device::activation_bytes(layout), D = c.hidden_size, wide = c.linear_width();
-  const int64_t kda = act * (D + 9 * wide + 2 * c.linear_head_dim) + 4 * (2 * wide + 2 * c.linear_heads);
+  const auto has = [&](LayerKind kind) { return std::ranges::find(c.layers, kind) != c.layers.end(); };
+  int64_t linear = act * (D + 9 * wide + 2 * c.linear_head_dim) + 4 * (2 * wide + 2 * c.linear_heads), recurrence = 0;
+  if (has(LayerKind::kDplr) || has(LayerKind::kMamba2)) linear += act * (wide + c.linear_head_dim) + 4 * (wide + c.linear_heads);
+  // Of each chunk of 1024 and a few, what the general delta rule prepares (kernels/dplr/dplr_device.h) is more than KDA does.
+  if (has(LayerKind::kDplr)) recurrence = c.linear_heads * (std::min<int64_t>(rows / 8 + 2, 1032) * 19'000 + (128 << 10));
+  const int64_t attention = act * (D + 2 * c.num_heads * c.head_dim + c.kv_width()) + 4 * c.num_heads;
   const int64_t mla = act * (D + c.num_heads * (c.qk_head_dim() + c.latent_width() + c.kv_lora_rank + c.v_head_dim)) +
                       4 * c.latent_width();
   const int64_t dense = act * (2 * D + 3 * std::max(c.intermediate_size, c.shared_intermediate_size()));
   const int64_t routed = c.experts_per_token * (act * (3 * c.moe_intermediate_size + D) + 16) + 4 * c.num_experts;
   // The residual stream, the final hidden states, and what kernels take for themselves.
-  return rows * (2 * (4 + act) * D + std::max({2 * kda, 2 * mla, dense + routed})) + (int64_t{640} << 20) +
+  return rows * (2 * (4 + act) * D + std::max({2 * linear, 2 * mla, 2 * attention, dense + routed})) + (int64_t{640} << 20) +
+         recurrence +
          2 * std::max<int64_t>(rows, 256) * c.vocab_size / 8;
 }
 
@@ -542,9 +549,9 @@ std::unique_ptr<Backend> device_backend(Device& device, const AdapterLayout& ada
 }
 
 int64_t device_scratch_bytes(const AdapterLayout& adapter, int64_t rows) {
-  // Of one half at a time: low rows of at most nine adapters, their gradients, and, over float32, sums set aside.
+  // Of one half at a time: low rows of at most ten adapters, their gradients, and, over float32, sums set aside.
   const ModelConfig& c = adapter.base().config();
-  const int64_t low = 18 * (rows * adapter.config().rank * 4 + 1024);
+  const int64_t low = 20 * (rows * adapter.config().rank * 4 + 1024);
   return device_scratch_bytes(adapter.base(), rows) + low + rows * c.hidden_size * 4 +
          device::expert_adapter_bytes(adapter, rows);
 }

@@ -275,9 +275,9 @@ int64_t device_learn_scratch_bytes(const AdapterLayout& adapter, int64_t tokens,
   const ParamLayout& base = adapter.base();
   const ModelConfig& c = base.config();
   const int64_t D = c.hidden_size, L = c.num_layers, rank = adapter.config().rank;
-  // Of nine adapters a half: low, its gradient, and both once more for what a task rounds up; and those of experts.
+  // Of ten adapters a half: low, its gradient, and both once more for what a task rounds up; and those of experts.
   const int64_t low =
-      4 * 9 * (tokens * rank * device::activation_bytes(adapter) + 1024) + device::expert_adapter_bytes(adapter, tokens);
+      4 * 10 * (tokens * rank * device::activation_bytes(adapter) + 1024) + device::expert_adapter_bytes(adapter, tokens);
   if (!recompute || base.matrices() != MatrixForm::kTiles)
     return device_learn_scratch_bytes(base, tokens, recompute) + (recompute ? 1 : L) * low + tokens * D * 4;
   // Beside a frozen model of 98 GB room is dear: what the passes take, half by half, in bytes of a token.
@@ -286,13 +286,16 @@ int64_t device_learn_scratch_bytes(const AdapterLayout& adapter, int64_t tokens,
   const int64_t I = std::max(c.intermediate_size, c.shared_intermediate_size()), Ie = c.moe_intermediate_size,
                 slots = c.experts_per_token;
   const int64_t stream = 4 * D * (2 * L + 1) + D * 26 + 64;
-  const int64_t kda = 2 * (2 * D + 20 * w + 6 * d + 2 * H) + 4 * (3 * w + 4 * H + 2 * D);
+  // The most that a linear mixer takes: eta, what is written and their gradients are beside KDA's where there are such.
+  const bool writes = std::ranges::any_of(c.layers, [](LayerKind k) { return k == LayerKind::kDplr || k == LayerKind::kMamba2; });
+  const int64_t linear = 2 * (2 * D + 20 * w + 6 * d + 2 * H) + 4 * (3 * w + 4 * H + 2 * D) + (writes ? 18 * w + 4 * d + 12 * H : 0);
   const bool wide = c.kv_lora_rank != 512 && c.kv_lora_rank != 256;  // attention's gradients in float32
   const int64_t mla = 2 * (D + 2 * (q + absorbed + v + 2 * width)) + 4 * (6 * width + 4 * heads + D) +
                       (wide ? 16 * absorbed : 0);
   const int64_t experts = 2 * (4 * D + 6 * I) + 4 * (D + 4 * c.num_experts) + (slots + 1) * (2 * (8 * Ie + 4 * D) + 32);
   const int64_t states = 2 * kda_chunk_slots(tokens, tokens / 16 + 1) * w * d;
-  const int64_t half = std::max({tokens * kda + states, tokens * mla, tokens * experts});
+  const int64_t attention = 2 * (D + 5 * heads * c.head_dim + 2 * c.kv_width()) + 4 * (2 * heads + D);
+  const int64_t half = std::max({tokens * linear + states, tokens * mla, tokens * attention, tokens * experts});
   // Kernels' own: records of KDA's chunks, pieces of gradients, rounding up.
   return tokens * stream + std::max(half + low, kLogitBytes) + (int64_t{1280} << 20) +
          device::kept_attention_bytes(c, tokens, 2);

@@ -23,7 +23,7 @@ const void* rows_from(const Pass& pass, int tensor, int64_t row) {
 }  // namespace
 
 template <class T>
-std::vector<DeviceMatmulTask<T>> with_adapters(const Pass& pass, std::initializer_list<Product<T>> products,
+std::vector<DeviceMatmulTask<T>> with_adapters(const Pass& pass, std::span<const Product<T>> products,
                                                LowRows<T>& low) {
   std::vector<DeviceMatmulTask<T>> tasks, down;
   const int64_t rows = pass.rows();
@@ -57,7 +57,7 @@ std::vector<DeviceMatmulTask<T>> with_adapters(const Pass& pass, std::initialize
 }
 
 template <class T>
-std::vector<DeviceGradInputTask<T>> ProductGradients<T>::inputs(std::initializer_list<Input> products) {
+std::vector<DeviceGradInputTask<T>> ProductGradients<T>::inputs(std::span<const Input> products) {
   std::vector<DeviceGradInputTask<T>> tasks, up;
   const int64_t rows = pass_.rows();
   for (const Input& p : products) {
@@ -109,9 +109,9 @@ void ProductGradients<T>::weights() {
   weights_.clear();
 }
 
-template std::vector<DeviceMatmulTask<float>> with_adapters(const Pass&, std::initializer_list<Product<float>>,
+template std::vector<DeviceMatmulTask<float>> with_adapters(const Pass&, std::span<const Product<float>>,
                                                             LowRows<float>&);
-template std::vector<DeviceMatmulTask<bf16>> with_adapters(const Pass&, std::initializer_list<Product<bf16>>, LowRows<bf16>&);
+template std::vector<DeviceMatmulTask<bf16>> with_adapters(const Pass&, std::span<const Product<bf16>>, LowRows<bf16>&);
 template class ProductGradients<float>;
 template class ProductGradients<bf16>;
 

@@ -17,18 +17,21 @@ namespace {
 
 template <class T>
 struct LayerActivations {
-  const float *attention_input = nullptr, *feed_forward_input = nullptr;  // [rows, D]
-  KdaActivations<T> kda;
-  MlaActivations<T> mla;
+  const float *mixer_input = nullptr, *feed_forward_input = nullptr;  // [rows, D]
+  MixerActivations<T> mixer;
   FeedForwardActivations<T> feed_forward;
 };
 
 }  // namespace
 
 int64_t kept_attention_bytes(const ModelConfig& c, int64_t tokens, int64_t activation_bytes) {
-  int64_t layers = 0;
-  for (int64_t i = 0; i < c.num_layers; ++i) layers += c.kind(i) == LayerKind::kKda ? 0 : 1;
-  return layers * (tokens * c.num_heads * (c.kv_lora_rank * activation_bytes + 4) + 2 * 1024);
+  int64_t bytes = 0;
+  for (const LayerKind kind : c.layers) {
+    if (is_linear(kind)) continue;
+    const int64_t width = is_latent(kind) ? c.kv_lora_rank : c.head_dim;
+    bytes += tokens * c.num_heads * (width * activation_bytes + 4) + 2 * 1024;
+  }
+  return bytes;
 }
 
 template <class T>
@@ -95,21 +98,21 @@ const T* TrainPass<T>::forward(std::span<const int32_t> tokens, std::span<const 
   int64_t moe = 0;
   for (int64_t layer = 0; layer < L; ++layer) {
     LayerActivations<T>& a = s.layers[static_cast<size_t>(layer)];
-    a.attention_input = x;
+    a.mixer_input = x;
     float* sum = next();
-    if (s.keep_attention && c.kind(layer) != LayerKind::kKda) {
-      a.mla.kept = true;
-      a.mla.ol = pass.template take<T>(c.num_heads * c.kv_lora_rank);
-      a.mla.lse = pass.template take<float>(c.num_heads);
+    if (s.keep_attention && is_latent(c.kind(layer))) {
+      a.mixer.mla.kept = true;
+      a.mixer.mla.ol = pass.template take<T>(c.num_heads * c.kv_lora_rank);
+      a.mixer.mla.lse = pass.template take<float>(c.num_heads);
+    } else if (s.keep_attention && c.kind(layer) == LayerKind::kAttention) {
+      a.mixer.attention.kept = true;
+      a.mixer.attention.o = pass.template take<T>(c.num_heads * c.head_dim);
+      a.mixer.attention.lse = pass.template take<float>(c.num_heads);
     }
     {
       std::optional<DeviceScratch::Mark> half;
       if (s.recompute) half.emplace(dev.scratch);
-      if (c.kind(layer) == LayerKind::kKda) {
-        kda_half_forward<T>(pass, layer, a.kda, a.attention_input, sum);
-      } else {
-        mla_half_forward<T>(pass, layer, a.mla, a.attention_input, sum);
-      }
+      mixer_half_forward<T>(pass, layer, a.mixer, a.mixer_input, sum);
     }
     a.feed_forward_input = x;
     sum = next();
@@ -161,13 +164,8 @@ void TrainPass<T>::backward(const float* dhidden, float* gradient) {
     }
     DeviceScratch::Mark half(dev.scratch);
     freeze();
-    if (c.kind(layer) == LayerKind::kKda) {
-      if (s.recompute) kda_half_forward<T>(pass, layer, a.kda, a.attention_input, nullptr);
-      kda_half_backward<T>(pass, layer, a.attention_input, a.kda, dy, dx, gradient);
-    } else {
-      if (s.recompute) mla_half_forward<T>(pass, layer, a.mla, a.attention_input, nullptr);
-      mla_half_backward<T>(pass, layer, a.attention_input, a.mla, dy, dx, gradient);
-    }
+    if (s.recompute) mixer_half_forward<T>(pass, layer, a.mixer, a.mixer_input, nullptr);
+    mixer_half_backward<T>(pass, layer, a.mixer_input, a.mixer, dy, dx, gradient);
   }
   if (!pass.frozen())
     embedding_backward(dev, rows, D, c.vocab_size, s.tokens, dx, pass.gradient_of(layout.embed(), gradient));
@@ -197,7 +195,7 @@ int64_t TrainPass<T>::first_nonfinite_layer() {
   DeviceScratch::Mark mark(s.dev.scratch);
   auto* at = s.dev.scratch.template take<int64_t>(1);
   for (int64_t layer = 0; layer < layers; ++layer) {
-    const float* out = layer + 1 < layers ? s.layers[static_cast<size_t>(layer) + 1].attention_input : s.last;
+    const float* out = layer + 1 < layers ? s.layers[static_cast<size_t>(layer) + 1].mixer_input : s.last;
     first_nonfinite(s.dev, n, out, at);
     int64_t first;
     s.dev.copy_out(&first, at, 8);
