@@ -33,16 +33,17 @@ void sigmoid_gate_forward(Device& device, int64_t n, const float* e, const T* x,
   PERIGEE_LAUNCHED();
 }
 template <class T>
-void sigmoid_gate_backward(Device& device, int64_t n, const float* e, const T* x, const T* first, const T* second, T* de,
-                           T* dx) {
+void sigmoid_gate_backward(Device& device, int64_t n, const float* e, const T* x, const T* first,
+                           const T* second, T* de, T* dx) {
   if (n == 0) return;
   gate_backward<T><<<blocks_for(n, kThreads), kThreads, 0, device.stream()>>>(n, e, x, first, second, de, dx);
   PERIGEE_LAUNCHED();
 }
 template void sigmoid_gate_forward(Device&, int64_t, const float*, const float*, float*);
 template void sigmoid_gate_forward(Device&, int64_t, const float*, const bf16*, bf16*);
-template void sigmoid_gate_backward(Device&, int64_t, const float*, const float*, const float*, const float*, float*,
-                                    float*);
-template void sigmoid_gate_backward(Device&, int64_t, const float*, const bf16*, const bf16*, const bf16*, bf16*, bf16*);
+template void sigmoid_gate_backward(Device&, int64_t, const float*, const float*, const float*, const float*,
+                                    float*, float*);
+template void sigmoid_gate_backward(Device&, int64_t, const float*, const bf16*, const bf16*, const bf16*,
+                                    bf16*, bf16*);
 
 }  // namespace perigee::kernels

@@ -14,7 +14,7 @@ void sigmoid_gate_forward(Device& device, int64_t n, const float* e, const T* x,
 // The gradient of y comes in two parts, which are added first. de overwritten; dx += (first + second) * sigmoid(e).
 // Nothing may alias.
 template <class T>
-void sigmoid_gate_backward(Device& device, int64_t n, const float* e, const T* x, const T* first, const T* second, T* de,
-                           T* dx);
+void sigmoid_gate_backward(Device& device, int64_t n, const float* e, const T* x, const T* first,
+                           const T* second, T* de, T* dx);
 
 }  // namespace perigee::kernels

@@ -98,7 +98,9 @@ struct Sums {
 #pragma unroll
     for (int i = 0; i < 4; ++i) get(rows + i * ld, of[i]);
   }
-  __device__ __forceinline__ void store(float* row, int i) const { put(row, of[i]); }
+  __device__ __forceinline__ void store(float* row, int i) const {
+    put(row, of[i]);
+  }
   __device__ __forceinline__ void add(const float* x, int ld, const float* w, int ldw, int n) {
 #pragma unroll 4
     for (int r = 0; r < n; ++r) {

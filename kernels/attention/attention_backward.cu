@@ -33,8 +33,9 @@ __global__ void __launch_bounds__(kThreads)
 
 // p and ds of four queries and one key from their products. `first`: of the tile, among the slice's queries of this head.
 template <class T>
-__device__ __forceinline__ void weights(const Gradient<T>& a, const DeviceSlice& slice, int kv_head, int64_t first,
-                                        int queries, int query, int key, bool key_is, float (&p)[4], float (&ds)[4]) {
+__device__ __forceinline__ void weights(const Gradient<T>& a, const DeviceSlice& slice, int kv_head,
+                                        int64_t first, int queries, int query, int key, bool key_is,
+                                        float (&p)[4], float (&ds)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int64_t r = first + query + i;
@@ -73,7 +74,8 @@ __global__ void __launch_bounds__(kThreads) backward_queries(const Gradient<T> a
   extern __shared__ float4 memory[];
   const DeviceSlice slice = a.batch.slice[blockIdx.y];
   const Shape& m = a.m;
-  const int kv_head = static_cast<int>(blockIdx.z), t = static_cast<int>(threadIdx.x), dim = m.dim, ld = stage_ld(dim);
+  const int kv_head = static_cast<int>(blockIdx.z), t = static_cast<int>(threadIdx.x), dim = m.dim,
+            ld = stage_ld(dim);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kQueries;
   const int64_t left = static_cast<int64_t>(slice.count) * m.group - first;
   if (left <= 0) return;
@@ -114,12 +116,13 @@ __global__ void __launch_bounds__(kThreads) backward_queries(const Gradient<T> a
     a.dq[at(item / dim) + item % dim] = from_float<T>(dq[item / dim * ld + item % dim]);
 }
 
-constexpr int kKeys = 32, kRows = 32;  // of a block that makes dk and dv, and the queries that it takes at once
+constexpr int kKeys = 32,
+              kRows = 32;  // of a block that makes dk and dv, and the queries that it takes at once
 
 // dk += ds q, then dv += p dout, four keys and C channels at a time.
 template <int C>
-__device__ __forceinline__ void add_rows(const float* q, const float* dout, int ld, int dim, int rows, const float* ds,
-                                         const float* p, float* dk, float* dv) {
+__device__ __forceinline__ void add_rows(const float* q, const float* dout, int ld, int dim, int rows,
+                                         const float* ds, const float* p, float* dk, float* dv) {
   const int half = kKeys / 4 * (dim / C);
   for (int item = threadIdx.x; item < 2 * half; item += kThreads) {
     const bool values = item >= half;
@@ -141,15 +144,16 @@ __global__ void __launch_bounds__(kThreads) backward_keys(const Gradient<T> a) {
   extern __shared__ float4 memory[];
   const DeviceSlice slice = a.batch.slice[blockIdx.y];
   const Shape& m = a.m;
-  const int kv_head = static_cast<int>(blockIdx.z), t = static_cast<int>(threadIdx.x), dim = m.dim, ld = stage_ld(dim);
+  const int kv_head = static_cast<int>(blockIdx.z), t = static_cast<int>(threadIdx.x), dim = m.dim,
+            ld = stage_ld(dim);
   const int key = static_cast<int>(blockIdx.x) * kKeys;
   if (key >= slice.count) return;
   const int present = slice.count - key < kKeys ? slice.count - key : kKeys;
   const int64_t row = static_cast<int64_t>(slice.begin) * m.heads;
   const int64_t own = (slice.begin + key) * m.width() + static_cast<int64_t>(kv_head) * dim;
   float* const k = reinterpret_cast<float*>(memory);
-  float *const v = k + kKeys * ld, *const dk = v + kKeys * ld, *const dv = dk + kKeys * ld, *const q = dv + kKeys * ld,
-               *const dout = q + kRows * ld;
+  float *const v = k + kKeys * ld, *const dk = v + kKeys * ld, *const dv = dk + kKeys * ld,
+               *const q = dv + kKeys * ld, *const dout = q + kRows * ld;
   fill_stage<kKeys>(k, ld, dim, present, [&](int r) { return a.kv + own + r * m.width(); });
   fill_stage<kKeys>(v, ld, dim, present, [&](int r) { return a.kv + own + m.values() + r * m.width(); });
   for (int i = t; i < 2 * kKeys * ld; i += kThreads) dk[i] = 0.0f;
@@ -190,8 +194,9 @@ __global__ void __launch_bounds__(kThreads) backward_keys(const Gradient<T> a) {
 }  // namespace attention
 
 template <class T>
-void attention_backward(Device& device, const AttentionShape& shape, const T* q, const T* kv, const DeviceBatch& batch,
-                        const T* out, const float* lse, const T* dout, T* dq, T* dkv) {
+void attention_backward(Device& device, const AttentionShape& shape, const T* q, const T* kv,
+                        const DeviceBatch& batch, const T* out, const float* lse, const T* dout, T* dq,
+                        T* dkv) {
   using namespace attention;
   check(shape);
   PERIGEE_CHECK(batch.training(), "gradients are of whole sequences");
@@ -201,21 +206,23 @@ void attention_backward(Device& device, const AttentionShape& shape, const T* q,
   const Gradient<T> a{Shape(shape), batch, q, kv, dout, lse, delta, dq, dkv};
   const auto slices = static_cast<unsigned>(batch.slices), kv_heads = static_cast<unsigned>(shape.kv_heads);
   const int ld = stage_ld(a.m.dim), query_bytes = (3 * 16 + 2 * kPage) * ld * 4, key_bytes = 6 * 32 * ld * 4;
-  dot_rows<T><<<dim3(blocks_for(batch.max_count * shape.heads, kThreads / 16), slices), kThreads, 0, device.stream()>>>(
-      a.m, dout, out, batch, delta);
+  dot_rows<T><<<dim3(blocks_for(batch.max_count * shape.heads, kThreads / 16), slices), kThreads, 0,
+                device.stream()>>>(a.m, dout, out, batch, delta);
   PERIGEE_LAUNCHED();
   allow_shared_memory(backward_queries<T>, query_bytes);
-  backward_queries<T><<<dim3(blocks_for(batch.max_count * a.m.group, 16), slices, kv_heads), kThreads, query_bytes,
-                        device.stream()>>>(a);
+  backward_queries<T><<<dim3(blocks_for(batch.max_count * a.m.group, 16), slices, kv_heads), kThreads,
+                        query_bytes, device.stream()>>>(a);
   PERIGEE_LAUNCHED();
   allow_shared_memory(backward_keys<T>, key_bytes);
-  backward_keys<T><<<dim3(blocks_for(batch.max_count, 32), slices, kv_heads), kThreads, key_bytes, device.stream()>>>(a);
+  backward_keys<T>
+      <<<dim3(blocks_for(batch.max_count, 32), slices, kv_heads), kThreads, key_bytes, device.stream()>>>(a);
   PERIGEE_LAUNCHED();
 }
 
-template void attention_backward(Device&, const AttentionShape&, const float*, const float*, const DeviceBatch&,
-                                 const float*, const float*, const float*, float*, float*);
-template void attention_backward(Device&, const AttentionShape&, const bf16*, const bf16*, const DeviceBatch&, const bf16*,
-                                 const float*, const bf16*, bf16*, bf16*);
+template void attention_backward(Device&, const AttentionShape&, const float*, const float*,
+                                 const DeviceBatch&, const float*, const float*, const float*, float*,
+                                 float*);
+template void attention_backward(Device&, const AttentionShape&, const bf16*, const bf16*, const DeviceBatch&,
+                                 const bf16*, const float*, const bf16*, bf16*, bf16*);
 
 }  // namespace perigee::kernels

@@ -32,7 +32,9 @@ struct Tile {
   std::byte* const* pages;
   int64_t page_offset;
 
-  __device__ __forceinline__ int keys(int i) const { return position + static_cast<int>((first + i) / m.group) + 1; }
+  __device__ __forceinline__ int keys(int i) const {
+    return position + static_cast<int>((first + i) / m.group) + 1;
+  }
   __device__ __forceinline__ int last() const { return keys(queries - 1); }
   // Keys of the block that starts at `key`; the values lie m.values() behind.
   __device__ __forceinline__ const T* block(int key) const {
@@ -45,7 +47,8 @@ struct Tile {
 // The softmax of one block of keys by sixteen threads per query; what a query does not see weighs nothing.
 __device__ __forceinline__ void softmax(Shared& s) {
   const float infinity = __int_as_float(0x7f800000);
-  const int query = static_cast<int>(threadIdx.x) / 16, lane = static_cast<int>(threadIdx.x) % 16, seen = s.seen[query];
+  const int query = static_cast<int>(threadIdx.x) / 16, lane = static_cast<int>(threadIdx.x) % 16,
+            seen = s.seen[query];
   float x[kPage / 16], top = -FLT_MAX;
 #pragma unroll
   for (int j = 0; j < kPage / 16; ++j) {
@@ -76,8 +79,8 @@ __device__ __forceinline__ void softmax(Shared& s) {
 
 // o = alpha o + weight v, four queries and C channels at a time.
 template <int C>
-__device__ __forceinline__ void gather(const Shared& s, const float* v, int ld, int dim, int queries, int present,
-                                       float* o) {
+__device__ __forceinline__ void gather(const Shared& s, const float* v, int ld, int dim, int queries,
+                                       int present, float* o) {
   for (int item = threadIdx.x; item < kQueries / 4 * (dim / C); item += kThreads) {
     const int column = item % (dim / C) * C, query = item / (dim / C) * 4;
     if (query >= queries) break;
@@ -100,7 +103,8 @@ __device__ __forceinline__ void gather(const Shared& s, const float* v, int ld, 
       for (int i = 0; i < 4; ++i)
         if (key < seen[i])
 #pragma unroll
-          for (int c = 0; c < C; ++c) sums.of[i][c] = math::fma(s.weight[key][query + i], x[c], sums.of[i][c]);
+          for (int c = 0; c < C; ++c)
+            sums.of[i][c] = math::fma(s.weight[key][query + i], x[c], sums.of[i][c]);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
@@ -110,7 +114,8 @@ __device__ __forceinline__ void gather(const Shared& s, const float* v, int ld, 
 
 // One span: o [kQueries, ld], s.maximum and s.sum, not yet normalised. Starts and ends with all threads together.
 template <class T>
-__device__ __forceinline__ void attend(Shared& s, const Tile<T>& tile, int span, const float* q, float* stage, float* o) {
+__device__ __forceinline__ void attend(Shared& s, const Tile<T>& tile, int span, const float* q, float* stage,
+                                       float* o) {
   const Shape& m = tile.m;
   const int t = static_cast<int>(threadIdx.x), ld = stage_ld(m.dim), last = tile.last();
   for (int i = t; i < kQueries * ld; i += kThreads) o[i] = 0.0f;
@@ -162,7 +167,8 @@ struct Arguments {
 };
 
 template <class T>
-__device__ __forceinline__ bool make_tile(const Arguments<T>& a, int64_t first, Tile<T>& tile, const DeviceSlice& slice) {
+__device__ __forceinline__ bool make_tile(const Arguments<T>& a, int64_t first, Tile<T>& tile,
+                                          const DeviceSlice& slice) {
   const int64_t left = static_cast<int64_t>(slice.count) * a.m.group - first;
   if (left <= 0) return false;
   tile.first = first;
@@ -170,13 +176,16 @@ __device__ __forceinline__ bool make_tile(const Arguments<T>& a, int64_t first, 
   tile.position = slice.position;
   tile.kv_head = static_cast<int>(blockIdx.z);
   tile.own = a.kv == nullptr ? nullptr : a.kv + slice.begin * a.m.width();
-  tile.pages = a.batch.pages == nullptr ? nullptr : a.batch.pages + static_cast<int64_t>(blockIdx.y) * a.batch.max_pages;
+  tile.pages = a.batch.pages == nullptr
+                   ? nullptr
+                   : a.batch.pages + static_cast<int64_t>(blockIdx.y) * a.batch.max_pages;
   tile.page_offset = a.page_offset;
   return true;
 }
 
 template <class T>
-__device__ __forceinline__ void stage_queries(const Arguments<T>& a, const Tile<T>& tile, int64_t row, float* q) {
+__device__ __forceinline__ void stage_queries(const Arguments<T>& a, const Tile<T>& tile, int64_t row,
+                                              float* q) {
   fill_stage<kQueries>(q, stage_ld(a.m.dim), a.m.dim, tile.queries, [&](int r) {
     return a.q + (row * a.m.heads + a.m.query(tile.first + r, tile.kv_head)) * a.m.dim;
   });
@@ -191,7 +200,8 @@ __global__ void __launch_bounds__(kThreads) forward(const Arguments<T> a) {
   if (!make_tile(a, static_cast<int64_t>(blockIdx.x) * kQueries, tile, slice)) return;
   const int t = static_cast<int>(threadIdx.x), dim = a.m.dim, ld = stage_ld(dim), last = tile.last();
   float* const q = reinterpret_cast<float*>(memory);
-  float *const stage = q + kQueries * ld, *const total = stage + kPage * ld, *const span_o = total + kQueries * ld;
+  float *const stage = q + kQueries * ld, *const total = stage + kPage * ld,
+               *const span_o = total + kQueries * ld;
   stage_queries(a, tile, slice.begin, q);
 
   for (int span = 0; span * kSpan < last; ++span) {
@@ -224,7 +234,8 @@ __global__ void __launch_bounds__(kThreads) forward(const Arguments<T> a) {
   for (int item = t; item < tile.queries * dim; item += kThreads) {
     const int i = item / dim, column = item % dim;
     const float inverse = __fdiv_rn(1.0f, s.total_sum[i]);
-    a.out[(row + a.m.query(tile.first + i, tile.kv_head)) * dim + column] = from_float<T>(total[i * ld + column] * inverse);
+    a.out[(row + a.m.query(tile.first + i, tile.kv_head)) * dim + column] =
+        from_float<T>(total[i * ld + column] * inverse);
   }
   if (a.lse != nullptr && t < tile.queries)
     a.lse[row + a.m.query(tile.first + t, tile.kv_head)] = log_of_sum(s.total_maximum[t], s.total_sum[t]);
@@ -300,8 +311,8 @@ void attention_forward(Device& device, const AttentionShape& shape, const T* q, 
   if (batch.training() || batch.max_count > 1 || spans == 1) {
     allow_shared_memory(forward<T>, bytes);
     const int64_t tiles = (static_cast<int64_t>(batch.max_count) * a.m.group + kQueries - 1) / kQueries;
-    forward<T><<<dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(batch.slices), kv_heads), kThreads, bytes,
-                 device.stream()>>>(a);
+    forward<T><<<dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(batch.slices), kv_heads), kThreads,
+                 bytes, device.stream()>>>(a);
     PERIGEE_LAUNCHED();
     return;
   }
@@ -317,17 +328,18 @@ void attention_forward(Device& device, const AttentionShape& shape, const T* q, 
     a.batch.slice = batch.slice + first;
     a.batch.pages = batch.pages + first * batch.max_pages;
     const auto n = static_cast<unsigned>(std::min(most, batch.slices - first));
-    decode_span<T><<<dim3(static_cast<unsigned>(spans * tiles), n, kv_heads), kThreads, bytes - kQueries * ld * 4,
-                     device.stream()>>>(a);
+    decode_span<T><<<dim3(static_cast<unsigned>(spans * tiles), n, kv_heads), kThreads,
+                     bytes - kQueries * ld * 4, device.stream()>>>(a);
     PERIGEE_LAUNCHED();
-    merge_spans<T><<<dim3(static_cast<unsigned>(shape.heads), n), (shape.dim + 31) / 32 * 32, 0, device.stream()>>>(a);
+    merge_spans<T>
+        <<<dim3(static_cast<unsigned>(shape.heads), n), (shape.dim + 31) / 32 * 32, 0, device.stream()>>>(a);
     PERIGEE_LAUNCHED();
   }
 }
 
-template void attention_forward(Device&, const AttentionShape&, const float*, const DeviceBatch&, int64_t, const float*,
-                                float*, float*);
-template void attention_forward(Device&, const AttentionShape&, const bf16*, const DeviceBatch&, int64_t, const bf16*,
-                                bf16*, float*);
+template void attention_forward(Device&, const AttentionShape&, const float*, const DeviceBatch&, int64_t,
+                                const float*, float*, float*);
+template void attention_forward(Device&, const AttentionShape&, const bf16*, const DeviceBatch&, int64_t,
+                                const bf16*, bf16*, float*);
 
 }  // namespace perigee::kernels

@@ -23,8 +23,8 @@ void compare(Device& device, int64_t n) {
                second = held<T>(normals(n, 4));
   Floats y(static_cast<size_t>(n)), de = y, dx = held<T>(normals(n, 5)), dy = y;
   const DeviceArray<float> dev_e(device, e);
-  const DeviceArray<T> dev_x(device, as<T>(x)), dev_first(device, as<T>(first)), dev_second(device, as<T>(second)),
-      dev_dx(device, as<T>(dx)), dev_y(device, n), dev_de(device, n);
+  const DeviceArray<T> dev_x(device, as<T>(x)), dev_first(device, as<T>(first)),
+      dev_second(device, as<T>(second)), dev_dx(device, as<T>(dx)), dev_y(device, n), dev_de(device, n);
   for (size_t i = 0; i < dy.size(); ++i) dy[i] = first[i] + second[i];
   sigmoid_gate_forward(ctx, n, e.data(), x.data(), y.data());
   sigmoid_gate_backward(ctx, n, e.data(), x.data(), dy.data(), de.data(), dx.data());
