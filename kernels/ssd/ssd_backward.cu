@@ -8,7 +8,7 @@ namespace {
 
 using namespace ssd_device;
 
-constexpr int kThreads = 256, kHalf = kChunk / 2, kTile = 32;
+constexpr int kThreads = 256, kHalf = kChunk / 2;
 
 template <class T>
 struct Operands {
@@ -28,13 +28,14 @@ struct Buffers {
   float *since, *weights, *dscores, *shares;  // [16, 16]: L, W, D, W dW
   float *gamma, *through_q, *through_k;       // [16]
   float* along;                               // [dk]  <S, dS> of a row
-  float* tile;                                // [dk, kTile + 1]  columns of S
+  float* tile;                                // [dk, tile + 1]  columns of S
   float* ds;                                  // [dk, dvp + 1]  in shared memory where it fits
 
-  __host__ __device__ static int floats(int dk, int dv) {
-    return 4 * dk * kLine + 3 * round_up16(dv) * kLine + 4 * 256 + 3 * 16 + dk + dk * (kTile + 1);
+  // width: of the tile of S
+  __host__ __device__ static int floats(int dk, int dv, int width) {
+    return 4 * dk * kLine + 3 * round_up16(dv) * kLine + 4 * 256 + 3 * 16 + dk + dk * (width + 1);
   }
-  __device__ Buffers(float* memory, int dk, int dv) {
+  __device__ Buffers(float* memory, int dk, int dv, int width) {
     const int dvp = round_up16(dv);
     q = memory;
     k = q + dk * kLine;
@@ -52,7 +53,7 @@ struct Buffers {
     through_k = through_q + 16;
     along = through_k + 16;
     tile = along + dk;
-    ds = tile + dk * (kTile + 1);
+    ds = tile + dk * (width + 1);
   }
 };
 
@@ -64,27 +65,41 @@ __device__ inline float dot_columns(int n, const float* a, const float* b, int i
   return math::reduce_add16(sum);
 }
 
+// to[x * ldto + y] = from[x * ld + y] for x < dk, y < width, many read before the first is stored.
+template <class T>
+__device__ void load_tile(int dk, int width, const T* from, int64_t ld, float* to, int ldto) {
+  constexpr int kEach = 16, kWarps = kThreads / 32;
+  const int warp = threadIdx.x / 32;
+  for (int y = threadIdx.x % 32; y < width; y += 32)
+    for (int x0 = warp; x0 < dk; x0 += kEach * kWarps) {
+      T held[kEach];
+#pragma unroll
+      for (int r = 0; r < kEach; ++r)
+        if (x0 + r * kWarps < dk) held[r] = from[(x0 + r * kWarps) * ld + y];
+#pragma unroll
+      for (int r = 0; r < kEach; ++r)
+        if (x0 + r * kWarps < dk) to[(x0 + r * kWarps) * ldto + y] = to_float(held[r]);
+    }
+}
+
 // S do_i and, row by row, <S, dS>; S goes through `tile` so that it is read along its rows.
 template <class T>
-__device__ void through_s(int dk, int dv, int ldds, bool last, const T* s, const Buffers& m) {
+__device__ void through_s(int dk, int dv, int tile, int ldds, bool last, const T* s, const Buffers& m) {
   const int tid = threadIdx.x, items = 2 * dk;
   for (int x0 = 0; x0 < items; x0 += kThreads) {
     const int item = x0 + tid, x = item >> 1, half = item & 1;
     float sum[kHalf] = {};
-    for (int y0 = 0; y0 < dv; y0 += kTile) {
-      const int width = min(kTile, dv - y0);
+    for (int y0 = 0; y0 < dv; y0 += tile) {
+      const int width = min(tile, dv - y0);
       __syncthreads();
-      for (int r = tid / kTile; r < dk; r += kThreads / kTile)
-        if (tid % kTile < width)
-          m.tile[r * (kTile + 1) + tid % kTile] =
-              to_float(s[static_cast<int64_t>(r) * dv + y0 + tid % kTile]);
+      load_tile(dk, width, s + y0, dv, m.tile, tile + 1);
       __syncthreads();
       if (item < items) {
 #pragma unroll 4
         for (int y = 0; y < width; ++y) {
           float d[kHalf];
           read(m.dout + (y0 + y) * kLine + half * kHalf, d);
-          const float s_y = m.tile[x * (kTile + 1) + y];
+          const float s_y = m.tile[x * (tile + 1) + y];
 #pragma unroll
           for (int r = 0; r < kHalf; ++r) sum[r] = math::fma(s_y, d[r], sum[r]);
         }
@@ -97,9 +112,11 @@ __device__ void through_s(int dk, int dv, int ldds, bool last, const T* s, const
   for (int x0 = 0; x0 < dk; x0 += kThreads / 16) {
     const int x = min(x0 + tid / 16, dk - 1);  // the last one again, so that whole warps exchange
     float sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
     for (int y = tid % 16; y < round_up16(dv); y += 16)
-      sum = y < dv ? math::fma(to_float(s[static_cast<int64_t>(x) * dv + y]), m.ds[x * ldds + y], sum)
+      sum = y < dv ? math::fma(tile == dv ? m.tile[x * (tile + 1) + y]
+                                          : to_float(s[static_cast<int64_t>(x) * dv + y]),
+                               m.ds[x * ldds + y], sum)
                    : math::fma(0.0f, 0.0f, sum);
     sum = math::reduce_add16(sum);
     if (tid % 16 == 0) m.along[x] = sum;
@@ -189,12 +206,12 @@ __device__ void store_decays(int n, int dk, bool last, float* dg, int64_t ld, co
 // far_ds: null, or [blocks][dk, dvp + 1] for dS where shared memory is too small.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    backward_kernel(Shape shape, Operands<T> o, DeviceBatch batch, float* far_ds) {
+    backward_kernel(Shape shape, Operands<T> o, DeviceBatch batch, int tile, float* far_ds) {
   extern __shared__ float4 aligned[];
   const int head = blockIdx.x, slice_index = blockIdx.y, dk = shape.dk, dv = shape.dv, tid = threadIdx.x;
   const int dvp = round_up16(dv), ldds = dvp + 1;
   const DeviceSlice slice = batch.slice[slice_index];
-  Buffers m(reinterpret_cast<float*>(aligned), dk, dv);
+  Buffers m(reinterpret_cast<float*>(aligned), dk, dv, tile);
   if (far_ds != nullptr) m.ds = far_ds + (static_cast<int64_t>(slice_index) * shape.heads + head) * dk * ldds;
   for (int i = tid; i < dk * ldds; i += kThreads) m.ds[i] = 0.0f;
   const int64_t ldk = static_cast<int64_t>(shape.heads) * dk, ldv = static_cast<int64_t>(shape.heads) * dv;
@@ -212,10 +229,8 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = tid; i < 4 * dk * kLine + 3 * dvp * kLine; i += kThreads) m.q[i] = 0.0f;
       __syncthreads();
     }
-    columns_of<kThreads>(0, n, dk, o.q + at_k, ldk, m.q);
-    columns_of<kThreads>(0, n, dk, o.k + at_k, ldk, m.k);
-    columns_of<kThreads>(0, n, dv, o.dout + at_v, ldv, m.dout);
-    columns_of<kThreads>(0, n, dv, o.v + at_v, ldv, m.v);
+    columns_of<kThreads>(0, n, dk, ldk, o.q + at_k, m.q, o.k + at_k, m.k, 0);
+    columns_of<kThreads>(0, n, dv, ldv, o.dout + at_v, m.dout, o.v + at_v, m.v, 0);
     if (tid < kChunk)
       decays_of(0, n, o.g + row * shape.heads + head, shape.heads, 0.0f, 1.0f, m.since, m.gamma);
     __syncthreads();
@@ -235,7 +250,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     through_ds(dk, dv, ldds, last, m);
-    through_s(dk, dv, ldds, last, s, m);
+    through_s(dk, dv, tile, ldds, last, s, m);
     __syncthreads();
     m.shares[tid] = m.weights[tid] * m.shares[tid];
     const int i = tid / 16, lane = tid % 16;
@@ -283,7 +298,9 @@ void ssd_backward(Device& dev, const SsdShape& shape, const T* q, const T* k, co
   if (batch.rows == 0 || batch.slices == 0 || batch.max_count == 0) return;
   const Shape s{static_cast<int>(shape.heads), static_cast<int>(shape.dk), static_cast<int>(shape.dv)};
   const int ds_floats = s.dk * (round_up16(s.dv) + 1), most = 227 * 1024 / static_cast<int>(sizeof(float));
-  int floats = Buffers::floats(s.dk, s.dv);
+  int tile = s.dv;  // all of S beside dS, or some of its columns at a time
+  if (Buffers::floats(s.dk, s.dv, tile) + ds_floats > most) tile = 32;
+  int floats = Buffers::floats(s.dk, s.dv, tile);
   PERIGEE_CHECK(floats <= most);
   const DeviceScratch::Mark mark(dev.scratch);
   float* far_ds = nullptr;
@@ -295,7 +312,7 @@ void ssd_backward(Device& dev, const SsdShape& shape, const T* q, const T* k, co
   allow_shared_memory(backward_kernel<T>, bytes);
   backward_kernel<T>
       <<<dim3(static_cast<unsigned>(s.heads), static_cast<unsigned>(batch.slices)), kThreads, bytes,
-         dev.stream()>>>(s, {q, k, v, g, chunk_states, dout, dq, dk_, dv_, dg}, batch, far_ds);
+         dev.stream()>>>(s, {q, k, v, g, chunk_states, dout, dq, dk_, dv_, dg}, batch, tile, far_ds);
   PERIGEE_LAUNCHED();
 }
 template void ssd_backward(Device&, const SsdShape&, const float*, const float*, const float*, const float*,

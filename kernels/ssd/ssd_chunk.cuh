@@ -21,12 +21,44 @@ __host__ __device__ inline int round_up16(int n) {
   return (n + 15) / 16 * 16;
 }
 
-// to[x * kLine + first + i] = rows[i * ld + x] for i < n, x < d.
+// to[x * kLine + first + i] = rows[i * ld + x] for i < n, x < d, of two arrays. A store waits for its value and all that
+// stands behind it waits with it, so values are read many at a time.
 template <int kThreads, class T>
-__device__ inline void columns_of(int first, int n, int d, const T* rows, int64_t ld, float* to) {
-  for (int x = threadIdx.x % 32; x < d; x += 32)
-    for (int i = threadIdx.x / 32; i < n; i += kThreads / 32)
-      to[x * kLine + first + i] = to_float(rows[i * ld + x]);
+__device__ inline void columns_of(int first, int n, int d, int64_t ld, const T* rows_a, float* to_a,
+                                  const T* rows_b, float* to_b, int first_b) {
+  constexpr int kWarps = kThreads / 32, kEach = kChunk / kWarps, kAcross = 4;
+  const int warp = threadIdx.x / 32;
+  for (int x0 = threadIdx.x % 32; x0 < d; x0 += 32 * kAcross) {
+    T a[kEach][kAcross], b[kEach][kAcross];
+#pragma unroll
+    for (int r = 0; r < kEach; ++r)
+#pragma unroll
+      for (int u = 0; u < kAcross; ++u) {
+        const int i = warp + r * kWarps, x = x0 + 32 * u;
+        if (i < n && x < d) a[r][u] = rows_a[i * ld + x], b[r][u] = rows_b[i * ld + x];
+      }
+#pragma unroll
+    for (int r = 0; r < kEach; ++r)
+#pragma unroll
+      for (int u = 0; u < kAcross; ++u) {
+        const int i = warp + r * kWarps, x = x0 + 32 * u;
+        if (i < n && x < d) {
+          to_a[x * kLine + first + i] = to_float(a[r][u]);
+          to_b[x * kLine + first_b + i] = to_float(b[r][u]);
+        }
+      }
+  }
+}
+
+// Sixteen bytes to shared memory; they are there after all_arrived and a barrier.
+__device__ __forceinline__ void fetch(float* shared, const float* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(from)
+               : "memory");
+}
+__device__ __forceinline__ void all_arrived() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 // since [16, 16], gamma [16] of rows [first, first + n) at their indices less `first`, going on from lane j of `before` (0
@@ -34,8 +66,9 @@ __device__ inline void columns_of(int first, int n, int d, const T* rows, int64_
 __device__ inline void decays_of(int first, int n, const float* g, int64_t ld, float before,
                                  float gamma_before, float* since, float* gamma) {
   const int lane = threadIdx.x;
+  const float mine = math::exp(g[min(lane, n - 1) * ld]);
   for (int i = 0; i < n; ++i) {
-    const float alpha = math::exp(g[i * ld]);
+    const float alpha = __shfl_sync(0xffffu, mine, i);
     before = before * alpha;
     before = before + (lane == first + i ? 1.0f : 0.0f);
     gamma_before = gamma_before * alpha;

@@ -57,15 +57,28 @@ __global__ void __launch_bounds__(kThreads)
   int64_t slot = kda_chunk_slot(slice.begin, slice_index, 0);
 
   int filled = slice.position % kChunk;
-  for (int x = warp; x < dk; x += kThreads / 32)
-    s[x * kColumns + c] = training || !inside ? 0.0f : state.s[static_cast<int64_t>(x) * dv + column];
+  const int column0 = column - c;
+  if (!training && dv % 4 == 0) {  // all parts of the state are aligned
+    for (int i = threadIdx.x; i < dk * (kColumns / 4); i += kThreads) {
+      const int x = i / (kColumns / 4), at = i % (kColumns / 4) * 4;
+      if (column0 + at < dv)
+        fetch(s + x * kColumns + at, state.s + static_cast<int64_t>(x) * dv + column0 + at);
+    }
+    if (filled != 0)
+      for (int i = threadIdx.x; i < dk * (kChunk / 4); i += kThreads)
+        fetch(keys + i / (kChunk / 4) * kLine + i % (kChunk / 4) * 4, state.k + 4 * i);
+  } else {
+    for (int x = warp; x < dk; x += kThreads / 32)
+      s[x * kColumns + c] = training || !inside ? 0.0f : state.s[static_cast<int64_t>(x) * dv + column];
+    if (filled != 0)
+      for (int i = threadIdx.x; i < dk * kChunk; i += kThreads)
+        keys[i / kChunk * kLine + i % kChunk] = state.k[i];
+  }
   float v[kChunk];  // of this column
 #pragma unroll
   for (int j = 0; j < kChunk; ++j)
     v[j] = j < filled && inside ? state.v[static_cast<int64_t>(j) * dv + column] : 0.0f;
-  if (filled != 0)
-    for (int i = threadIdx.x; i < dk * kChunk; i += kThreads)
-      keys[i / kChunk * kLine + i % kChunk] = state.k[i];
+  all_arrived();
 
   bool changed = false;
   for (int done = 0; done < slice.count;) {
@@ -80,15 +93,18 @@ __global__ void __launch_bounds__(kThreads)
     }
     const int64_t at_k = row * ldk + static_cast<int64_t>(head) * dk,
                   at_v = row * ldv + static_cast<int64_t>(head) * dv;
-    columns_of<kThreads>(0, n, dk, o.q + at_k, ldk, queries);
-    columns_of<kThreads>(filled, n, dk, o.k + at_k, ldk, keys);
+    // The values of bf16 are read before the first is widened.
+    T value[kChunk];
 #pragma unroll
     for (int j = 0; j < kChunk; ++j)
-      if (j >= filled && j < filled + n && inside) v[j] = to_float(o.v[at_v + (j - filled) * ldv + column]);
+      if (j >= filled && j < filled + n && inside) value[j] = o.v[at_v + (j - filled) * ldv + column];
+    columns_of<kThreads>(0, n, dk, ldk, o.q + at_k, queries, o.k + at_k, keys, filled);
+#pragma unroll
+    for (int j = 0; j < kChunk; ++j)
+      if (j >= filled && j < filled + n && inside) v[j] = to_float(value[j]);
     if (threadIdx.x < kChunk) {
-      const bool open = filled != 0;
-      const float kept = open ? state.decay[threadIdx.x] : 0.0f,
-                  gamma_kept = open ? state.decay[kChunk - 1] : 1.0f;
+      const float lane = filled != 0 ? state.decay[threadIdx.x] : 1.0f;
+      const float kept = filled != 0 ? lane : 0.0f, gamma_kept = __shfl_sync(0xffffu, lane, kChunk - 1);
       decays_of(filled, n, o.g + row * shape.heads + head, shape.heads,
                 threadIdx.x < kChunk - 1 ? kept : 0.0f, gamma_kept, since, gamma);
     }
