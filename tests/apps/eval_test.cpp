@@ -78,6 +78,20 @@ TEST_F(EvalTest, ThreadsAndSmallChunksDoNotChangeAnAnswer) {
   EXPECT_EQ(one["cells"][0]["answers"], two["cells"][0]["answers"]);
 }
 
+TEST_F(EvalTest, TheLaboratorysNeedleTrainsAndIsMeasured) {
+  const std::string run = place_ / "needle";
+  const Said trained = run_perigee({"train", std::string(PERIGEE_SOURCE_DIR) + "/configs/lab/needle.json", "--quiet", "--in-process", "--set",
+                                    "run.dir=" + run, "--set", "warmup.steps=2", "--set", "warmup.batch=4", "--set",
+                                    "warmup.eval_every=2", "--set", "eval.tasks=5"});
+  ASSERT_EQ(trained.code, 0) << trained.err;
+  const json cells = run_perigee({"eval", run, "--lengths", "64,1k", "--json"}).json()["cells"];
+  ASSERT_EQ(cells.size(), 2u);
+  for (const json& cell : cells) {
+    EXPECT_EQ(cell["tasks"], 5);
+    EXPECT_EQ(cell["prompt_tokens_mean"].get<int64_t>() + 6, cell["length"].get<int64_t>());
+  }
+}
+
 TEST_F(EvalTest, WhatCannotBeDoneIsRefusedFirst) {
   expect_refused(eval({"--lengths", "2M"}), "--lengths: 2097152 tokens are more than the 1048576 of");
   expect_refused(eval({"--lengths", "4k,12"}), "needle at 12: tasks: length: 12 tokens cannot be reached");
