@@ -111,7 +111,7 @@ void dplr_backward<bf16>(Device& dev, const DplrShape& shape, const DplrDeviceIn
   const auto prepared = [&](int64_t index) {
     const Operands x = operands_of(index);
     p.slot_begin = x.slot0, p.slot_end = x.slot1;
-    dplr::launch_intra(dev, p, false);
+    dplr::launch_intra(dev, p);
     return x;
   };
   dplr_grad::launch_front(dev, none, prepared(segments - 1));

@@ -42,7 +42,7 @@ void dplr_forward<bf16>(Device& dev, const DplrShape& shape, const DplrDeviceInp
   for (int at = 0; at < slots; at += segment) {
     p.slot_begin = at;
     p.slot_end = at + segment < slots ? at + segment : slots;
-    dplr::launch_intra(dev, p, true);
+    dplr::launch_intra(dev, p);
     dplr::launch_scan(dev, p);
     uint8_t* const written = p.carry[1];
     p.carry[1] = p.carry[0];

@@ -54,8 +54,7 @@ struct Problem {
   }
 };
 
-// scan_beside: the scan runs at the same time, if it has few blocks; leave it room.
-void launch_intra(Device& dev, const Problem& p, bool scan_beside);
+void launch_intra(Device& dev, const Problem& p);
 void launch_scan(Device& dev, const Problem& p);
 
 }  // namespace perigee::kernels::dplr

@@ -2,7 +2,7 @@
 // (kernels/kda/kda_bf16_intra.cu): rows i and j meet at r, i with the bits below the highest in which they differ cleared.
 // b_i reads before its row's decay, so keys and removals are decayed to r - 1, b_i from there to i - 1, q_i from there to i:
 // products of factors at most 1, and on either side eight rows of two vectors: b and q by k and a.
-#include "kernels/dplr/dplr_bf16_scan.cuh"
+#include "kernels/dplr/dplr_bf16.cuh"
 #include "kernels/kda/kda_bf16_intra.cuh"
 
 namespace perigee::kernels::dplr {
@@ -301,12 +301,13 @@ __global__ void __maxnreg__(168) intra_kernel(const Problem p) {
 
 }  // namespace
 
-void launch_intra(Device& dev, const Problem& p, bool scan_beside) {
+void launch_intra(Device& dev, const Problem& p) {
   allow_shared_memory(intra_kernel, sizeof(Shared));
   PERIGEE_CUDA(cudaFuncSetAttribute(intra_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
   const int64_t items = static_cast<int64_t>(p.slot_end - p.slot_begin) * p.heads;
-  // All blocks stand on the chip at once, with room for the scan beside them unless that has many blocks.
-  const int64_t blocks = int64_t{scan_beside && few_blocks(dev, p) ? 3 : 6} * dev.info().multiprocessors;
+  // As many blocks as stand on the chip at once. Two on a multiprocessor would leave room for the scan beside them, which
+  // takes as long in all.
+  const int64_t blocks = int64_t{6} * dev.info().multiprocessors;
   launch_dependent(intra_kernel, dim3(static_cast<unsigned>(items < blocks ? items : blocks)), dim3(kThreads),
                    sizeof(Shared), dev.stream(), p);
 }

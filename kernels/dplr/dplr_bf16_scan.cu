@@ -4,7 +4,7 @@
 // What is of V alone is computed while the halves of X are exchanged.
 #include <type_traits>
 
-#include "kernels/dplr/dplr_bf16_scan.cuh"
+#include "kernels/dplr/dplr_bf16.cuh"
 #include "kernels/kda/kda_bf16_scan_long.cuh"
 
 namespace perigee::kernels::dplr {
@@ -286,8 +286,8 @@ __device__ __forceinline__ void scan(const Problem& p, Shared<kStates, kStages>&
   }
 }
 
-// 128 registers a thread at the start, so that blocks of the first kernel fit beside this one; then four warps give of
-// theirs to the others.
+// 128 registers a thread at the start, so that two blocks fit on a multiprocessor; then four warps give of theirs to the
+// others.
 template <bool kStates, int kStages>
 __global__ void __maxnreg__(128) scan_kernel(const Problem p, int parts) {
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -330,10 +330,13 @@ __global__ void __maxnreg__(128) scan_kernel(const Problem p, int parts) {
 #endif
 }
 
+int64_t scan_blocks(const Problem& p) {
+  return static_cast<int64_t>(p.batch.slices) * p.heads * ((p.dv + kLongChannels - 1) / kLongChannels);
+}
+
 template <bool kStates, int kStages>
 void launch(Device& dev, const Problem& p) {
   constexpr int kBytes = static_cast<int>(sizeof(Shared<kStates, kStages>));
-  static_assert(kBytes < 118 * 1024, "three blocks of the first kernel fit beside this one");
   const auto kernel = scan_kernel<kStates, kStages>;
   allow_shared_memory(kernel, kBytes);
   PERIGEE_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
@@ -345,11 +348,12 @@ void launch(Device& dev, const Problem& p) {
 }  // namespace
 
 void launch_scan(Device& dev, const Problem& p) {
-  const bool few = few_blocks(dev, p);
+  // A block that has a multiprocessor of its own has more chunks in flight.
+  const bool few = scan_blocks(p) <= dev.info().multiprocessors;
   if (p.chunk_states != nullptr)
-    few ? launch<true, 4>(dev, p) : launch<true, 2>(dev, p);
+    few ? launch<true, 4>(dev, p) : launch<true, 3>(dev, p);
   else
-    few ? launch<false, 5>(dev, p) : launch<false, 2>(dev, p);
+    few ? launch<false, 5>(dev, p) : launch<false, 3>(dev, p);
 }
 
 }  // namespace perigee::kernels::dplr
