@@ -58,6 +58,18 @@ bool drawable(const Chart& chart, const ChartPoint& p) {
          (!chart.x_log || p.x > 0) && (!chart.y_log || p.low > 0);
 }
 
+// Without zeros that say nothing: ticks are round.
+std::string tick_text(double value) {
+  std::string text = number_text(value);
+  const size_t unit = std::min(text.find(' '), text.size());
+  size_t end = unit;
+  if (text.substr(0, unit).find('.') != std::string::npos && text.find('e') == std::string::npos) {
+    while (text[end - 1] == '0') --end;
+    if (text[end - 1] == '.') --end;
+  }
+  return text.substr(0, end) + text.substr(unit);
+}
+
 std::string line_path(const std::vector<ChartPoint>& points, const Axis& x, const Axis& y) {
   std::string path;
   for (size_t i = 0; i < points.size(); ++i)
@@ -124,11 +136,11 @@ std::string chart_svg(const Chart& chart) {
         "<line class=\"tick\" x1=\"{}\" x2=\"{}\" y1=\"{:.1f}\" y2=\"{:.1f}\"/><text x=\"{}\" y=\"{:.1f}\" "
         "text-anchor=\"end\">{}</text>",
         kLeft, kWidth - kRight, y.at(t), y.at(t), kLeft - 5, y.at(t) + 4,
-        chart.percent ? fmt::format("{:.0f} %", 100 * t) : number_text(t));
+        chart.percent ? fmt::format("{:.0f} %", 100 * t) : tick_text(t));
   for (const double t : x.ticks(chart.binary_x))
     out += fmt::format("<text x=\"{:.1f}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
                        std::clamp(x.at(t), kLeft, kWidth - 16.0), kHeight - kBottom + 15,
-                       chart.binary_x ? tokens_text(std::llround(t)) : number_text(t));
+                       chart.binary_x ? tokens_text(std::llround(t)) : tick_text(t));
   out += fmt::format("<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>", kWidth - kRight, kHeight - 6,
                      escape_html(chart.x_label));
   for (size_t i = 0; i < lines.size(); ++i) {

@@ -109,7 +109,7 @@ class Page {
     if (!c_.about.empty()) out += fmt::format("<p>{}</p>\n", escape_html(c_.about));
     out += fmt::format(
         "<p class=\"soft\">{} · program {}{}</p>\n", escape_html(in_.machine), escape_html(in_.program),
-        in_.jobs > 0 ? fmt::format(" · {} runs at a time, {} threads each", in_.jobs, in_.threads) : "");
+        in_.jobs > 0 ? fmt::format(" · {} at a time, {} thread{} each", in_.jobs, in_.threads, in_.threads == 1 ? "" : "s") : "");
     if (!in_.plan.runs.empty() && !in_.results.complete()) {
       const auto done = std::count_if(in_.results.runs.begin(), in_.results.runs.end(),
                                       [](const RunResult& r) { return r.state == "finished"; });
@@ -326,7 +326,7 @@ class Page {
       bytes.lines.push_back(std::move(b));
     }
     return fmt::format(
-               "<h2>Context</h2>\n<p class=\"soft\">One sequence, batch 1, float32, {} threads, {}: the "
+               "<h2>Context</h2>\n<p class=\"soft\">One sequence, batch 1, float32, threads: {}, {}: the "
                "memory of a sequence filled with random "
                "numbers, medians of {} steps, and from the least to the greatest. Where others use the "
                "machine too, "

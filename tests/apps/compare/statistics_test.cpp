@@ -84,6 +84,7 @@ TEST(CompareChart, LeavesOutWhatCannotBeDrawnAndEscapes) {
   EXPECT_EQ((svg + key).find("<script>"), std::string::npos);
   EXPECT_NE(svg.find(">4k<"), std::string::npos) << svg;
   EXPECT_NE(svg.find("class=\"band s0\""), std::string::npos);
+  EXPECT_NE(svg.find(">0.5<"), std::string::npos) << "not 0.5000: " << svg;
   // Two points: one line from the left edge to the right one.
   EXPECT_NE(svg.find("class=\"line s0\" d=\"M50.0 "), std::string::npos) << svg;
   EXPECT_NE(svg.find("L350.0 "), std::string::npos) << svg;
