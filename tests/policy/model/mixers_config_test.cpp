@@ -23,7 +23,14 @@ std::string error_of(const json& value) {
 }
 
 TEST(MixersConfig, WritingAndReadingGivesTheSameConfiguration) {
-  for (const auto& c : testing::mixers_cases()) {
+  auto cases = testing::mixers_cases();
+  // Of the release's mixers, but not the release's.
+  cases.push_back(
+      mixers_case("gate", {"kda", "mla"}, 2, R"({"linear_attn_config": {"output_gate": "swish"}})"));
+  cases.push_back(
+      mixers_case("conv", {"kda", "mla"}, 2, R"({"linear_attn_config": {"short_conv_kernel_size": 0}})"));
+  cases.push_back(mixers_case("rope", {"kda", "mla_rope"}, 2, R"({"rope_theta": 500.5})"));
+  for (const auto& c : cases) {
     const ModelConfig config = parse_model_config(c.config, "config.json");
     EXPECT_EQ(parse_model_config(to_json(config), "written"), config) << c.name;
     EXPECT_EQ(parse_model_config(json::parse(to_json(config).dump()), "written"), config) << c.name;
