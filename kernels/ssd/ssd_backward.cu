@@ -8,7 +8,7 @@ namespace {
 
 using namespace ssd_device;
 
-constexpr int kThreads = 256, kHalf = kChunk / 2;
+constexpr int kThreads = 512, kHalf = kChunk / 2, kQuarter = kChunk / 4;
 
 template <class T>
 struct Operands {
@@ -85,28 +85,28 @@ __device__ void load_tile(int dk, int width, const T* from, int64_t ld, float* t
 // S do_i and, row by row, <S, dS>; S goes through `tile` so that it is read along its rows.
 template <class T>
 __device__ void through_s(int dk, int dv, int tile, int ldds, bool last, const T* s, const Buffers& m) {
-  const int tid = threadIdx.x, items = 2 * dk;
+  const int tid = threadIdx.x, items = 4 * dk;
   for (int x0 = 0; x0 < items; x0 += kThreads) {
-    const int item = x0 + tid, x = item >> 1, half = item & 1;
-    float sum[kHalf] = {};
+    const int item = x0 + tid, x = item >> 2, quarter = item & 3;
+    float sum[kQuarter] = {};
     for (int y0 = 0; y0 < dv; y0 += tile) {
       const int width = min(tile, dv - y0);
       __syncthreads();
       load_tile(dk, width, s + y0, dv, m.tile, tile + 1);
       __syncthreads();
       if (item < items) {
-#pragma unroll 4
+#pragma unroll 8
         for (int y = 0; y < width; ++y) {
-          float d[kHalf];
-          read(m.dout + (y0 + y) * kLine + half * kHalf, d);
+          float d[kQuarter];
+          read(m.dout + (y0 + y) * kLine + quarter * kQuarter, d);
           const float s_y = m.tile[x * (tile + 1) + y];
 #pragma unroll
-          for (int r = 0; r < kHalf; ++r) sum[r] = math::fma(s_y, d[r], sum[r]);
+          for (int r = 0; r < kQuarter; ++r) sum[r] = math::fma(s_y, d[r], sum[r]);
         }
       }
     }
     if (item < items)
-      for (int r = 0; r < kHalf; ++r) m.s_dout[x * kLine + half * kHalf + r] = sum[r];
+      for (int r = 0; r < kQuarter; ++r) m.s_dout[x * kLine + quarter * kQuarter + r] = sum[r];
   }
   if (last) return;
   for (int x0 = 0; x0 < dk; x0 += kThreads / 16) {
@@ -185,22 +185,24 @@ __device__ void store_rows(const Operands<T>& o, int n, int dk, int dv, int64_t 
   }
 }
 
-// dg. Threads 0..15.
+// dg. Threads 0..255: sixteen lanes a row.
 __device__ void store_decays(int n, int dk, bool last, float* dg, int64_t ld, const Buffers& m) {
-  const int lane = threadIdx.x;
+  const int lane = threadIdx.x % 16, row = threadIdx.x / 16;
   float sum = 0.0f;
   if (!last) {
     float all = 0.0f;
     for (int x = lane; x < round_up16(dk); x += 16) all = all + (x < dk ? m.along[x] : 0.0f);
-    sum = m.gamma[n - 1] * math::reduce_add16(all, 0xffffu);
+    sum = m.gamma[n - 1] * math::reduce_add16(all);
   }
   float earlier = m.through_k[lane];
-  for (int row = n - 1; row >= 0; --row) {
-    sum = sum + m.through_q[row];
-    earlier = earlier + m.shares[16 * row + lane];
-    const float before = math::reduce_add16(lane < row ? earlier : 0.0f, 0xffffu);
-    if (lane == 0) dg[row * ld] = sum + before;
-  }
+#pragma unroll
+  for (int i = kChunk - 1; i >= 0; --i)
+    if (i < n && i >= row) {
+      sum = sum + m.through_q[i];
+      earlier = earlier + m.shares[16 * i + lane];
+    }
+  const float before = math::reduce_add16(lane < row ? earlier : 0.0f);
+  if (lane == 0 && row < n) dg[row * ld] = sum + before;
 }
 
 // far_ds: null, or [blocks][dk, dvp + 1] for dS where shared memory is too small.
@@ -229,10 +231,10 @@ __global__ void __launch_bounds__(kThreads)
       for (int i = tid; i < 4 * dk * kLine + 3 * dvp * kLine; i += kThreads) m.q[i] = 0.0f;
       __syncthreads();
     }
+    const float logarithm = o.g[(row + min(tid, n - 1)) * shape.heads + head];
     columns_of<kThreads>(0, n, dk, ldk, o.q + at_k, m.q, o.k + at_k, m.k, 0);
     columns_of<kThreads>(0, n, dv, ldv, o.dout + at_v, m.dout, o.v + at_v, m.v, 0);
-    if (tid < kChunk)
-      decays_of(0, n, o.g + row * shape.heads + head, shape.heads, 0.0f, 1.0f, m.since, m.gamma);
+    if (tid < kChunk) decays_of(0, n, math::exp(logarithm), 0.0f, 1.0f, m.since, m.gamma);
     __syncthreads();
 
     // Scores by the first two warps, their gradients by the next two.
@@ -252,16 +254,18 @@ __global__ void __launch_bounds__(kThreads)
     through_ds(dk, dv, ldds, last, m);
     through_s(dk, dv, tile, ldds, last, s, m);
     __syncthreads();
-    m.shares[tid] = m.weights[tid] * m.shares[tid];
-    const int i = tid / 16, lane = tid % 16;
-    const float tq = dot_columns(dk, m.q, m.s_dout, i, lane), tk = dot_columns(dk, m.k, m.ds_v, i, lane);
-    if (lane == 0) {
-      m.through_q[i] = i < n ? m.gamma[i] * tq : 0.0f;
-      m.through_k[i] = i < n && !last ? m.since[16 * (n - 1) + i] * tk : 0.0f;
+    if (tid < 256) {
+      m.shares[tid] = m.weights[tid] * m.shares[tid];
+      const int i = tid / 16, lane = tid % 16;
+      const float tq = dot_columns(dk, m.q, m.s_dout, i, lane), tk = dot_columns(dk, m.k, m.ds_v, i, lane);
+      if (lane == 0) {
+        m.through_q[i] = i < n ? m.gamma[i] * tq : 0.0f;
+        m.through_k[i] = i < n && !last ? m.since[16 * (n - 1) + i] * tk : 0.0f;
+      }
     }
     store_rows(o, n, dk, dv, at_k, ldk, at_v, ldv, m);
     __syncthreads();
-    if (tid < kChunk) store_decays(n, dk, last, o.dg + row * shape.heads + head, shape.heads, m);
+    if (tid < 256) store_decays(n, dk, last, o.dg + row * shape.heads + head, shape.heads, m);
     if (c == 0) break;
     for (int e = tid; e < dk * kChunk; e += kThreads) {
       float& q = m.q[e / kChunk * kLine + e % kChunk];

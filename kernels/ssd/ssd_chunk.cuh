@@ -62,11 +62,10 @@ __device__ __forceinline__ void all_arrived() {
 }
 
 // since [16, 16], gamma [16] of rows [first, first + n) at their indices less `first`, going on from lane j of `before` (0
-// for a new chunk) and gamma_before. Threads 0..15; g points at the first row's value.
-__device__ inline void decays_of(int first, int n, const float* g, int64_t ld, float before,
-                                 float gamma_before, float* since, float* gamma) {
+// for a new chunk) and gamma_before. Threads 0..15; lane i brings the alpha of row first + i.
+__device__ inline void decays_of(int first, int n, float mine, float before, float gamma_before, float* since,
+                                 float* gamma) {
   const int lane = threadIdx.x;
-  const float mine = math::exp(g[min(lane, n - 1) * ld]);
   for (int i = 0; i < n; ++i) {
     const float alpha = __shfl_sync(0xffffu, mine, i);
     before = before * alpha;
@@ -81,7 +80,7 @@ __device__ inline void decays_of(int first, int n, const float* g, int64_t ld, f
 __device__ inline void scores_of(int t, int d, const float* a, const float* b, float (&p)[2][2]) {
   const int i = t / 8 * 2, j = t % 8 * 2;
   p[0][0] = p[0][1] = p[1][0] = p[1][1] = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
   for (int x = 0; x < d; ++x) {
     const float2 u = *reinterpret_cast<const float2*>(a + x * kLine + i);
     const float2 w = *reinterpret_cast<const float2*>(b + x * kLine + j);

@@ -88,11 +88,13 @@ __global__ void __launch_bounds__(kThreads)
     if (o.chunk_states != nullptr) {
       T* to = o.chunk_states + (slot++ * shape.heads + head) * dk * dv + column;
       if (inside)
+#pragma unroll 8
         for (int x = warp; x < dk; x += kThreads / 32)
           to[static_cast<int64_t>(x) * dv] = from_float<T>(s[x * kColumns + c]);
     }
     const int64_t at_k = row * ldk + static_cast<int64_t>(head) * dk,
                   at_v = row * ldv + static_cast<int64_t>(head) * dv;
+    const float logarithm = o.g[(row + min(static_cast<int>(threadIdx.x), n - 1)) * shape.heads + head];
     // The values of bf16 are read before the first is widened.
     T value[kChunk];
 #pragma unroll
@@ -105,14 +107,14 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x < kChunk) {
       const float lane = filled != 0 ? state.decay[threadIdx.x] : 1.0f;
       const float kept = filled != 0 ? lane : 0.0f, gamma_kept = __shfl_sync(0xffffu, lane, kChunk - 1);
-      decays_of(filled, n, o.g + row * shape.heads + head, shape.heads,
-                threadIdx.x < kChunk - 1 ? kept : 0.0f, gamma_kept, since, gamma);
+      decays_of(filled, n, math::exp(logarithm), threadIdx.x < kChunk - 1 ? kept : 0.0f, gamma_kept, since,
+                gamma);
     }
     __syncthreads();
 
     float sum[kRows] = {};
     if (warp * kRows < n) {
-#pragma unroll 4
+#pragma unroll 8
       for (int x = 0; x < dk; ++x) {
         float q[kRows];
         read(queries + x * kLine + warp * kRows, q);
@@ -131,18 +133,22 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     const bool closes = filled + n == kChunk;
     if (closes)  // K decayed to the end of the chunk
-      for (int i = threadIdx.x; i < dk * kChunk; i += kThreads) {
-        float& k = keys[i / kChunk * kLine + i % kChunk];
-        k = since[16 * (n - 1) + i % kChunk] * k;
+      for (int x = threadIdx.x; x < dk; x += kThreads) {
+        float k[kChunk], left[kChunk];
+        read(keys + x * kLine, k);
+        read(since + 16 * (n - 1), left);
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) keys[x * kLine + j] = left[j] * k[j];
       }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int i = warp * kRows + r;
       if (i >= n) break;
-      float out = gamma[i] * sum[r];
+      float out = gamma[i] * sum[r], w[kChunk];
+      read(weights + 16 * i, w);
 #pragma unroll
       for (int j = 0; j < kChunk; ++j)
-        if (j <= filled + i) out = math::fma(weights[16 * i + j], v[j], out);
+        if (j <= filled + i) out = math::fma(w[j], v[j], out);
       if (inside) o.out[at_v + i * ldv + column] = from_float<T>(out);
     }
     done += n;
@@ -150,7 +156,7 @@ __global__ void __launch_bounds__(kThreads)
     if (closes) {
       __syncthreads();
       const float left = gamma[n - 1];
-#pragma unroll 2
+#pragma unroll 4
       for (int x = warp; x < dk; x += kThreads / 32) {
         float k[kChunk];
         read(keys + x * kLine, k);
