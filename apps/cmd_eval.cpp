@@ -49,18 +49,20 @@ EvaluationOptions evaluation_options(const Options& o, int64_t tasks) {
 
 int by_length(const Options& o, const nlohmann::json& base, const std::string& where, const OpenModel& model,
               const std::string& model_path, int64_t tasks) {
-  const std::vector<int64_t> lengths = parse_contexts(o.lengths.empty() ? "4k,8k,16k,32k" : o.lengths, "--lengths");
+  const std::vector<int64_t> lengths =
+      parse_contexts(o.lengths.empty() ? "4k,8k,16k,32k" : o.lengths, "--lengths");
   const LengthPlan plan = plan_lengths(base, where, o.suite, lengths, o.sets, model, model_path);
   const EvaluationOptions options = evaluation_options(o, o.suite.empty() ? tasks : kSuiteTasks);
   ProgressLine progress;
   size_t done = 0;
-  const auto results = evaluate_lengths(plan, model, options, [&](const LengthPlan::Cell& cell, const Evaluation& e) {
-    ++done;
-    progress.show([&] {
-      return fmt::format("{} of {}: {} at {}: {:.1f} % right", done, plan.cells.size(), cell.task, length_name(cell.length),
-                         100 * e.accuracy);
-    });
-  });
+  const auto results =
+      evaluate_lengths(plan, model, options, [&](const LengthPlan::Cell& cell, const Evaluation& e) {
+        ++done;
+        progress.show([&] {
+          return fmt::format("{} of {}: {} at {}: {:.1f} % right", done, plan.cells.size(), cell.task,
+                             length_name(cell.length), 100 * e.accuracy);
+        });
+      });
   if (o.json) {
     print_json({{"model", model_path}, {"suite", o.suite}, {"cells", lengths_json(plan, results)}});
     return 0;
@@ -70,7 +72,8 @@ int by_length(const Options& o, const nlohmann::json& base, const std::string& w
   return 0;
 }
 
-int plain(const Options& o, const rollout::RunConfig& config, const OpenModel& model, const std::string& model_path) {
+int plain(const Options& o, const rollout::RunConfig& config, const OpenModel& model,
+          const std::string& model_path) {
   const rollout::RunTasks tasks(config, model.config(), model.tokenizer());
   EvaluationOptions options = evaluation_options(o, config.eval.tasks);
   options.keep_texts = o.json || o.show;
@@ -100,8 +103,8 @@ int plain(const Options& o, const rollout::RunConfig& config, const OpenModel& m
                  printable_line(a.response, 80)});
     table.print();
   }
-  fmt::print("{}\n{} of {} held-out tasks right ({:.1f} %), mean reward {:.3f}, {:.1f} tokens\n", model_path, e.correct,
-             e.answers.size(), 100 * e.accuracy, e.reward_mean, e.tokens_mean);
+  fmt::print("{}\n{} of {} held-out tasks right ({:.1f} %), mean reward {:.3f}, {:.1f} tokens\n", model_path,
+             e.correct, e.answers.size(), 100 * e.accuracy, e.reward_mean, e.tokens_mean);
   if (e.failed > 0) fmt::print("{} rewards could not be computed\n", e.failed);
   return 0;
 }
@@ -130,7 +133,8 @@ int run_eval(const Options& o) {
     return by_length(o, base, "--set", model, model_path, 0);
   }
   // With a suite the tasks are not the configuration's: what --set says of tasks is for those of the suite.
-  const rollout::RunConfig config = rollout::load_run_config(config_path, lengths ? std::vector<std::string>{} : o.sets);
+  const rollout::RunConfig config =
+      rollout::load_run_config(config_path, lengths ? std::vector<std::string>{} : o.sets);
   const OpenModel model(model_path, o.dtype);
   if (lengths) return by_length(o, config.effective, config_path, model, model_path, config.eval.tasks);
   return plain(o, config, model, model_path);
@@ -147,10 +151,13 @@ void add_eval(Program& program) {
               "take tasks and rewards from this configuration instead of a run's")
       .option("--model", o->model, "DIRECTORY", "evaluate this model instead of the run's newest checkpoint")
       .list("--set", o->sets, "KEY=VALUE", "overrides a key of the configuration; may be repeated")
-      .option("--suite", o->suite, "NAME", "long: the long-context tasks, at each of --lengths (docs/long_context.md)")
+      .option("--suite", o->suite, "NAME",
+              "long: the long-context tasks, at each of --lengths (docs/long_context.md)")
       .option("--lengths", o->lengths, "LIST",
-              "tasks of so many tokens, such as 4k,32k,128k; without --suite the run's own, where they have a length")
-      .option("--tasks", o->tasks, "N", "how many; default: eval.tasks, and 20 of each task and length of a suite")
+              "tasks of so many tokens, such as 4k,32k,128k; without --suite the run's own, where they have "
+              "a length")
+      .option("--tasks", o->tasks, "N",
+              "how many; default: eval.tasks, and 20 of each task and length of a suite")
       .option("--temperature", o->temperature, "X", "default: eval.temperature; 0: greedy")
       .option("--seed", o->seed, "N", "of the sampling")
       .option("--dtype", o->dtype, "NAME",

@@ -34,7 +34,8 @@ class Evaluator {
         work_(std::filesystem::temp_directory_path() / fmt::format("perigee-eval-{}", ::getpid())),
         records_(static_cast<size_t>(options.tasks)) {
     engine_.set_weights(model.arena(), 0);
-    if (tasks.environment() != nullptr) episodes_.emplace(engine_, model.tokenizer(), *tasks.environment(), work_);
+    if (tasks.environment() != nullptr)
+      episodes_.emplace(engine_, model.tokenizer(), *tasks.environment(), work_);
     result_.answers.resize(static_cast<size_t>(options.tasks));
   }
 
@@ -76,7 +77,8 @@ class Evaluator {
     request.id = i;
     request.seed = derive_seed(options_.seed, i);
     request.max_new_tokens = config_.rollout.max_new_tokens;
-    request.sampling.temperature = static_cast<float>(options_.temperature.value_or(config_.eval.temperature));
+    request.sampling.temperature =
+        static_cast<float>(options_.temperature.value_or(config_.eval.temperature));
     request.sampling.validate(model_.config().vocab_size);
     if (episodes_) {
       request.hold = true;
@@ -114,8 +116,8 @@ class Evaluator {
   void end(uint64_t id, FinishReason finish) {
     EvaluatedAnswer& a = result_.answers[id];
     a.finish = finish;
-    const reward::RewardInput input = rollout::reward_input(tasks_, model_.tokenizer(), records_[id], a.tokens, a.mask,
-                                                            finish, config_.rollout.max_new_tokens);
+    const reward::RewardInput input = rollout::reward_input(
+        tasks_, model_.tokenizer(), records_[id], a.tokens, a.mask, finish, config_.rollout.max_new_tokens);
     a.response = input.response;
     a.reward = rubric_.score_group(std::span(&input, 1)).front();
     a.correct = rubric_.correct(a.reward);
@@ -175,7 +177,8 @@ Evaluation evaluate(const rollout::RunConfig& config, const OpenModel& model, co
                     const EvaluationOptions& options) {
   PERIGEE_CHECK(options.tasks > 0, "tasks {}", options.tasks);
   if (const int64_t held_out = tasks.held_out_count(); held_out > 0 && options.tasks > held_out)
-    throw_input("eval: {} tasks are asked for and {} are held out; give --tasks {}", options.tasks, held_out, held_out);
+    throw_input("eval: {} tasks are asked for and {} are held out; give --tasks {}", options.tasks, held_out,
+                held_out);
   return Evaluator(config, model, tasks, options).run();
 }
 

@@ -14,11 +14,11 @@
 namespace perigee::apps {
 
 struct EvaluationOptions {
-  int64_t tasks = 200;  // the first so many held-out ones
+  int64_t tasks = 200;                // the first so many held-out ones
   std::optional<double> temperature;  // 0: greedy; default: config.eval.temperature
-  uint64_t seed = 0;    // of the sampling
-  int64_t threads = 0;  // 0: one per processor
-  bool keep_texts = false;  // of prompts, in the answers; a long prompt is megabytes
+  uint64_t seed = 0;                  // of the sampling
+  int64_t threads = 0;                // 0: one per processor
+  bool keep_texts = false;            // of prompts, in the answers; a long prompt is megabytes
 };
 
 struct EvaluatedAnswer {

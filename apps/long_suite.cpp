@@ -33,7 +33,9 @@ std::vector<SuiteTask> long_suite(int64_t length) {
       {"needle multi_query", {{"kind", "needle"}, {"variant", "multi_query"}}, 64},
       {"variable_tracking", {{"kind", "variable_tracking"}}, 64},
       {"common_words",
-       {{"kind", "common_words"}, {"common_repeats", short_list ? 10 : 30}, {"other_repeats", short_list ? 1 : 3}},
+       {{"kind", "common_words"},
+        {"common_repeats", short_list ? 10 : 30},
+        {"other_repeats", short_list ? 1 : 3}},
        128},
       {"frequent_words", {{"kind", "frequent_words"}}, 48},
       {"mrcr", {{"kind", "mrcr"}}, 640},
@@ -41,10 +43,13 @@ std::vector<SuiteTask> long_suite(int64_t length) {
 }
 
 // --set tasks.KEY=VALUE of these.
-bool is_of_tasks(const std::string& set) { return set.starts_with("tasks."); }
+bool is_of_tasks(const std::string& set) {
+  return set.starts_with("tasks.");
+}
 
 json own_tasks(json tasks) {
-  for (const char* key : {"lengths", "held_out_lengths", "levels", "min_length", "curriculum"}) tasks.erase(key);
+  for (const char* key : {"lengths", "held_out_lengths", "levels", "min_length", "curriculum"})
+    tasks.erase(key);
   return tasks;
 }
 
@@ -57,7 +62,9 @@ json evaluated(json config) {
   return config;
 }
 
-std::string percent(double share) { return fmt::format("{:.1f}", 100 * share); }
+std::string percent(double share) {
+  return fmt::format("{:.1f}", 100 * share);
+}
 
 }  // namespace
 
@@ -72,22 +79,26 @@ std::string length_name(int64_t tokens) {
 }
 
 LengthPlan plan_lengths(const json& base, const std::string& where, const std::string& suite,
-                        const std::vector<int64_t>& lengths, const std::vector<std::string>& sets, const OpenModel& model,
-                        const std::string& model_name) {
+                        const std::vector<int64_t>& lengths, const std::vector<std::string>& sets,
+                        const OpenModel& model, const std::string& model_name) {
   if (!suite.empty() && std::find(suite_names().begin(), suite_names().end(), suite) == suite_names().end())
-    throw_input("--suite {}: one of {} is expected{}", quote(suite), join(suite_names()), did_you_mean(suite, suite_names()));
+    throw_input("--suite {}: one of {} is expected{}", quote(suite), join(suite_names()),
+                did_you_mean(suite, suite_names()));
   std::vector<std::string> of_tasks, of_all;
   for (const std::string& set : sets) (is_of_tasks(set) ? of_tasks : of_all).push_back(set);
   LengthPlan plan;
   plan.lengths = lengths;
   const policy::StateLayout state(model.config());
-  const auto bytes_for = [&](int64_t tokens) { return state.recurrent_bytes() + state.blocks_for(tokens) * state.block_bytes(); };
+  const auto bytes_for = [&](int64_t tokens) {
+    return state.recurrent_bytes() + state.blocks_for(tokens) * state.block_bytes();
+  };
   const auto free_bytes = static_cast<int64_t>(machine_memory().available);
   const int64_t count = suite.empty() ? 1 : std::ssize(long_suite(0));
   for (int64_t t = 0; t < count; ++t)
     for (const int64_t length : lengths) {
       if (length > model.config().max_length)
-        throw_input("--lengths: {} tokens are more than the {} of {}", length, model.config().max_length, model_name);
+        throw_input("--lengths: {} tokens are more than the {} of {}", length, model.config().max_length,
+                    model_name);
       json config = evaluated(base);
       std::string name = "tasks";
       if (suite.empty()) {
@@ -116,9 +127,10 @@ LengthPlan plan_lengths(const json& base, const std::string& where, const std::s
       // The prompt's state is forked for what is generated.
       cell.sequence_bytes = bytes_for(length) * 2;
       if (cell.sequence_bytes > free_bytes)
-        throw_environment("--lengths: a sequence of {} tokens takes {} here, and this machine has {} free; lower --lengths",
-                          length, human_bytes(static_cast<uint64_t>(cell.sequence_bytes)),
-                          human_bytes(static_cast<uint64_t>(free_bytes)));
+        throw_environment(
+            "--lengths: a sequence of {} tokens takes {} here, and this machine has {} free; lower --lengths",
+            length, human_bytes(static_cast<uint64_t>(cell.sequence_bytes)),
+            human_bytes(static_cast<uint64_t>(free_bytes)));
       cell.config.engine.memory_bytes = std::max(cell.config.engine.memory_bytes, cell.sequence_bytes);
       if (plan.tasks.empty() || plan.tasks.back() != name) plan.tasks.push_back(name);
       plan.cells.push_back(std::move(cell));
@@ -126,8 +138,9 @@ LengthPlan plan_lengths(const json& base, const std::string& where, const std::s
   return plan;
 }
 
-std::vector<Evaluation> evaluate_lengths(const LengthPlan& plan, const OpenModel& model, const EvaluationOptions& options,
-                                         const std::function<void(const LengthPlan::Cell&, const Evaluation&)>& done) {
+std::vector<Evaluation> evaluate_lengths(
+    const LengthPlan& plan, const OpenModel& model, const EvaluationOptions& options,
+    const std::function<void(const LengthPlan::Cell&, const Evaluation&)>& done) {
   std::vector<Evaluation> results;
   for (const LengthPlan::Cell& cell : plan.cells) {
     results.push_back(evaluate(cell.config, model, *cell.tasks, options));
@@ -184,7 +197,8 @@ void print_lengths(const LengthPlan& plan, const std::vector<Evaluation>& result
   if (plan.tasks.size() > 1) {
     const double n = static_cast<double>(plan.tasks.size());
     std::vector<std::string> row = {"mean"};
-    for (size_t l = 0; l < columns; ++l) row.push_back(fmt::format("{} ({})", percent(accuracies[l] / n), percent(scores[l] / n)));
+    for (size_t l = 0; l < columns; ++l)
+      row.push_back(fmt::format("{} ({})", percent(accuracies[l] / n), percent(scores[l] / n)));
     table.row(row);
   }
   std::vector<std::string> speed = {"prompt tokens/s"}, bytes = {"memory of a sequence"};

@@ -32,12 +32,13 @@ const std::vector<std::string>& suite_names();
 // ERRORS (input): a length that the model does not take or a task cannot reach; (environment): sequences that do not fit
 // into this machine's memory.
 LengthPlan plan_lengths(const nlohmann::json& base, const std::string& where, const std::string& suite,
-                        const std::vector<int64_t>& lengths, const std::vector<std::string>& sets, const OpenModel& model,
-                        const std::string& model_name);
+                        const std::vector<int64_t>& lengths, const std::vector<std::string>& sets,
+                        const OpenModel& model, const std::string& model_name);
 
 // In the order of the cells. done is called after each.
-std::vector<Evaluation> evaluate_lengths(const LengthPlan& plan, const OpenModel& model, const EvaluationOptions& options,
-                                         const std::function<void(const LengthPlan::Cell&, const Evaluation&)>& done);
+std::vector<Evaluation> evaluate_lengths(
+    const LengthPlan& plan, const OpenModel& model, const EvaluationOptions& options,
+    const std::function<void(const LengthPlan::Cell&, const Evaluation&)>& done);
 
 nlohmann::json lengths_json(const LengthPlan& plan, const std::vector<Evaluation>& results);
 void print_lengths(const LengthPlan& plan, const std::vector<Evaluation>& results);

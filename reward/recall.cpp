@@ -10,14 +10,18 @@
 namespace perigee::reward {
 namespace {
 
-char lower(char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; }
+char lower(char c) {
+  return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+}
 std::string lowered(std::string_view text) {
   std::string out(text);
   std::transform(out.begin(), out.end(), out.begin(), lower);
   return out;
 }
 // What may be part of a word or a number: an expected string is not found inside a longer one.
-bool joins(char c) { return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' || c == '_'; }
+bool joins(char c) {
+  return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' || c == '_';
+}
 
 std::vector<std::string> pieces(std::string_view text) {
   std::vector<std::string> out;
@@ -33,7 +37,9 @@ std::vector<std::string> pieces(std::string_view text) {
 class Recall : public Verifier {
  public:
   explicit Recall(JsonReader& options)
-      : section_(options, true), ignore_case_(options.boolean("ignore_case", true)), strict_(options.boolean("strict", false)) {}
+      : section_(options, true),
+        ignore_case_(options.boolean("ignore_case", true)),
+        strict_(options.boolean("strict", false)) {}
 
   bool judges() const override { return true; }
   Verdict verify(const RewardInput& input, const GroupContext*, Budget& budget) const override {
@@ -48,8 +54,10 @@ class Recall : public Verifier {
     size_t found = 0;
     for (const std::string& e : expected) {
       budget.spend(text.size());
-      if (holds(text, e)) ++found;
-      else if (verdict.detail.empty()) verdict.detail = "missing " + quote(e);
+      if (holds(text, e))
+        ++found;
+      else if (verdict.detail.empty())
+        verdict.detail = "missing " + quote(e);
     }
     size_t of = expected.size();
     if (strict_) {
@@ -82,7 +90,8 @@ class Recall : public Verifier {
 // Ratcliff and Obershelp: letters in the longest common block, then of what lies before it in both, and behind.
 class Blocks {
  public:
-  Blocks(std::string_view a, std::string_view b, Budget& budget) : a_(a), b_(b), budget_(budget), lengths_(b.size() + 1) {}
+  Blocks(std::string_view a, std::string_view b, Budget& budget)
+      : a_(a), b_(b), budget_(budget), lengths_(b.size() + 1) {}
 
   size_t matched() {
     struct Part {
@@ -109,7 +118,8 @@ class Blocks {
   // The first one in a, then the first in b, of the longest.
   Block longest(size_t a, size_t a_end, size_t b, size_t b_end) {
     Block best{a, b, 0};
-    std::fill(lengths_.begin() + static_cast<int64_t>(b), lengths_.begin() + static_cast<int64_t>(b_end) + 1, 0);
+    std::fill(lengths_.begin() + static_cast<int64_t>(b), lengths_.begin() + static_cast<int64_t>(b_end) + 1,
+              0);
     for (size_t i = a; i < a_end; ++i) {
       budget_.spend(b_end - b);
       // lengths_[j + 1]: of the common block that ends with a[i - 1] and b[j].
@@ -162,7 +172,11 @@ class Match : public Verifier {
 
 }  // namespace
 
-std::unique_ptr<Verifier> make_recall(JsonReader& options) { return std::make_unique<Recall>(options); }
-std::unique_ptr<Verifier> make_match(JsonReader& options) { return std::make_unique<Match>(options); }
+std::unique_ptr<Verifier> make_recall(JsonReader& options) {
+  return std::make_unique<Recall>(options);
+}
+std::unique_ptr<Verifier> make_match(JsonReader& options) {
+  return std::make_unique<Match>(options);
+}
 
 }  // namespace perigee::reward

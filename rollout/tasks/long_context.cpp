@@ -14,7 +14,8 @@ namespace {
 constexpr int64_t kLongest = int64_t{1} << 24;
 constexpr size_t kNoiseLine = 64;  // bytes
 constexpr int kDraws = 16;         // of a line that fits, before the text is ended
-constexpr std::string_view kRepeated = "The road goes on and the sky stays grey. Nothing happens here today.\n";
+constexpr std::string_view kRepeated =
+    "The road goes on and the sky stays grey. Nothing happens here today.\n";
 constexpr int kCorrections = 4;
 
 std::string printable_letters(JsonReader& options, std::string_view key, std::string_view absent) {
@@ -23,14 +24,17 @@ std::string printable_letters(JsonReader& options, std::string_view key, std::st
   for (const char c : letters) {
     if (c <= ' ' || c > '~' || c == '=' || c == ';' || c == '?' || c == ':' || c == ',')
       options.fail(key, "printable ASCII is expected, without blanks and = ; ? : ,");
-    if (seen.find(c) != seen.npos) options.fail(key, fmt::format("{} stands there twice", quote(std::string_view(&c, 1))));
+    if (seen.find(c) != seen.npos)
+      options.fail(key, fmt::format("{} stands there twice", quote(std::string_view(&c, 1))));
     seen += c;
   }
   if (letters.size() < 2) options.fail(key, "at least two letters are expected");
   return letters;
 }
 
-int64_t tolerance(int64_t length) { return std::max<int64_t>(32, length / 200); }
+int64_t tolerance(int64_t length) {
+  return std::max<int64_t>(32, length / 200);
+}
 
 }  // namespace
 
@@ -96,9 +100,11 @@ Filler::Text Filler::make(int64_t tokens, Random& random) const {
 
 Filler::Text Filler::make_noise(int64_t tokens, Random& random) const {
   Text made;
-  double letters_per_token = 1;  // of a tokenizer that takes some letters together there are more, found out by and by
+  double letters_per_token =
+      1;  // of a tokenizer that takes some letters together there are more, found out by and by
   for (int64_t left = tokens; left > 0;) {
-    const auto letters = std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(left) * letters_per_token));
+    const auto letters =
+        std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(left) * letters_per_token));
     const std::string piece = noise(options_.noise_alphabet, letters, made.text.size(), random);
     const int64_t cost = std::max<int64_t>(1, options_.tokens.text(piece));
     if (cost <= left) {
@@ -166,7 +172,8 @@ Filler::Text Filler::make_lines(int64_t tokens, Random& random) const {
   return made;
 }
 
-Padding::Padding(const PromptTokens& tokens, std::string before, std::string after, std::vector<std::string> between)
+Padding::Padding(const PromptTokens& tokens, std::string before, std::string after,
+                 std::vector<std::string> between)
     : before_(std::move(before)), after_(std::move(after)), between_(std::move(between)) {
   const int64_t base = tokens.text(before_ + after_);
   for (const std::string& word : between_)
@@ -185,7 +192,9 @@ Padding::Padding(const PromptTokens& tokens, std::string before, std::string aft
   }
 }
 
-bool Padding::reaches(int64_t tokens) const { return tokens >= 0 && tokens <= most() && last_[static_cast<size_t>(tokens)] != kUnreached; }
+bool Padding::reaches(int64_t tokens) const {
+  return tokens >= 0 && tokens <= most() && last_[static_cast<size_t>(tokens)] != kUnreached;
+}
 
 std::string Padding::text(int64_t tokens) const {
   PERIGEE_CHECK(reaches(tokens), "padding of {}", tokens);
@@ -199,7 +208,8 @@ std::string Padding::text(int64_t tokens) const {
   return before_ + words + after_;
 }
 
-std::string put_in(const Filler::Text& text, const std::vector<size_t>& cuts, const std::vector<std::string>& lines) {
+std::string put_in(const Filler::Text& text, const std::vector<size_t>& cuts,
+                   const std::vector<std::string>& lines) {
   PERIGEE_CHECK(cuts.size() == lines.size(), "{} cuts for {} lines", cuts.size(), lines.size());
   std::string out;
   size_t at = 0;
@@ -235,8 +245,8 @@ Problem LongGenerator::draw(Random& random) const {
       filler += target - tokens;
     }
     if (nearest < 0 || target - nearest > tolerance(length))
-      throw_input("{}: {} tokens cannot be reached: the nearest prompt and answer have {}", options_.where, length,
-                  nearest < 0 ? alone + options_.tokens.answer : nearest + options_.tokens.answer);
+      throw_input("{}: {} tokens cannot be reached: the nearest prompt and answer have {}", options_.where,
+                  length, nearest < 0 ? alone + options_.tokens.answer : nearest + options_.tokens.answer);
     return best;
   };
   return problem;
@@ -258,8 +268,8 @@ void LongGenerator::check_length(int64_t least_filler) const {
 }
 
 void LongGenerator::refuse(int64_t length, int64_t least) const {
-  throw_input("{}: {} tokens cannot be reached: this task takes at least {}, {} of them for the answer", options_.where, length,
-              least + options_.tokens.answer, options_.tokens.answer);
+  throw_input("{}: {} tokens cannot be reached: this task takes at least {}, {} of them for the answer",
+              options_.where, length, least + options_.tokens.answer, options_.tokens.answer);
 }
 
 void LongGenerator::set_prompt(Task& task, std::string text) const {
@@ -269,6 +279,8 @@ void LongGenerator::set_prompt(Task& task, std::string text) const {
     task.prompt = std::move(text);
 }
 
-std::string joined(const std::vector<std::string>& values) { return join(values); }
+std::string joined(const std::vector<std::string>& values) {
+  return join(values);
+}
 
 }  // namespace perigee::rollout

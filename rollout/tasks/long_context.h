@@ -61,8 +61,8 @@ class Padding {
   // before and after: what stands around the words in between.
   Padding(const PromptTokens& tokens, std::string before, std::string after,
           std::vector<std::string> between = {" so", " too", " very", " most", " rather"});
-  bool reaches(int64_t tokens) const;     // 0 always: by nothing
-  std::string text(int64_t tokens) const;  // REQUIRES reaches
+  bool reaches(int64_t tokens) const;                                      // 0 always: by nothing
+  std::string text(int64_t tokens) const;                                  // REQUIRES reaches
   int64_t most() const { return static_cast<int64_t>(last_.size()) - 1; }  // beyond it, nothing is reached
 
  private:
@@ -74,7 +74,8 @@ class Padding {
 };
 
 // Lines in a text: each goes in at its cut; those at the same cut in their order. REQUIRES ascending cuts.
-std::string put_in(const Filler::Text& text, const std::vector<size_t>& cuts, const std::vector<std::string>& lines);
+std::string put_in(const Filler::Text& text, const std::vector<size_t>& cuts,
+                   const std::vector<std::string>& lines);
 
 class LongGenerator : public Generator {
  public:

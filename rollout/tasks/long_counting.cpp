@@ -23,26 +23,30 @@ class Counting : public LongGenerator {
  public:
   Counting(JsonReader& options, const PromptTokens& tokens)
       : LongGenerator(options, tokens),
-        padding_(options_.noise ? Padding(tokens, "", "\n", {"."}) : Padding(tokens, "The text is", " long.\n")),
-        word_count_(options_.noise ? words::string_count(options_.key_alphabet, options_.key_length) : words::kCodedWords) {}
+        padding_(options_.noise ? Padding(tokens, "", "\n", {"."})
+                                : Padding(tokens, "The text is", " long.\n")),
+        word_count_(options_.noise ? words::string_count(options_.key_alphabet, options_.key_length)
+                                   : words::kCodedWords) {}
 
  protected:
   std::string word(const words::Shuffled& order, int64_t i) const {
-    return options_.noise ? words::string_at(options_.key_alphabet, options_.key_length, order.at(i)) : words::coded_word(order.at(i));
+    return options_.noise ? words::string_at(options_.key_alphabet, options_.key_length, order.at(i))
+                          : words::coded_word(order.at(i));
   }
   int64_t cost(const std::string& word) const { return options_.tokens.text(" " + word); }
 
   void finish(Sketch& s, const std::string& kind, std::vector<std::string> asked) const {
     s.task.answer = joined(asked);
     s.task.verifier = "recall";
-    s.task.worked_example = (options_.noise || options_.chat ? "" : " ") + (options_.noise ? join(asked, ",") : s.task.answer);
+    s.task.worked_example =
+        (options_.noise || options_.chat ? "" : " ") + (options_.noise ? join(asked, ",") : s.task.answer);
     std::sort(asked.begin(), asked.end());
     s.canonical = kind + " " + join(asked);
   }
 
   // left: tokens for a sentence that ends even; the words go after the introduction, in the order given.
-  void put(Task& task, const std::string& introduction, const std::vector<std::string>& list, int64_t left, bool numbered,
-           const std::string& question) const {
+  void put(Task& task, const std::string& introduction, const std::vector<std::string>& list, int64_t left,
+           bool numbered, const std::string& question) const {
     while (!padding_.reaches(left)) --left;
     std::string text = options_.noise ? std::string() : introduction + "\n";
     text += padding_.text(left);
@@ -78,7 +82,8 @@ class CommonWords : public Counting {
       options.fail("common", fmt::format("{} words, and there are only {}", common_, word_count_));
     // Of the numbers with so many digits.
     int64_t power = 1;
-    for (size_t digits = 1; digits <= 9; ++digits, power *= 10) number_costs_.push_back(options_.noise ? 0 : tokens.text(fmt::format(" {}.", power)));
+    for (size_t digits = 1; digits <= 9; ++digits, power *= 10)
+      number_costs_.push_back(options_.noise ? 0 : tokens.text(fmt::format(" {}.", power)));
     check_length(options_.noise ? 0 : 64);
   }
 
@@ -95,18 +100,21 @@ class CommonWords : public Counting {
 
   void write(Task& task, const words::Shuffled& order, int64_t tokens, Random& random) const {
     std::vector<std::string> list;
-    for (int64_t i = 0; i < common_; ++i) list.insert(list.end(), static_cast<size_t>(common_repeats_), word(order, i));
+    for (int64_t i = 0; i < common_; ++i)
+      list.insert(list.end(), static_cast<size_t>(common_repeats_), word(order, i));
     // As many others as there is room for, less one where what is left could not be padded.
     int64_t left = tokens;
     std::vector<int64_t> costs;
     for (int64_t next = common_; left > 0; ++next) {
       if (next >= word_count_) {
         if (left <= padding_.most()) break;
-        throw_input("{}: {} tokens need more than the {} different words", options_.where, options_.length, word_count_);
+        throw_input("{}: {} tokens need more than the {} different words", options_.where, options_.length,
+                    word_count_);
       }
       const std::string other = word(order, next);
       int64_t together = other_repeats_ * cost(other);
-      for (int64_t i = 0; i < other_repeats_; ++i) together += number_cost(static_cast<int64_t>(list.size()) + i + 1);
+      for (int64_t i = 0; i < other_repeats_; ++i)
+        together += number_cost(static_cast<int64_t>(list.size()) + i + 1);
       if (together > left) break;
       list.insert(list.end(), static_cast<size_t>(other_repeats_), other);
       costs.push_back(together);
@@ -119,10 +127,13 @@ class CommonWords : public Counting {
     }
     shuffle(list, random);
     put(task,
-        "Below is a numbered list of words. Some of them stand there more often than the others. Keep the most frequent ones in "
+        "Below is a numbered list of words. Some of them stand there more often than the others. Keep the "
+        "most frequent ones in "
         "mind.",
         list, left, !options_.noise,
-        fmt::format("Which {} words stand most often in the list? Answer with them alone, separated by commas.", common_));
+        fmt::format(
+            "Which {} words stand most often in the list? Answer with them alone, separated by commas.",
+            common_));
   }
 
   int64_t number_cost(int64_t number) const {
@@ -141,9 +152,12 @@ class FrequentWords : public Counting {
     asked_ = options.integer("asked", 1, 100, 3);
     const double alpha = options.number("alpha", 1.01, 10, 2.0);
     vocabulary_ = options.integer("vocabulary", 2, word_count_, std::min<int64_t>(2000, word_count_));
-    if (asked_ >= vocabulary_) options.fail("asked", fmt::format("fewer than the {} words of the vocabulary are expected", vocabulary_));
+    if (asked_ >= vocabulary_)
+      options.fail("asked",
+                   fmt::format("fewer than the {} words of the vocabulary are expected", vocabulary_));
     double sum = 0;
-    for (int64_t k = 1; k <= vocabulary_; ++k) shares_.push_back(std::pow(static_cast<double>(k), -alpha)), sum += shares_.back();
+    for (int64_t k = 1; k <= vocabulary_; ++k)
+      shares_.push_back(std::pow(static_cast<double>(k), -alpha)), sum += shares_.back();
     for (double& share : shares_) share /= sum;
     // So many words that rounding cannot make two of the first ones equal.
     for (int64_t k = 0; k < asked_; ++k) {
@@ -164,7 +178,9 @@ class FrequentWords : public Counting {
     return s;
   }
 
-  int64_t times(int64_t total, size_t k) const { return static_cast<int64_t>(static_cast<double>(total) * shares_[k]); }
+  int64_t times(int64_t total, size_t k) const {
+    return static_cast<int64_t>(static_cast<double>(total) * shares_[k]);
+  }
 
   void write(Task& task, const words::Shuffled& order, int64_t tokens, Random& random) const {
     std::vector<std::string> all;
@@ -188,10 +204,14 @@ class FrequentWords : public Counting {
     }
     while (low > least_words_ && !padding_.reaches(room - tokens_of(low))) --low;
     std::vector<std::string> list;
-    for (size_t k = 0; k < all.size(); ++k) list.insert(list.end(), static_cast<size_t>(times(low, k)), all[k]);
+    for (size_t k = 0; k < all.size(); ++k)
+      list.insert(list.end(), static_cast<size_t>(times(low, k)), all[k]);
     shuffle(list, random);
-    put(task, "Below is a coded text. Keep in mind how often each of its words is used.", list, room - tokens_of(low), false,
-        fmt::format("Which {} words are used most often in the coded text? Answer with them alone, separated by commas.", asked_));
+    put(task, "Below is a coded text. Keep in mind how often each of its words is used.", list,
+        room - tokens_of(low), false,
+        fmt::format("Which {} words are used most often in the coded text? Answer with them alone, separated "
+                    "by commas.",
+                    asked_));
   }
 
   int64_t asked_ = 0, vocabulary_ = 0, least_words_ = 1;

@@ -45,16 +45,19 @@ class Mrcr : public LongGenerator {
     for (int64_t i = 0; i < copies_; ++i) {
       Exchange e{key, {}};
       do e.reply = reply(key, random);
-      while (std::any_of(same.begin(), same.end(), [&](const Exchange& other) { return other.reply == e.reply; }));
+      while (std::any_of(same.begin(), same.end(),
+                         [&](const Exchange& other) { return other.reply == e.reply; }));
       same.push_back(std::move(e));
     }
     const auto asked = static_cast<size_t>(random.next_int(0, copies_ - 1));
-    const std::string prefix = words::random_string(options_.noise ? options_.noise_alphabet : kPrefixLetters, prefix_length_, random);
+    const std::string prefix = words::random_string(options_.noise ? options_.noise_alphabet : kPrefixLetters,
+                                                    prefix_length_, random);
     const std::string& text = same[asked].reply;
     s.canonical = fmt::format("mrcr {} {} {}", key, asked, text);
     s.task.answer = nlohmann::json{{"prefix", prefix}, {"text", text}}.dump();
     s.task.verifier = "match";
-    s.task.worked_example = (options_.noise || options_.chat ? "" : " ") + prefix + (options_.noise ? "" : " ") + text;
+    s.task.worked_example =
+        (options_.noise || options_.chat ? "" : " ") + prefix + (options_.noise ? "" : " ") + text;
     s.write = [this, same = std::move(same), asked, prefix](Task& task, int64_t tokens, Random r) {
       write(task, same, asked, prefix, tokens, r);
     };
@@ -64,7 +67,8 @@ class Mrcr : public LongGenerator {
   std::string reply(int64_t key, Random& random) const {
     if (options_.noise) return words::random_string(options_.value_alphabet, options_.value_length, random);
     std::string text;
-    for (int64_t i = 0; i < sentences_; ++i) text += (i > 0 ? " " : "") + words::topic_sentence(words::topic(key / words::kForms), random);
+    for (int64_t i = 0; i < sentences_; ++i)
+      text += (i > 0 ? " " : "") + words::topic_sentence(words::topic(key / words::kForms), random);
     return text;
   }
   std::string name(int64_t key) const {
@@ -77,7 +81,8 @@ class Mrcr : public LongGenerator {
     return fmt::format("User: {}\nAssistant: {}\n\n", request(e.key), e.reply);
   }
   int64_t cost(const Exchange& e) const {
-    if (options_.chat) return options_.tokens.text(request(e.key)) + options_.tokens.text(e.reply) + message_tokens_;
+    if (options_.chat)
+      return options_.tokens.text(request(e.key)) + options_.tokens.text(e.reply) + message_tokens_;
     return options_.tokens.text(transcript(e));
   }
 
@@ -85,7 +90,8 @@ class Mrcr : public LongGenerator {
   int64_t measure_messages() const {
     Task one, three;
     one.messages = {{policy::Role::kUser, "a"}};
-    three.messages = {{policy::Role::kUser, "a"}, {policy::Role::kAssistant, "a"}, {policy::Role::kUser, "a"}};
+    three.messages = {
+        {policy::Role::kUser, "a"}, {policy::Role::kAssistant, "a"}, {policy::Role::kUser, "a"}};
     return options_.tokens.prompt(three) - options_.tokens.prompt(one) - 2 * options_.tokens.text("a");
   }
 
@@ -122,7 +128,8 @@ class Mrcr : public LongGenerator {
     // Sentences while they fit, and one that ends even.
     for (int refused = 0; refused < 16;) {
       Exchange longer = e;
-      longer.reply += (e.reply.empty() ? "" : " ") + words::topic_sentence(words::topic(e.key / words::kForms), random);
+      longer.reply +=
+          (e.reply.empty() ? "" : " ") + words::topic_sentence(words::topic(e.key / words::kForms), random);
       const int64_t rest = tokens - cost(longer);
       if (rest <= padding_.most() && !padding_.reaches(rest)) {
         ++refused;
@@ -138,7 +145,8 @@ class Mrcr : public LongGenerator {
     if (e.reply.starts_with(' ')) e.reply.erase(0, 1);
   }
 
-  void write(Task& task, const std::vector<Exchange>& same, size_t asked, const std::string& prefix, int64_t tokens, Random& random) const {
+  void write(Task& task, const std::vector<Exchange>& same, size_t asked, const std::string& prefix,
+             int64_t tokens, Random& random) const {
     std::vector<Exchange> list = others(same[0].key, tokens, random);
     std::vector<size_t> places;  // among the others
     for (size_t i = 0; i < same.size(); ++i)
@@ -152,9 +160,10 @@ class Mrcr : public LongGenerator {
     }
     for (; at < list.size(); ++at) order.push_back(&list[at]);
 
-    const std::string question =
-        fmt::format("Say again the {} {} that you wrote, counting from 1, with {} and a blank before it and nothing else.",
-                    fmt::format("{}{}", asked + 1, ordinal(asked + 1)), name(same[0].key), prefix);
+    const std::string question = fmt::format(
+        "Say again the {} {} that you wrote, counting from 1, with {} and a blank before it and nothing "
+        "else.",
+        fmt::format("{}{}", asked + 1, ordinal(asked + 1)), name(same[0].key), prefix);
     if (options_.chat) {
       for (const Exchange* e : order) {
         task.messages.push_back({policy::Role::kUser, request(e->key)});

@@ -21,14 +21,16 @@ class VariableTracking : public LongGenerator {
     if (!options_.noise) {
       const std::string haystack = options.string("haystack", "repeat");
       if (haystack != "repeat" && haystack != "sentences")
-        options.fail("haystack", fmt::format("\"repeat\" or \"sentences\" is expected, not {}", quote(haystack)));
+        options.fail("haystack",
+                     fmt::format("\"repeat\" or \"sentences\" is expected, not {}", quote(haystack)));
       kind_ = haystack == "repeat" ? Filler::Kind::kRepeat : Filler::Kind::kSentences;
     }
     alphabet_ = options_.noise ? options_.key_alphabet : std::string(kLetters);
     letters_ = options_.noise ? options_.key_length : kNameLetters;
     names_ = words::string_count(alphabet_, letters_);
     if (names_ < chains_ * (hops_ + 1))
-      options.fail("hops", fmt::format("{} chains of {} variables, and there are only {} names", chains_, hops_ + 1, names_));
+      options.fail("hops", fmt::format("{} chains of {} variables, and there are only {} names", chains_,
+                                       hops_ + 1, names_));
     if (options_.noise && words::string_count(options_.value_alphabet, options_.value_length) < chains_)
       options.fail("chains", "there are fewer different values");
     check_length(options_.noise ? 0 : 64);
@@ -45,17 +47,24 @@ class VariableTracking : public LongGenerator {
     std::vector<Chain> chains(static_cast<size_t>(chains_));
     int64_t next = 0;
     for (Chain& chain : chains) {
-      do chain.value = options_.noise ? words::random_string(options_.value_alphabet, options_.value_length, random)
-                                      : std::to_string(random.next_int(10000, 99999));
-      while (std::count_if(chains.begin(), chains.end(), [&](const Chain& c) { return c.value == chain.value; }) > 1);
-      for (int64_t i = 0; i <= hops_; ++i) chain.names.push_back(words::string_at(alphabet_, letters_, order.at(next++)));
+      do
+        chain.value = options_.noise
+                          ? words::random_string(options_.value_alphabet, options_.value_length, random)
+                          : std::to_string(random.next_int(10000, 99999));
+      while (std::count_if(chains.begin(), chains.end(),
+                           [&](const Chain& c) { return c.value == chain.value; }) > 1);
+      for (int64_t i = 0; i <= hops_; ++i)
+        chain.names.push_back(words::string_at(alphabet_, letters_, order.at(next++)));
     }
     Sketch s;
     s.canonical = fmt::format("variables {}={}", join(chains[0].names, "="), chains[0].value);
     s.task.answer = joined(chains[0].names);
     s.task.verifier = "recall";
-    s.task.worked_example = (options_.noise || options_.chat ? "" : " ") + (options_.noise ? join(chains[0].names, ",") : s.task.answer);
-    s.write = [this, chains = std::move(chains)](Task& task, int64_t tokens, Random r) { write(task, chains, tokens, r); };
+    s.task.worked_example = (options_.noise || options_.chat ? "" : " ") +
+                            (options_.noise ? join(chains[0].names, ",") : s.task.answer);
+    s.write = [this, chains = std::move(chains)](Task& task, int64_t tokens, Random r) {
+      write(task, chains, tokens, r);
+    };
     return s;
   }
 
@@ -82,9 +91,12 @@ class VariableTracking : public LongGenerator {
     if (options_.noise)
       set_prompt(task, fmt::format("{}\n?{}=", body, chains[0].value));
     else
-      set_prompt(task, fmt::format("Variables are assigned in the following text. Keep track of what each of them holds.\n\n{}\n"
-                                   "Which variables hold the value {}? Answer with their names alone, separated by commas.{}",
-                                   body, chains[0].value, options_.chat ? "" : "\nAnswer:"));
+      set_prompt(
+          task,
+          fmt::format(
+              "Variables are assigned in the following text. Keep track of what each of them holds.\n\n{}\n"
+              "Which variables hold the value {}? Answer with their names alone, separated by commas.{}",
+              body, chains[0].value, options_.chat ? "" : "\nAnswer:"));
   }
 
   Filler::Kind kind() const { return options_.noise ? Filler::Kind::kNoise : kind_; }

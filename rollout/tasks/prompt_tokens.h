@@ -11,7 +11,8 @@ struct Task;
 // Thread safety: const calls from several threads at once.
 struct PromptTokens {
   std::function<int64_t(std::string_view)> text;  // of plain text by itself
-  std::function<int64_t(const Task&)> prompt;     // of a task's whole prompt, with all that the run puts around it
+  std::function<int64_t(const Task&)>
+      prompt;           // of a task's whole prompt, with all that the run puts around it
   int64_t answer = 0;   // that a response may have: rollout.max_new_tokens
   int64_t longest = 0;  // sequence that the model takes; 0: any
 

@@ -25,7 +25,8 @@ class EvalTest : public testing::Test {
 };
 
 TEST_F(EvalTest, TheSuiteIsMeasuredAtEachLength) {
-  const std::vector<std::string> args = {"eval", "--suite", "long", "--model", golden("tiny"), "--lengths", "3k,4k", "--tasks", "2", "--json"};
+  const std::vector<std::string> args = {"eval",      "--suite", "long",    "--model", golden("tiny"),
+                                         "--lengths", "3k,4k",   "--tasks", "2",       "--json"};
   const Said said = run_perigee(args);
   ASSERT_EQ(said.code, 0) << said.err;
   const json result = said.json();
@@ -53,14 +54,16 @@ TEST_F(EvalTest, TheSuiteIsMeasuredAtEachLength) {
 TEST_F(EvalTest, ATableOfTheRunsOwnTasks) {
   const Said said = run_perigee(eval({"--lengths", "64,200,1k", "--tasks", "3"}));
   ASSERT_EQ(said.code, 0) << said.err;
-  for (const char* part : {"64", "200", "1k", "needle", "prompt tokens/s", "memory of a sequence", "3 held-out tasks each"})
+  for (const char* part :
+       {"64", "200", "1k", "needle", "prompt tokens/s", "memory of a sequence", "3 held-out tasks each"})
     EXPECT_NE(said.out.find(part), std::string::npos) << part << "\n" << said.out;
 }
 
 TEST_F(EvalTest, ACellIsWhatTheTasksAtThatLengthGive) {
   const json cell = run_perigee(eval({"--lengths", "300", "--tasks", "4", "--json"})).json()["cells"][0];
-  const json alone =
-      run_perigee(eval({"--set", "tasks.length=300", "--set", "tasks.min_length=300", "--tasks", "4", "--json"})).json();
+  const json alone = run_perigee(eval({"--set", "tasks.length=300", "--set", "tasks.min_length=300",
+                                       "--tasks", "4", "--json"}))
+                         .json();
   ASSERT_EQ(alone["answers"].size(), 4u);
   for (size_t i = 0; i < 4; ++i) {
     EXPECT_EQ(cell["answers"][i]["response"], alone["answers"][i]["response"]);
@@ -72,17 +75,18 @@ TEST_F(EvalTest, ACellIsWhatTheTasksAtThatLengthGive) {
 
 TEST_F(EvalTest, ThreadsAndSmallChunksDoNotChangeAnAnswer) {
   const json one = run_perigee(eval({"--lengths", "500", "--tasks", "3", "--threads", "1", "--json"})).json();
-  const json two = run_perigee(eval({"--lengths", "500", "--tasks", "3", "--threads", "2", "--set", "engine.prefill_chunk=37",
-                                     "--set", "engine.max_running=2", "--json"}))
+  const json two = run_perigee(eval({"--lengths", "500", "--tasks", "3", "--threads", "2", "--set",
+                                     "engine.prefill_chunk=37", "--set", "engine.max_running=2", "--json"}))
                        .json();
   EXPECT_EQ(one["cells"][0]["answers"], two["cells"][0]["answers"]);
 }
 
 TEST_F(EvalTest, TheLaboratorysNeedleTrainsAndIsMeasured) {
   const std::string run = place_ / "needle";
-  const Said trained = run_perigee({"train", std::string(PERIGEE_SOURCE_DIR) + "/configs/lab/needle.json", "--quiet", "--in-process", "--set",
-                                    "run.dir=" + run, "--set", "warmup.steps=2", "--set", "warmup.batch=4", "--set",
-                                    "warmup.eval_every=2", "--set", "eval.tasks=5"});
+  const Said trained =
+      run_perigee({"train", std::string(PERIGEE_SOURCE_DIR) + "/configs/lab/needle.json", "--quiet",
+                   "--in-process", "--set", "run.dir=" + run, "--set", "warmup.steps=2", "--set",
+                   "warmup.batch=4", "--set", "warmup.eval_every=2", "--set", "eval.tasks=5"});
   ASSERT_EQ(trained.code, 0) << trained.err;
   const json cells = run_perigee({"eval", run, "--lengths", "64,1k", "--json"}).json()["cells"];
   ASSERT_EQ(cells.size(), 2u);
@@ -100,7 +104,8 @@ TEST_F(EvalTest, WhatCannotBeDoneIsRefusedFirst) {
   expect_refused(eval({"--lengths", "64", "--show"}), "--show");
   expect_refused(eval({"--lengths", "64", "--set", "tasks.varient=single"}), "did you mean variant?");
   expect_refused(eval({"--lengths", "64", "--set", "tasks.kind=sort"}), "needle at 64: tasks: ");
-  expect_refused({"eval", "--suite", "long", "--model", golden("tiny"), "--lengths", "512"}, "tokens cannot be reached");
+  expect_refused({"eval", "--suite", "long", "--model", golden("tiny"), "--lengths", "512"},
+                 "tokens cannot be reached");
   expect_refused({"eval", "--lengths", "512", "--model", golden("tiny")}, "name a run");
 }
 

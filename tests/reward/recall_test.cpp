@@ -7,7 +7,9 @@ double recall(const std::string& response, const std::string& answer) {
   return verdict(R"([{"verifier": "recall"}])", sample(response, answer)).value;
 }
 double match(const std::string& response, const std::string& prefix, const std::string& text) {
-  return verdict(R"([{"verifier": "match"}])", sample(response, nlohmann::json{{"prefix", prefix}, {"text", text}}.dump())).value;
+  return verdict(R"([{"verifier": "match"}])",
+                 sample(response, nlohmann::json{{"prefix", prefix}, {"text", text}}.dump()))
+      .value;
 }
 // Letters matched, as difflib.SequenceMatcher(None, a, b, autojunk=False) counts them.
 int matched(const std::string& a, const std::string& b) {
@@ -56,12 +58,18 @@ TEST(Match, IsThatOfSequenceMatcher) {
   EXPECT_EQ(matched("x", "y"), 0);
   EXPECT_EQ(matched("ababab", "bababa"), 5);
   // Many blocks of one length: the first of the first text is taken, then the first of the second.
-  EXPECT_EQ(matched("abacbbaaaabcbaaccbbaabaacbbaabbccbacbcbcaaabbacbabccbcabbcbbbaabbaaabcbcccbcbacaabaccbbabbccbccabaaca"
-                    "bccaababbaabcabccbabbbacbccabcabbabbcabcabababbbcababaaaaacaccacacbcabaacbbcabaabbbaabbacbabaaabbacaabb"
-                    "ababcacbccccabbabacabbcbcbbcaccbbbbabccaabcabcaaccbcbcbbaaaaacbabbacaaaccbcbcbaaaccabcbcaabacabb",
-                    "aacbbabbabbaaacbcbbcbacacbbbacabaacabbbbcacaacbacabccbcacabbbaacacacbcbcbcbccbbabcbcbabacaccabbacbccaab"
-                    "cabcbbabacacabaaacbccaaacbccaccbcbcabcabbacbcccbbcbbbbbcabacbcccbbbcaacabcbcbabbacbcaaaabaaabcccc"),
-            123);
+  EXPECT_EQ(
+      matched(
+          "abacbbaaaabcbaaccbbaabaacbbaabbccbacbcbcaaabbacbabccbcabbcbbbaabbaaabcbcccbcbacaabaccbbabbccbccaba"
+          "aca"
+          "bccaababbaabcabccbabbbacbccabcabbabbcabcabababbbcababaaaaacaccacacbcabaacbbcabaabbbaabbacbabaaabba"
+          "caabb"
+          "ababcacbccccabbabacabbcbcbbcaccbbbbabccaabcabcaaccbcbcbbaaaaacbabbacaaaccbcbcbaaaccabcbcaabacabb",
+          "aacbbabbabbaaacbcbbcbacacbbbacabaacabbbbcacaacbacabccbcacabbbaacacacbcbcbcbccbbabcbcbabacaccabbacb"
+          "ccaab"
+          "cabcbbabacacabaaacbccaaacbccaccbcbcabcabbacbcccbbcbbbbbcabacbcccbbbcaacabcbcbabbacbcaaaabaaabccc"
+          "c"),
+      123);
 }
 
 TEST(Match, NeedsThePrefixAndIsOneForTheTextAlone) {

@@ -20,7 +20,8 @@ namespace perigee::rollout {
 namespace {
 using nlohmann::json;
 
-std::unique_ptr<TaskSource> source(const json& config, uint64_t seed = 1, const PromptTokens& tokens = PromptTokens::bytes()) {
+std::unique_ptr<TaskSource> source(const json& config, uint64_t seed = 1,
+                                   const PromptTokens& tokens = PromptTokens::bytes()) {
   return make_task_source(config, "run.json: tasks", seed, tokens);
 }
 
@@ -43,13 +44,23 @@ std::vector<json> all_configs() {
     list.push_back({{"kind", "needle"}, {"variant", variant}, {"style", "noise"}});
   }
   list.push_back({{"kind", "needle"}, {"haystack", "repeat"}, {"values", "uuids"}});
-  list.push_back({{"kind", "needle"}, {"variant", "multi_key"}, {"haystack", "needles"}, {"values", "names"}});
-  list.push_back({{"kind", "needle"}, {"variant", "multi_key"}, {"haystack", "needles"}, {"keys", "uuids"}, {"values", "uuids"}});
+  list.push_back(
+      {{"kind", "needle"}, {"variant", "multi_key"}, {"haystack", "needles"}, {"values", "names"}});
+  list.push_back({{"kind", "needle"},
+                  {"variant", "multi_key"},
+                  {"haystack", "needles"},
+                  {"keys", "uuids"},
+                  {"values", "uuids"}});
   list.push_back({{"kind", "variable_tracking"}});
   list.push_back({{"kind", "variable_tracking"}, {"chains", 3}, {"hops", 2}, {"haystack", "sentences"}});
   list.push_back({{"kind", "variable_tracking"}, {"chains", 2}, {"hops", 3}, {"style", "noise"}});
   list.push_back({{"kind", "common_words"}, {"common_repeats", 12}, {"other_repeats", 2}});
-  list.push_back({{"kind", "common_words"}, {"common", 3}, {"common_repeats", 5}, {"other_repeats", 1}, {"style", "noise"}, {"key_length", 3}});
+  list.push_back({{"kind", "common_words"},
+                  {"common", 3},
+                  {"common_repeats", 5},
+                  {"other_repeats", 1},
+                  {"style", "noise"},
+                  {"key_length", 3}});
   list.push_back({{"kind", "frequent_words"}});
   list.push_back({{"kind", "frequent_words"}, {"style", "noise"}, {"asked", 2}, {"alpha", 1.5}});
   list.push_back({{"kind", "mrcr"}});
@@ -83,14 +94,16 @@ TEST(LongContext, AReaderFindsTheAnswer) {
     const auto tasks = source(config, 3);
     for (uint64_t i = 0; i < 12; ++i) {
       const Task task = tasks->train(i);
-      ASSERT_EQ(solve(config, task.prompt), unordered_answer(config, task.answer)) << config << "\n" << task.prompt;
+      ASSERT_EQ(solve(config, task.prompt), unordered_answer(config, task.answer)) << config << "\n"
+                                                                                   << task.prompt;
       // The worked example is right, by the verifier that the task names.
       reward::RewardInput input;
       input.response = task.worked_example;
       input.answer = task.answer;
       input.verifier = task.verifier;
       const auto rubric = reward::Rubric::parse(json::parse(R"([{"verifier": "task"}])"), "test");
-      ASSERT_EQ(rubric.score(input).total, 1) << config << " " << task.worked_example << " for " << task.answer;
+      ASSERT_EQ(rubric.score(input).total, 1)
+          << config << " " << task.worked_example << " for " << task.answer;
     }
   }
 }
@@ -122,7 +135,8 @@ TEST(LongContext, NeedlesLieAnywhereInTheTextEquallyOften) {
     // Of 600 in 6 bins, 100 +- 9.1: five deviations.
     for (const int n : bins) EXPECT_NEAR(n, kTasks / kBins, 46) << style;
   }
-  const auto late = source({{"kind", "needle"}, {"length", 4000}, {"depth", {0.75, 1.0}}, {"style", "noise"}});
+  const auto late =
+      source({{"kind", "needle"}, {"length", 4000}, {"depth", {0.75, 1.0}}, {"style", "noise"}});
   for (uint64_t i = 0; i < 50; ++i) {
     const Task task = late->train(i);
     EXPECT_GT(task.prompt.find(task.answer), task.prompt.size() * 7 / 10);
@@ -131,7 +145,8 @@ TEST(LongContext, NeedlesLieAnywhereInTheTextEquallyOften) {
 
 TEST(LongContext, TrainingNeverSeesAHeldOutPair) {
   const auto pair = [](const Task& t) { return t.prompt.substr(t.prompt.find("\n?")) + t.answer; };
-  const json config = {{"kind", "needle"}, {"length", 64}, {"style", "noise"}, {"key_length", 1}, {"value_length", 1}};
+  const json config = {
+      {"kind", "needle"}, {"length", 64}, {"style", "noise"}, {"key_length", 1}, {"value_length", 1}};
   const auto train = source(config, 1), test = source(config, 2);  // even of another seed
   std::set<std::string> seen;
   for (uint64_t i = 0; i < 2000; ++i) seen.insert(pair(train->train(i)));
@@ -145,8 +160,9 @@ TEST(LongContext, VariantsHaveRulersNumbersOfNeedles) {
     const Needles found = needles(task.prompt);
     std::set<std::string> keys;
     for (const auto& [key, value] : found.pairs) keys.insert(key);
-    return std::array<size_t, 4>{found.pairs.size(), keys.size(), found.asked.size(),
-                                 static_cast<size_t>(std::count(task.answer.begin(), task.answer.end(), ',')) + 1};
+    return std::array<size_t, 4>{
+        found.pairs.size(), keys.size(), found.asked.size(),
+        static_cast<size_t>(std::count(task.answer.begin(), task.answer.end(), ',')) + 1};
   };
   EXPECT_EQ(count("single"), (std::array<size_t, 4>{1, 1, 1, 1}));
   EXPECT_EQ(count("multi_key"), (std::array<size_t, 4>{4, 4, 1, 1}));
@@ -240,24 +256,32 @@ TEST(LongContext, AMillionTokensTakeAboutASecond) {
     EXPECT_EQ(task.prompt.size() + 1, size_t{1} << 20);
     EXPECT_EQ(solve(config, task.prompt), unordered_answer(config, task.answer));
     // A sanitizer's build is many times slower.
-    EXPECT_LT(static_cast<double>(end.tv_sec - begin.tv_sec) + 1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec), 10) << kind;
+    EXPECT_LT(static_cast<double>(end.tv_sec - begin.tv_sec) +
+                  1e-9 * static_cast<double>(end.tv_nsec - begin.tv_nsec),
+              10)
+        << kind;
   }
 }
 
 TEST(LongContext, RefusesWhatItCannotReach) {
-  const auto expect = [](const json& config, const char* part, const PromptTokens& tokens = PromptTokens::bytes()) {
-    EXPECT_NE(refusal(config, tokens).find(part), std::string::npos) << config << ": " << refusal(config, tokens);
+  const auto expect = [](const json& config, const char* part,
+                         const PromptTokens& tokens = PromptTokens::bytes()) {
+    EXPECT_NE(refusal(config, tokens).find(part), std::string::npos)
+        << config << ": " << refusal(config, tokens);
   };
-  expect({{"kind", "needle"}, {"length", 100}}, "run.json: tasks: length: 100 tokens cannot be reached: this task takes at least");
+  expect({{"kind", "needle"}, {"length", 100}},
+         "run.json: tasks: length: 100 tokens cannot be reached: this task takes at least");
   expect({{"kind", "needle"}, {"length", 6}, {"style", "noise"}}, "length: 6 tokens cannot be reached");
   expect({{"kind", "mrcr"}, {"length", 700}}, "length: 700 tokens cannot be reached");
   expect({{"kind", "common_words"}, {"length", 1024}}, "cannot be reached");
   expect({{"kind", "frequent_words"}, {"length", 200}}, "cannot be reached");
   expect({{"kind", "variable_tracking"}, {"length", 200}}, "cannot be reached");
-  expect({{"kind", "needle"}, {"levels", {{{"length", 4096}}, {{"length", 90}}}}}, "levels[1].length: 90 tokens");
+  expect({{"kind", "needle"}, {"levels", {{{"length", 4096}}, {{"length", 90}}}}},
+         "levels[1].length: 90 tokens");
   PromptTokens tokens = PromptTokens::bytes();
   tokens.longest = 4096;
-  expect({{"kind", "needle"}, {"length", 8192}}, "length: 8192 tokens are more than the 4096 of the model", tokens);
+  expect({{"kind", "needle"}, {"length", 8192}}, "length: 8192 tokens are more than the 4096 of the model",
+         tokens);
   tokens.answer = 4000;
   expect({{"kind", "needle"}, {"length", 4096}}, "4000 of them for the answer", tokens);
   expect({{"kind", "needle"}, {"variant", "multy_key"}}, "did you mean multi_key");
@@ -267,8 +291,10 @@ TEST(LongContext, RefusesWhatItCannotReach) {
   expect({{"kind", "needle"}, {"depth", {0.5, 0.2}}}, "depth");
   expect({{"kind", "needle"}, {"style", "noise"}, {"noise_alphabet", "a=b"}}, "noise_alphabet");
   expect({{"kind", "needle"}, {"think_open", "<t>"}}, "think_open");
-  expect({{"kind", "needle"}, {"variant", "multi_key"}, {"haystack", "needles"}, {"length", 1 << 22}}, "different names");
-  expect({{"kind", "variable_tracking"}, {"style", "noise"}, {"key_length", 1}, {"chains", 10}}, "there are only 26 names");
+  expect({{"kind", "needle"}, {"variant", "multi_key"}, {"haystack", "needles"}, {"length", 1 << 22}},
+         "different names");
+  expect({{"kind", "variable_tracking"}, {"style", "noise"}, {"key_length", 1}, {"chains", 10}},
+         "there are only 26 names");
   expect({{"kind", "mrcr"}, {"style", "noise"}, {"chat", true}}, "chat");
 }
 

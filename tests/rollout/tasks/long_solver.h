@@ -68,7 +68,8 @@ inline Needles noisy(const std::string& prompt, size_t key_length) {
   Needles n;
   const size_t question = prompt.rfind("\n?");
   for (size_t at = prompt.find('='); at < question; at = prompt.find('=', at + 1))
-    n.pairs.emplace_back(prompt.substr(at - key_length, key_length), prompt.substr(at + 1, prompt.find(';', at) - at - 1));
+    n.pairs.emplace_back(prompt.substr(at - key_length, key_length),
+                         prompt.substr(at + 1, prompt.find(';', at) - at - 1));
   std::string asked = prompt.substr(question + 2);
   asked.pop_back();
   n.asked = split(asked, ",");
@@ -86,7 +87,8 @@ inline std::string ask(const Needles& n) {
 inline std::string follow(const Needles& n, const std::string& value) {
   std::vector<std::string> holders;
   for (const auto& [name, from] : n.pairs)
-    if (from == value || std::find(holders.begin(), holders.end(), from) != holders.end()) holders.push_back(name);
+    if (from == value || std::find(holders.begin(), holders.end(), from) != holders.end())
+      holders.push_back(name);
   return together(holders);
 }
 
@@ -129,7 +131,8 @@ inline std::string mrcr(const std::string& prompt, bool noise) {
   which = which.substr(which.find(' ') + 1);
   const std::vector<std::string> lines = lines_of(prompt);
   for (size_t i = 0; i + 1 < lines.size(); ++i)
-    if (lines[i] == "User: Write a " + which + "." && --left == 0) return answer(prefix, lines[i + 1].substr(11));
+    if (lines[i] == "User: Write a " + which + "." && --left == 0)
+      return answer(prefix, lines[i + 1].substr(11));
   return "";
 }
 
