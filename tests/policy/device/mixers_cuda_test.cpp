@@ -345,7 +345,9 @@ TEST_F(DeviceMixers, fast_prompts_are_close_to_exact_ones) {
   const Outputs fast = generate(device(), m, groups, config);
   int64_t differ = 0;
   for (const auto& [id, o] : exact) {
-    if (fast.at(id).tokens[0] == o.tokens[0]) EXPECT_NEAR(fast.at(id).logprobs[0], o.logprobs[0], 0.05) << id;
+    if (fast.at(id).tokens[0] == o.tokens[0]) {
+      EXPECT_NEAR(fast.at(id).logprobs[0], o.logprobs[0], 0.05) << id;
+    }
     differ += std::memcmp(&fast.at(id).logprobs[0], &o.logprobs[0], 4) != 0;
   }
   EXPECT_GT(differ, 0);
