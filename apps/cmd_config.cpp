@@ -6,6 +6,7 @@
 #include "apps/output.h"
 #include "apps/shipped.h"
 #include "base/error.h"
+#include "policy/model/config.h"
 #include "rollout/run_config.h"
 
 namespace perigee::apps {
@@ -50,10 +51,13 @@ void add_config(Program& program) {
   command.action([o] {
     if (o->markdown != o->config.empty())
       throw_input("config: give a configuration, or --markdown for the page of all keys");
-    if (o->markdown)
+    if (o->markdown) {
       print_page();
-    else
-      print_json(rollout::load_run_config(shipped(o->config), o->sets).effective);
+      return 0;
+    }
+    const rollout::RunConfig config = rollout::load_run_config(shipped(o->config), o->sets);
+    if (config.model.config.is_object()) policy::parse_model_config(config.model.config, shipped(o->config) + ": model.config");
+    print_json(config.effective);
     return 0;
   });
 }

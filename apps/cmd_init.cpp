@@ -145,7 +145,7 @@ void add_init(Program& program) {
   Command command = program.command("init", "Make a model with random weights", kGroupModel);
   command
       .option("--config", o->config, "FILE",
-              "the architecture: a Hugging Face config.json of model_type kimi_linear")
+              "the architecture: a config.json of model_type kimi_linear or perigee_hybrid (docs/mixers.md)")
       .required("--config")
       .option("--out", o->out, "DIRECTORY",
               "where the model goes; must not be there yet. With --device cuda it may be left out: then the model is made, "

@@ -17,7 +17,7 @@ constexpr int64_t kLittleScratch = int64_t{1} << 20;  // to open a device with b
 void check_device(const RunConfig& config, const policy::ParamLayout& layout) {
   if (config.run.device != "cuda") return;
   if (kernels::Device::count() == 0)
-    throw_input("run.device is cuda, and there is {}; run on a machine with a GPU, or say --set run.device=cpu",
+    throw_input("run.device is cuda ({}); run on a machine with a GPU, or say --set run.device=cpu",
                 kernels::Device::why_none());
   policy::check_device_model(layout);
 }

@@ -34,7 +34,7 @@ HostModel::HostModel(const RunConfig& config) : model(make_run_model(config)), c
   if (on_gpu()) {
     if (kernels::Device::count() == 0)
       throw_input(
-          "this run was computed in bfloat16 on a GPU, with sums that the CPU does not repeat, and there is {}; do this on a "
+          "this run was computed in bfloat16 on a GPU, with sums that the CPU does not repeat ({}); do this on a "
           "machine with a GPU, or look at its checkpoints",
           kernels::Device::why_none());
     policy::check_device_model(*model.layout);

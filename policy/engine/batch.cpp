@@ -12,9 +12,6 @@ void Engine::Impl::admit() {
   blocked_on_memory = false;
   int64_t prompts = 0;
   for (const auto& g : groups) prompts += g->admitted ? 1 : 0;
-  const auto free_places = [&] {
-    return config.max_running - static_cast<int64_t>(running.size()) - prompts;
-  };
   // Prompts do not keep them out: a group whose members wait for the memory of one of these would wait for ever.
   while (!resuming.empty() && static_cast<int64_t>(running.size()) < config.max_running)
     move_to(resuming.front(), Member::Place::kRunning);
