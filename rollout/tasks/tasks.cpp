@@ -25,7 +25,7 @@ struct Kind {
   std::string_view name;
   MakeGenerator make_short = nullptr;
   MakeLong make_long = nullptr;
-  bool answers_alone = make_long != nullptr;  // its worked examples think of nothing
+  bool answers_alone = false;  // its worked examples think of nothing
   std::unique_ptr<Generator> make(JsonReader& options, const WorkedStyle& style, const PromptTokens& tokens) const {
     return make_long != nullptr ? make_long(options, tokens) : make_short(options, style);
   }
@@ -40,11 +40,11 @@ constexpr std::array<Kind, 15> kGenerators{{{"arithmetic", make_arithmetic},
                                            {"palindrome", make_palindrome, nullptr, true},
                                            {"mqar", make_mqar, nullptr, true},
                                            {"stack", make_stack, nullptr, true},
-                                           {"needle", nullptr, make_needle},
-                                           {"variable_tracking", nullptr, make_variable_tracking},
-                                           {"common_words", nullptr, make_common_words},
-                                           {"frequent_words", nullptr, make_frequent_words},
-                                           {"mrcr", nullptr, make_mrcr}}};
+                                           {"needle", nullptr, make_needle, true},
+                                           {"variable_tracking", nullptr, make_variable_tracking, true},
+                                           {"common_words", nullptr, make_common_words, true},
+                                           {"frequent_words", nullptr, make_frequent_words, true},
+                                           {"mrcr", nullptr, make_mrcr, true}}};
 
 enum class Side : uint64_t { kTrain = 1, kHeldOut = 2 };
 
