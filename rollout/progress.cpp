@@ -85,7 +85,8 @@ void Progress::event(const nlohmann::json& e) {
     note(fmt::format("evaluation after {} step {}: {} of {} held-out tasks right ({:.1f} %)", e.value("phase", ""),
                      e.value("step", int64_t{0}), e.value("correct", int64_t{0}), e.value("n", int64_t{0}), 100 * accuracy_));
   } else if (kind == "phase") {
-    note(fmt::format("warm-up over after {:.0f} s; reinforcement learning begins", seconds(start_, Clock::now())));
+    note(fmt::format("warm-up over after {:.0f} s{}", seconds(start_, Clock::now()),
+                     config_.learn.steps > 0 ? "; reinforcement learning begins" : ""));
   } else if (kind == "rate") {
     tokens_per_s_ = e.value("tokens_per_s", 0.0);
     groups_open_ = e.value("groups_open", int64_t{0});
