@@ -57,9 +57,26 @@ std::map<std::string, json> flat(const json& value) {
   return out;
 }
 
-std::string text_of(const std::map<std::string, json>& values, const std::string& key) {
+constexpr size_t kBriefBytes = 60, kWholeBytes = 1000;
+
+std::string text_of(const std::map<std::string, json>& values, const std::string& key, size_t limit) {
   const auto it = values.find(key);
-  return it == values.end() ? "absent" : json_brief(it->second);
+  return it == values.end() ? "absent" : json_brief(it->second, limit);
+}
+
+bool same(const std::map<std::string, json>& a, const std::map<std::string, json>& b,
+          const std::string& key) {
+  const auto x = a.find(key), y = b.find(key);
+  return x == a.end() || y == b.end() ? (x == a.end()) == (y == b.end()) : x->second == y->second;
+}
+
+// Of values that are not the same: short, unless they are alike in what a short text shows.
+std::pair<std::string, std::string> texts_of(const std::map<std::string, json>& a,
+                                             const std::map<std::string, json>& b, const std::string& key) {
+  for (const size_t limit : {kBriefBytes, kWholeBytes})
+    if (auto x = text_of(a, key, limit), y = text_of(b, key, limit); x != y || limit == kWholeBytes)
+      return {std::move(x), std::move(y)};
+  return {};
 }
 
 std::set<std::string> keys_of(const std::vector<std::map<std::string, json>>& all) {
@@ -89,7 +106,9 @@ std::vector<std::string> slugs(const std::vector<std::string>& names) {
   for (size_t i = 0; i < names.size(); ++i) {
     std::string one = slug(names[i]);
     if (one.empty() && !names[i].empty()) one = std::to_string(i + 1);
-    if (std::find(out.begin(), out.end(), one) != out.end()) one += fmt::format("-{}", i + 1);
+    const std::string name = one;
+    for (size_t n = i + 1; std::find(out.begin(), out.end(), one) != out.end(); ++n)
+      one = fmt::format("{}-{}", name, n);
     out.push_back(one);
   }
   return out;
@@ -157,8 +176,8 @@ void check_equal(const Comparison& c, size_t task, const std::vector<json>& effe
   for (const std::string& key : keys_of(all)) {
     if (!must_be_equal(key)) continue;
     for (size_t i = 1; i < all.size(); ++i) {
-      const std::string a = text_of(all[0], key), b = text_of(all[i], key);
-      if (a == b) continue;
+      if (same(all[0], all[i], key)) continue;
+      const auto [a, b] = texts_of(all[0], all[i], key);
       throw_input(
           "{}: {} is {} in variant {} and {} in {}{}: variants are compared over the same data, reward and "
           "budget",
@@ -175,10 +194,13 @@ std::vector<Difference> differences_of(const std::vector<json>& effective) {
   std::vector<Difference> out;
   for (const std::string& key : keys_of(all)) {
     if (key == "run.name" || key == "run.dir") continue;
+    const auto other =
+        std::find_if(all.begin(), all.end(), [&](const auto& one) { return !same(all[0], one, key); });
+    if (other == all.end()) continue;
     Difference d{key, {}};
-    for (const auto& one : all) d.values.push_back(text_of(one, key));
-    if (std::any_of(d.values.begin(), d.values.end(), [&](const std::string& v) { return v != d.values[0]; }))
-      out.push_back(std::move(d));
+    const bool brief = text_of(all[0], key, kBriefBytes) != text_of(*other, key, kBriefBytes);
+    for (const auto& one : all) d.values.push_back(text_of(one, key, brief ? kBriefBytes : kWholeBytes));
+    out.push_back(std::move(d));
   }
   return out;
 }
@@ -196,9 +218,9 @@ std::string first_difference(const json& a, const json& b) {
   const std::vector<std::map<std::string, json>> all = {flat(a), flat(b)};
   for (const std::string& key : keys_of(all)) {
     if (key == "run.dir") continue;
-    const std::string x = text_of(all[0], key), y = text_of(all[1], key);
-    if (x != y || (all[0].contains(key) && all[0].at(key) != all[1].at(key)))
-      return fmt::format("{} is {} there and {} here", key, x, y);
+    if (same(all[0], all[1], key)) continue;
+    const auto [x, y] = texts_of(all[0], all[1], key);
+    return fmt::format("{} is {} there and {} here", key, x, y);
   }
   return "";
 }

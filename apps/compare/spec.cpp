@@ -243,6 +243,10 @@ json configuration(const Comparison& comparison, const Setting& variant, const S
                    const std::vector<std::string>& more) {
   json config = comparison.base;
   const auto put = [&](const std::string& key, const json& value, const std::string& where) {
+    for (const auto& [own, option] : {std::pair{"run.seed", "--seeds, or seeds in the file"},
+                                      {"run.dir", "--out"},
+                                      {"workers.threads", "--threads"}})
+      if (key == own) throw_input("{}: {} is not set here; use {}", where, key, option);
     json* model = config.contains("model") && config["model"].is_object() ? &config["model"] : nullptr;
     if (key.starts_with("model.config.") && model != nullptr && model->contains("config") &&
         (*model)["config"].is_string()) {

@@ -1,6 +1,8 @@
 // What a comparison file comes to, and what is refused before anything runs.
 #include "apps/compare/plan.h"
 
+#include <array>
+
 #include "base/error.h"
 #include "tests/apps/compare/comparison.h"
 
@@ -91,6 +93,39 @@ TEST(ComparePlan, RefusesBudgetsThatDiffer) {
   expect_refusal(with("model.dtype", "bfloat16"), {"model.dtype"});
 }
 
+// What messages show of a value is cut off: behind that, values differ too.
+TEST(ComparePlan, ValuesThatBeginAlikeAreNotTheSame) {
+  nlohmann::json c = small_comparison();
+  const std::string pattern(80, 'a');
+  c["base"]["reward"][1]["pattern"] = pattern + "b";
+  EXPECT_EQ(refusal(c), "");
+  c["variants"][1]["set"]["reward.1.pattern"] = pattern + "c";
+  expect_refusal(c, {"reward is", "aab", "aac", "variant"});
+  c = small_comparison();
+  std::vector<std::string> mixers(24, "kda");
+  c["base"]["model"]["config"]["num_hidden_layers"] = 24;
+  c["variants"][0]["set"]["model.config.token_mixers"] = mixers;
+  mixers.back() = "mla";
+  c["variants"][1]["set"]["model.config.token_mixers"] = mixers;
+  const Plan plan = plan_of(c);
+  const auto it = std::find_if(plan.differences.begin(), plan.differences.end(),
+                               [](const Difference& d) { return d.key == "model.config.token_mixers"; });
+  ASSERT_NE(it, plan.differences.end()) << "the report says that all else is the same";
+  EXPECT_NE(it->values[0], it->values[1]);
+}
+
+TEST(ComparePlan, RefusesKeysThatItSetsItself) {
+  for (const auto& [key, value, instead] : {std::array{"run.seed", "5", "--seeds"},
+                                            {"run.dir", "elsewhere", "--out"},
+                                            {"workers.threads", "2", "--threads"}}) {
+    PlanOptions options;
+    options.set = {std::string(key) + "=" + value};
+    const std::string said = refusal(small_comparison(), options);
+    EXPECT_NE(said.find(key), std::string::npos) << said;
+    EXPECT_NE(said.find(instead), std::string::npos) << said;
+  }
+}
+
 TEST(ComparePlan, RefusesModelsThatAreTooFarApart) {
   nlohmann::json c = small_comparison();
   c["variants"][1]["set"]["model.config.intermediate_size"] = 256;
@@ -166,6 +201,17 @@ TEST(ComparePlan, NamesBecomeDirectoriesOfTheirOwn) {
     EXPECT_EQ(r.id.find(".."), std::string::npos) << r.id;
   }
   EXPECT_EQ(ids.size(), 8u);
+}
+
+TEST(ComparePlan, ANameThatIsAnothersWithANumberHasItsOwnDirectory) {
+  nlohmann::json c = small_comparison();
+  c["variants"][0]["name"] = "a-3";
+  c["variants"][1]["name"] = "a";
+  c["variants"].push_back({{"name", "a!"}});
+  const Plan plan = plan_of(c);
+  std::set<std::string> ids;
+  for (const PlannedRun& r : plan.runs) ids.insert(r.id);
+  EXPECT_EQ(ids.size(), plan.runs.size());
 }
 
 TEST(ComparePlan, FindsTheFirstDifferenceOfTwoConfigurations) {
