@@ -18,7 +18,8 @@ class Axis {
  public:
   Axis(double low, double high, bool logarithmic, double from, double to)
       : low_(low), high_(high), log_(logarithmic), from_(from), to_(to) {
-    if (high_ > low_) return;
+    // Ranges of a rounding have no ticks in between.
+    if (high_ - low_ > 1e-12 * std::max(std::fabs(low_), std::fabs(high_))) return;
     const double margin = low_ == 0 ? 1 : std::fabs(low_) / 2;
     high_ = low_ + margin;
     low_ = log_ ? low_ / 2 : low_ - margin;

@@ -99,6 +99,14 @@ TEST(CompareChart, OnePointAndEqualValuesAreDrawn) {
   EXPECT_EQ(chart_svg(chart).find("nan"), std::string::npos);
 }
 
+// An axis from a number to the next one that there is has no room for steps.
+TEST(CompareChart, ValuesThatDifferInTheLastBitAreDrawn) {
+  Chart chart;
+  const double next = std::nextafter(0.3, 1);
+  chart.lines.push_back({"one", 0, {{5, 0.3, 0.3, 0.3}, {6, next, next, next}}});
+  EXPECT_LT(chart_svg(chart).size(), 4000u);
+}
+
 TEST(CompareChart, NumbersForPeople) {
   EXPECT_EQ(tokens_text(4096), "4k");
   EXPECT_EQ(tokens_text(1048576), "1M");
