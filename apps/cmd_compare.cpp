@@ -195,6 +195,7 @@ int run(const Options& o) {
   const OutLock lock(out);
   RunsEnd end;
   std::optional<ContextResults> context = c.context.lengths.empty() ? std::nullopt : read_context(out, plan);
+  if (context && !o.report_only && context->threads != o.threads) context.reset();
   if (!o.report_only) {
     if (!o.quiet && !o.json && !o.context_only) print_plan(plan), fmt::print("\n"), std::fflush(stdout);
     if (!plan.runs.empty()) {
@@ -214,7 +215,7 @@ int run(const Options& o) {
   report.context = context ? &*context : nullptr;
   report.machine = machine_text();
   report.program = kCommit;
-  report.jobs = plan.runs.empty() ? 0 : jobs;
+  report.jobs = plan.runs.empty() || o.report_only ? 0 : jobs;  // a report alone does not know
   report.threads = o.threads;
   report.failures = end.failures;
   write_report(out, report);
@@ -225,10 +226,12 @@ int run(const Options& o) {
     fmt::print("\nreport: {}\n", (out / "report.html").string());
   }
   if (end.stopped) return kStopped;
-  if (!end.failures.empty())
-    throw_environment("{} of {} did not end well; the first: {}. The same command goes on",
-                      end.failures.size(), plan.runs.size(), end.failures.front());
-  return 0;
+  if (end.failures.empty()) return 0;
+  fmt::print(
+      stderr,
+      "perigee: error: {} runs or evaluations did not end well; the first: {}. The same command goes on\n",
+      end.failures.size(), end.failures.front());
+  return 1;
 }
 
 }  // namespace

@@ -37,7 +37,8 @@ Child& Child::operator=(Child&& other) noexcept {
   return *this;
 }
 
-Child Child::start(const std::string& program, const std::vector<std::string>& arguments, const std::string& output_file) {
+Child Child::start(const std::string& program, const std::vector<std::string>& arguments, const std::string& output_file,
+                   bool own_group) {
   std::vector<char*> argv;
   argv.push_back(const_cast<char*>(program.c_str()));
   for (const auto& a : arguments) argv.push_back(const_cast<char*>(a.c_str()));
@@ -60,6 +61,7 @@ Child Child::start(const std::string& program, const std::vector<std::string>& a
     // Only async-signal-safe calls from here to exec: the parent may have threads.
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (::getppid() != parent) ::_exit(127);  // it died before the line above
+    if (own_group) ::setpgid(0, 0);
     sigset_t none;
     sigemptyset(&none);
     ::sigprocmask(SIG_SETMASK, &none, nullptr);

@@ -25,9 +25,10 @@ class Child {
 
   // Starts program (a path) with these arguments (argv[1..]). The child gets SIGKILL when the calling *thread* ends, so
   // start children from a thread that lives as long as they should. Standard input is /dev/null; output is inherited,
-  // or appended to output_file. Throws Error(kEnvironment) when it cannot be started.
+  // or appended to output_file. own_group: Ctrl-C in a terminal does not reach it, the caller passes signals on. Throws
+  // Error(kEnvironment) when it cannot be started.
   static Child start(const std::string& program, const std::vector<std::string>& arguments,
-                     const std::string& output_file = {});
+                     const std::string& output_file = {}, bool own_group = false);
 
   // How it ended, or nullopt while it runs. Once it has ended, keeps giving the same answer.
   std::optional<ProcessEnd> poll();

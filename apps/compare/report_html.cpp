@@ -45,11 +45,11 @@ struct Cell {
 
 class HtmlTable {
  public:
-  // Columns whose header begins with # hold numbers.
-  explicit HtmlTable(const std::vector<std::string>& header) {
+  // Columns whose header begins with # hold numbers, unless headers are names, which may begin with anything.
+  explicit HtmlTable(const std::vector<std::string>& header, bool names = false) {
     out_ = "<div class=\"wide\"><table><thead><tr>";
     for (const std::string& h : header) {
-      number_.push_back(h.starts_with("#"));
+      number_.push_back(!names && h.starts_with("#"));
       out_ += fmt::format("<th scope=\"col\"{}>{}</th>", number_.back() ? " class=\"n\"" : "",
                           escape_html(number_.back() ? h.substr(1) : h));
     }
@@ -107,9 +107,11 @@ class Page {
   std::string html() {
     std::string out = fmt::format("<h1>{}</h1>\n", escape_html(c_.name));
     if (!c_.about.empty()) out += fmt::format("<p>{}</p>\n", escape_html(c_.about));
-    out += fmt::format(
-        "<p class=\"soft\">{} · program {}{}</p>\n", escape_html(in_.machine), escape_html(in_.program),
-        in_.jobs > 0 ? fmt::format(" · {} at a time, {} thread{} each", in_.jobs, in_.threads, in_.threads == 1 ? "" : "s") : "");
+    out += fmt::format("<p class=\"soft\">{} · program {}{}</p>\n", escape_html(in_.machine),
+                       escape_html(in_.program),
+                       in_.jobs > 0 ? fmt::format(" · {} at a time, {} thread{} each", in_.jobs, in_.threads,
+                                                  in_.threads == 1 ? "" : "s")
+                                    : "");
     if (!in_.plan.runs.empty() && !in_.results.complete()) {
       const auto done = std::count_if(in_.results.runs.begin(), in_.results.runs.end(),
                                       [](const RunResult& r) { return r.state == "finished"; });
@@ -339,7 +341,7 @@ class Page {
     if (in_.plan.differences.empty()) return "";
     std::vector<std::string> header = {"key"};
     for (const Setting& v : c_.variants) header.push_back(v.name);
-    HtmlTable t(header);
+    HtmlTable t(header, true);
     for (const Difference& d : in_.plan.differences) {
       std::vector<Cell> row = {{d.key, ""}};
       for (const std::string& value : d.values) row.push_back({value, ""});

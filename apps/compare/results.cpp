@@ -50,7 +50,15 @@ RunResult read_run(const Plan& plan, const fs::path& out, const PlannedRun& plan
   r.evaluated.resize(points.size());
   const fs::path file = run_directory(out, planned) / "store.sqlite";
   if (!file_exists(file.string())) return r;
-  StoreReader store(file);
+  std::optional<StoreReader> opened;
+  try {
+    opened.emplace(file);
+  } catch (const Error& e) {
+    if (e.kind() != Error::Kind::kInput) throw;
+    r.state = e.what();  // killed while it was being made
+    return r;
+  }
+  StoreReader& store = *opened;
   if (!store.has_run(planned.id)) return r;
   r.state = store.run(planned.id).state;
   const auto versions = store.versions(planned.id);
@@ -114,6 +122,7 @@ RunResult read_run(const Plan& plan, const fs::path& out, const PlannedRun& plan
 json measured_of(const Plan& plan) {
   json out = {{"lengths", plan.comparison.context.lengths},
               {"steps", plan.comparison.context.steps},
+              {"memory_gib", plan.comparison.context.memory_gib},
               {"models", json::array()}};
   for (const auto& m : plan.context_models) out["models"].push_back(policy::to_json(m));
   return out;

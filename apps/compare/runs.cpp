@@ -52,7 +52,11 @@ class StopSignals {
 
 std::string state_of(const fs::path& directory) {
   if (!file_exists((directory / "store.sqlite").string())) return "";
-  return rollout::read_outcome(directory.string()).state;
+  try {
+    return rollout::read_outcome(directory.string()).state;
+  } catch (const Error&) {
+    return "";  // killed while it was being made: going on with it makes it, or says what is wrong
+  }
 }
 
 // Steps done, of both phases: a version is made by each.
@@ -129,12 +133,12 @@ class Runner {
     while (!waiting_.empty() || !running_.empty()) {
       while (stop_signal == 0 && !waiting_.empty() && static_cast<int64_t>(running_.size()) < options_.jobs)
         start_next();
-      if (stop_signal != 0) return stop();
+      if (stop_signal != 0) break;
       std::this_thread::sleep_for(std::chrono::milliseconds(50));
       reap();
       tell();
     }
-    return std::move(end_);
+    return stop_signal != 0 ? stop() : std::move(end_);
   }
 
  private:
@@ -166,7 +170,9 @@ class Runner {
     job.started = Clock::now();
     fs::remove(job.log);
     const fs::path directory = run_directory(options_.out, *job.run);
+    if (!job.evaluation) wait_for_former(directory);
     if (job.evaluation) {
+      fs::remove(job.output);  // before the configuration, which says what an answer is of
       const EvaluationPoint& p = plan_.comparison.tasks[job.run->task].evaluate[job.point];
       const fs::path file = evaluation_config(options_.out, *job.run, job.point);
       write_file_atomic(file.string(), evaluated_configuration(*job.run, p).dump(2) + "\n");
@@ -181,19 +187,19 @@ class Runner {
           program_,
           {"eval", "--config", file.string(), "--model", (directory / checkpoints.back().path).string(),
            "--tasks", std::to_string(p.tasks), "--threads", "1", "--json"},
-          job.log.string());
+          job.log.string(), true);
     } else if (file_exists((directory / "config.json").string())) {
-      wait_for_former(directory);
       job.child = Child::start(program_, {"resume", directory.string(), "--in-process", "--quiet", "--json"},
-                               job.log.string());
+                               job.log.string(), true);
       say(fmt::format("{}: goes on", job.run->id));
     } else {
       const fs::path file = options_.out / "configs" / (job.run->id + ".json");
       json config = job.run->effective;
       config["run"]["dir"] = fs::absolute(directory).lexically_normal().string();
       write_file_atomic(file.string(), config.dump(2) + "\n");
+      fs::remove_all(options_.out / "evaluations" / job.run->id);  // of a run that was here before
       job.child = Child::start(program_, {"train", file.string(), "--in-process", "--quiet", "--json"},
-                               job.log.string());
+                               job.log.string(), true);
     }
     running_.push_back(std::move(job));
   }

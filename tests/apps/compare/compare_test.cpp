@@ -159,6 +159,7 @@ TEST(Compare, HostileNamesStayText) {
   c["about"] = turned + evil;
   c["variants"][0]["name"] = evil;
   c["variants"][1]["name"] = "=" + turned;
+  c["variants"].push_back({{"name", "#3"}, {"set", {{"warmup.lr", 0.002}}}});
   c["measure"] = {{"context", {256}}, {"steps", 1}};
   const std::string out = place / "out";
   const Said said = run_perigee({"compare", written(place, c), "--out", out});
@@ -169,6 +170,7 @@ TEST(Compare, HostileNamesStayText) {
   EXPECT_EQ(html.find("\xe2\x80\xae"), std::string::npos);
   EXPECT_NE(html.find("&lt;/script&gt;"), std::string::npos);
   EXPECT_NE(html.find("\\u{202e}txt"), std::string::npos);
+  EXPECT_NE(html.find("<th scope=\"col\">#3</th>"), std::string::npos) << "where the variants differ";
   EXPECT_EQ(csv.find("\n="), std::string::npos);
   EXPECT_NE(csv.find(",\"'="), std::string::npos) << csv.substr(0, 600);
   const nlohmann::json report = nlohmann::json::parse(slurp(out + "/report.json"));
@@ -217,6 +219,87 @@ TEST(Compare, StopsInOrderAndIsGoneOnWith) {
   EXPECT_EQ(end->exit_code, 130) << slurp(place / "log");
   EXPECT_NE(slurp(out + "/report.html").find("Not complete: 0 of 2"), std::string::npos)
       << slurp(place / "log");
+}
+
+// A terminal sends Ctrl-C to every process of its group: the runs must not take it for a second one.
+TEST(Compare, CtrlCOfATerminalStopsInOrder) {
+  TempDirectory place;
+  nlohmann::json c = two_runs();
+  c["base"]["warmup"]["steps"] = 2000;
+  c["base"]["warmup"]["eval_every"] = 500;
+  const std::string file = written(place, c), out = place / "out";
+  Child child =
+      Child::start(PERIGEE_PROGRAM, {"compare", file, "--out", out, "--jobs", "2"}, place / "log", true);
+  for (int i = 0; i < 400 && !fs::exists(out + "/runs/all-kda.s1/store.sqlite"); ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+  std::this_thread::sleep_for(std::chrono::milliseconds(500));
+  ::kill(-child.pid(), SIGINT);
+  const auto end = child.wait(60000);
+  ASSERT_TRUE(end);
+  EXPECT_EQ(end->exit_code, 130) << slurp(place / "log");
+  EXPECT_EQ(slurp(place / "log").find("warning"), std::string::npos) << slurp(place / "log");
+  const nlohmann::json report = nlohmann::json::parse(slurp(out + "/report.json"));
+  EXPECT_EQ(report["failures"].size(), 0u) << report["failures"];
+  for (const auto& r : report["runs"]) EXPECT_EQ(r["state"], "stopped") << r["id"];
+}
+
+// Killed between making the store and the run in it.
+TEST(Compare, GoesOnWithARunThatWasBeingMade) {
+  TempDirectory place;
+  const std::string file = written(place, two_runs()), out = place / "out", run = out + "/runs/hybrid.s1";
+  ASSERT_EQ(run_perigee({"compare", file, "--out", out, "--quiet"}).code, 0);
+  const auto whole = hashes(out + "/report.json");
+  for (const auto& entry : fs::directory_iterator(run))
+    if (entry.path().filename() != "config.json") fs::remove_all(entry.path());
+  spill(run + "/store.sqlite", "");
+  const Said report = run_perigee({"compare", file, "--out", out, "--report-only", "--json"});
+  EXPECT_EQ(report.code, 0) << report.err;
+  EXPECT_EQ(report.json()["complete"], false);
+  EXPECT_EQ(report.json()["jobs"], 0) << "of runs that were made at another time";
+  const Said said = run_perigee({"compare", file, "--out", out, "--quiet"});
+  EXPECT_EQ(said.code, 0) << said.err;
+  EXPECT_EQ(hashes(out + "/report.json"), whole);
+}
+
+// An answer belongs to the question that it was given to, also when the next one was never answered.
+TEST(Compare, AnEvaluationThatFailsLeavesNoFormerAnswer) {
+  TempDirectory place;
+  nlohmann::json c = two_runs();
+  c["evaluate"] = {{{"name", "short"}, {"set", {{"tasks.max_digits", 1}}}, {"tasks", 3}},
+                   {{"name", "same"}, {"set", {{"tasks.max_digits", 2}}}, {"tasks", 3}}};
+  const std::string out = place / "out";
+  ASSERT_EQ(run_perigee({"compare", written(place, c), "--out", out, "--quiet"}).code, 0);
+  c["evaluate"][0]["set"]["tasks.max_digits"] = 3;
+  for (const auto& entry : fs::recursive_directory_iterator(out + "/runs/hybrid.s1"))
+    if (entry.path().extension() == ".safetensors") spill(entry.path().string(), "broken");
+  const std::string file = written(place, c);
+  const Said said = run_perigee({"compare", file, "--out", out, "--quiet"});
+  EXPECT_EQ(said.code, 1) << "it ran, and failed: " << said.err;
+  EXPECT_NE(said.err.find("1 runs or evaluations"), std::string::npos) << said.err;
+  EXPECT_EQ(std::count(said.err.begin(), said.err.end(), '\n'), 1) << said.err;
+  const nlohmann::json report =
+      run_perigee({"compare", file, "--out", out, "--report-only", "--json"}).json();
+  EXPECT_TRUE(report["runs"][0]["evaluated"][0].is_null()) << report["runs"][0];
+  EXPECT_TRUE(report["runs"][0]["evaluated"][1].is_number()) << report["runs"][0];
+  EXPECT_TRUE(report["runs"][1]["evaluated"][0].is_number()) << report["runs"][1];
+}
+
+TEST(Compare, AnotherMemoryOrOtherThreadsAreAnotherMeasurement) {
+  TempDirectory place;
+  nlohmann::json c = two_runs();
+  c["train"] = false;
+  c["measure"] = {{"context", {512}}, {"steps", 1}, {"memory_gib", 1e-6}};
+  const auto point = [&](const std::string& threads) {
+    const nlohmann::json said = run_perigee({"compare", written(place, c), "--out", place / "out", "--json",
+                                             "--quiet", "--threads", threads})
+                                    .json();
+    EXPECT_EQ(said["context"]["threads"], std::stoi(threads));
+    return said["context"]["variants"][0]["points"][0];
+  };
+  EXPECT_TRUE(point("1").contains("left_out"));
+  c["measure"]["memory_gib"] = 1;
+  EXPECT_TRUE(point("1").contains("seconds_per_token"));
+  point("2");
 }
 
 TEST(Compare, ContextAlone) {
