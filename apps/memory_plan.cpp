@@ -10,6 +10,7 @@
 #include "base/error.h"
 #include "base/text.h"
 #include "kernels/device/device.h"
+#include "kernels/kda/shape.h"
 #include "kernels/mla/mla.h"
 #include "policy/device/backend.h"
 #include "policy/device/learn.h"
@@ -35,13 +36,33 @@ int64_t percent_less(double part, double whole) {
 
 // Temporary buffers of a pass on the CPU: the residual stream and the widest half layer, in float32.
 int64_t host_scratch_bytes(const ModelConfig& c, int64_t rows) {
-  const int64_t linear = 12 * c.linear_width() + 3 * c.linear_head_dim + 3 * c.linear_heads;
-  const int64_t mla =
-      c.num_heads * (c.qk_head_dim() + c.latent_width() + c.kv_lora_rank + c.v_head_dim) + c.latent_width();
-  const int64_t attention = 2 * c.num_heads * c.head_dim + c.kv_width();
+  // Of dplr; KDA has neither the strengths nor what is written.
+  const int64_t linear = 15 * c.linear_width() + 3 * c.linear_head_dim + 3 * c.linear_heads;
+  const int64_t mla = c.num_heads * (c.qk_head_dim() + c.latent_width() + c.kv_lora_rank + c.v_head_dim) +
+                      2 * c.latent_width();
+  // Groups of heads are copied to lie one after the other, and back.
+  const int64_t attention = (c.num_kv_heads > 1 ? 4 : 2) * c.num_heads * c.head_dim + c.kv_width();
   const int64_t dense = 3 * std::max(c.intermediate_size, c.shared_intermediate_size());
   const int64_t routed = c.experts_per_token * (3 * c.moe_intermediate_size + c.hidden_size) + c.num_experts;
   return 4 * rows * (5 * c.hidden_size + std::max({linear, mla, attention, dense + routed}));
+}
+
+// A training pass on the CPU that computes each half again: beside two halves at a time, the residual stream at every half
+// and the states at the start of the chunks of one layer.
+int64_t host_learn_scratch_bytes(const ModelConfig& c, int64_t rows) {
+  return 2 * host_scratch_bytes(c, rows) + 4 * rows * c.hidden_size * (2 * c.num_layers + 2) +
+         4 * rows / kernels::kKdaChunk * c.linear_width() * c.linear_head_dim;
+}
+
+// The default targets, as far as the model has them.
+policy::LoraConfig lora_of(const ParamLayout& layout) {
+  policy::LoraConfig lora;
+  std::erase_if(lora.targets, [&](const std::string& target) {
+    return std::ranges::none_of(layout.checkpoint(), [&](const policy::CheckpointTensor& t) {
+      return t.name.ends_with("." + target + ".weight");
+    });
+  });
+  return lora;
 }
 
 StateLayout state_of(const ParamLayout& layout, bool cuda) {
@@ -150,13 +171,14 @@ MemoryPlan plan_memory(const ModelConfig& config, const std::string& model, cons
       p.training_bytes - policy::MomentLayout(layout, kernels::MomentForm::kFloat32).bytes() +
       policy::MomentLayout(layout, kernels::MomentForm::kByte).bytes();
   p.training_8bit_fits = p.weight_bytes + p.training_8bit_bytes <= device.memory_bytes;
-  const policy::AdapterLayout adapters(layout, policy::LoraConfig{});
+  const policy::AdapterLayout adapters(layout, lora_of(layout));
   p.lora_rank = adapters.config().rank;
   p.lora_parameters = adapters.parameter_count();
   p.lora_tokens = kLoraTokens;
-  p.lora_bytes = 3 * adapters.weight_bytes() + adapters.elements() * p.training_bytes_per_element +
-                 (device.cuda ? policy::device_learn_scratch_bytes(adapters, kLoraTokens, true) + 2 * kContextBytes
-                              : 2 * host_scratch_bytes(config, kLoraTokens));
+  p.lora_bytes =
+      3 * adapters.weight_bytes() + adapters.elements() * p.training_bytes_per_element +
+      (device.cuda ? policy::device_learn_scratch_bytes(adapters, kLoraTokens, true) + 2 * kContextBytes
+                   : host_learn_scratch_bytes(config, kLoraTokens));
   const int64_t shortest = p.contexts.empty() ? 0 : p.contexts.front().bytes;
   p.lora_fits = p.weight_bytes + p.temporary_bytes + p.lora_bytes + shortest <= device.memory_bytes;
   return p;

@@ -110,6 +110,60 @@ TEST(Plan, OfASmallModelOnThisMachine) {
   expect_consistent(plan);
 }
 
+// Any mixers. Temporary buffers by hand: what stands at once when a mixer's half ends.
+TEST(Plan, OfAnyMixers) {
+  const TempDirectory place;
+  const auto plan = [&](const char* mixer) {
+    const nlohmann::json config = {
+        {"model_type", "perigee_hybrid"},
+        {"token_mixers", {mixer}},
+        {"num_hidden_layers", 400},
+        {"vocab_size", 256},
+        {"hidden_size", 64},
+        {"intermediate_size", 64},
+        {"linear_attn_config", {{"num_heads", 16}, {"head_dim", 128}, {"short_conv_kernel_size", 4}}},
+        {"num_attention_heads", 16},
+        {"num_key_value_heads", 8},
+        {"head_dim", 128},
+        {"kv_lora_rank", 32},
+        {"qk_nope_head_dim", 16},
+        {"qk_rope_head_dim", 8},
+        {"v_head_dim", 16},
+        {"bos_token_id", 0},
+        {"eos_token_id", 1},
+        {"pad_token_id", 2}};
+    const std::string file = place / (std::string(mixer) + ".json");
+    spill(file, config.dump());
+    const Said said =
+        run_perigee({"doctor", "--json", "--device", "cpu", "--memory-gib", "140", "--model", file});
+    EXPECT_EQ(said.err, "") << mixer;
+    const nlohmann::json report = said.json();
+    return report.is_object() ? report["plan"] : nlohmann::json();
+  };
+  const auto temporary = [](const nlohmann::json& p, int64_t values) {
+    const nlohmann::json& t = p["temporary"];
+    EXPECT_GE(t["bytes"].get<int64_t>(),
+              4 * t["rows"].get<int64_t>() * values + 2 * 4 * 256 * t["sequences"].get<int64_t>());
+  };
+  const int64_t D = 64, wide = 16 * 128;
+  for (const char* mixer : {"kda", "gdn", "mamba2", "dplr", "mla", "mla_rope", "attention"}) {
+    const nlohmann::json p = plan(mixer);
+    ASSERT_TRUE(p.is_object()) << mixer;
+    expect_consistent(p);
+    const std::string_view name = mixer;
+    // qkv before and after the convolution, q and k normalised, f, e, gate, g, what is written, o, normed
+    if (name == "dplr") temporary(p, 4 * D + 15 * wide + 3 * 128);
+    // q and o, as they are and group by group; keys and values of 8 heads
+    if (name == "attention") temporary(p, 4 * D + 4 * wide + 2 * 8 * 128);
+    // q_proj and o_proj alone of what adapters are added to by default
+    if (name == "mla") {
+      EXPECT_EQ(p["lora"]["parameters"], 400 * 16 * ((D + 16 * 24) + (16 * 16 + D)));
+    }
+    EXPECT_GE(p["lora"]["bytes"].get<int64_t>(), 4 * p["lora"]["tokens"].get<int64_t>() * D * (2 * 400 + 1))
+        << mixer << ": the residual stream before and after every half";
+  }
+}
+
 TEST(Plan, RefusesWhatCannotFitWithTheNumbers) {
   const std::vector<std::string> args = {"doctor", "--model",      kModel, "--device",
                                          "cpu",    "--memory-gib", "16"};
