@@ -304,6 +304,13 @@ double parameters(const ModelConfig& c) {
   return sum;
 }
 
+// Numbers of one sequence's states; without a low-rank product nothing else bounds a head's dimension squared.
+double state_elements(const ModelConfig& c) {
+  const auto layers = std::count_if(c.layers.begin(), c.layers.end(), is_linear);
+  return static_cast<double>(layers) * static_cast<double>(c.linear_width()) *
+         static_cast<double>(c.linear_head_dim);
+}
+
 // Whether kimi_linear's own keys say all of it.
 bool is_kimi_linear(const ModelConfig& c) {
   return std::all_of(c.layers.begin(), c.layers.end(), [](LayerKind k) { return k == LayerKind::kKda || k == LayerKind::kMla; }) &&
@@ -363,6 +370,10 @@ ModelConfig parse_model_config(const json& value, std::string_view where) {
   if (!(parameters(c) <= static_cast<double>(kMaxElements)))
     throw_input("{}: the shapes multiply to {:.3g} parameters, more than any machine holds", where,
                 parameters(c));
+  if (!(state_elements(c) <= static_cast<double>(kMaxElements)))
+    throw_input(
+        "{}: linear_attn_config: the states of one sequence are {:.3g} numbers, more than any machine holds",
+        where, state_elements(c));
   return c;
 }
 

@@ -43,8 +43,8 @@ inline constexpr float kMlaNormEps = 1e-6f;
 //  3 num_experts % expert_groups == 0, topk_groups <= expert_groups, and the kept groups hold at least top_k
 //    experts
 //  4 bos, eos and pad are < vocab_size
-//  5 the number of parameters, and of elements in any one tensor, fits in 2^47
-//  6 what no layer's mixer needs is 0 (output_gate: sigmoid)
+//  5 the number of parameters, of elements in any one tensor, and in a sequence's states is at most 2^47
+//  6 what no layer's mixer needs is 0 (output_gate: sigmoid); of a kimi_linear configuration both mixers' sizes are there
 struct ModelConfig {
   int64_t vocab_size = 0;
   int64_t hidden_size = 0;
@@ -53,7 +53,7 @@ struct ModelConfig {
   float rms_norm_eps = 1e-5f;     // every norm but kv_a_layernorm
   float initializer_range = 0.02f;
   int64_t max_length = 1048576;  // tokens: model_max_length
-  // Of the weights in the checkpoint; A_log and dt_bias are always float32.
+  // Of the weights in the checkpoint; A_log, dt_bias and D are always float32.
   kernels::Dtype dtype = kernels::Dtype::kF32;
 
   int64_t num_heads = 0;  // of MLA and of softmax attention

@@ -155,6 +155,21 @@ TEST(MixersConfig, RefusesByName) {
             "accepted");
 }
 
+// A thin model with enormous heads has few parameters; its states would not fit in 64 bits of bytes.
+TEST(MixersConfig, RefusesStatesThatNoMachineHolds) {
+  for (const char* mixer : {"gdn", "mamba2"}) {
+    json value = mixers_case("", {mixer}, 64, R"({"hidden_size": 1, "linear_attn_config": {"num_heads": 65536,
+        "head_dim": 1048576, "short_conv_kernel_size": 0, "output_gate": "none"}})")
+                     .config;
+    EXPECT_NE(error_of(value).find("linear_attn_config: the states of one sequence are 4.61e+18 numbers"),
+              std::string::npos)
+        << error_of(value);
+    value["linear_attn_config"]["num_heads"] = 1;
+    value["linear_attn_config"]["head_dim"] = 65536;
+    EXPECT_EQ(error_of(value), "accepted");
+  }
+}
+
 // Any value of any key replaced by any kind of value: an error of one line or a configuration, never a crash.
 TEST(MixersConfig, RandomDamageNeverCrashes) {
   const json odd[] = {nullptr,
