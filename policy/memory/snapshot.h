@@ -6,7 +6,7 @@
 
 namespace perigee::policy {
 
-// The state after `position` tokens. bytes: the recurrent part, then the latent blocks in order (StateLayout), the last
+// The state after `position` tokens. bytes: the recurrent part, then the blocks in order (StateLayout), the last
 // one whole. Restored, it continues with the bits of the sequence it was taken from; it fits the layout and device kind
 // that made it (StatePool::restore checks the sizes).
 struct Snapshot {

@@ -1,5 +1,6 @@
 #include "policy/memory/state_pool.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
@@ -16,13 +17,16 @@ class HostMemory : public MemorySpace {
     for (std::byte* p : memory_) std::free(p);
   }
   std::byte* allocate(int64_t bytes) override {
-    auto* p = static_cast<std::byte*>(std::aligned_alloc(256, static_cast<size_t>(bytes + 255) / 256 * 256));
+    // A model of attention alone has a recurrent part of no bytes, which is a place all the same.
+    const size_t lines = std::max<size_t>(1, static_cast<size_t>(bytes + 255) / 256);
+    auto* p = static_cast<std::byte*>(std::aligned_alloc(256, 256 * lines));
     if (p == nullptr) throw_environment("out of memory for sequence states: lower engine.memory_mib");
     memory_.push_back(p);
     return p;
   }
   void copy(std::byte* to, const std::byte* from, int64_t bytes) override {
-    std::memcpy(to, from, static_cast<size_t>(bytes));
+    if (bytes > 0)
+      std::memcpy(to, from, static_cast<size_t>(bytes));  // an empty snapshot's data() may be null
   }
   void zero(std::byte* memory, int64_t bytes) override { std::memset(memory, 0, static_cast<size_t>(bytes)); }
   void copy_out(std::byte* host, const std::byte* from, int64_t bytes) override { copy(host, from, bytes); }

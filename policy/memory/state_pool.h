@@ -1,4 +1,4 @@
-// The memory of running sequences under one budget: recurrent parts and latent blocks
+// The memory of running sequences under one budget: recurrent parts and blocks
 // (policy/model/forward.h, StateLayout), with free lists, blocks shared between forks by reference count.
 //
 // Admission is by reservation: a user first reserves what its sequences can need at most and then never
@@ -55,7 +55,7 @@ class SequenceState {
   SequenceState fork() const;
   void release();
 
-  // Where its latent blocks lie; full ones may be shared with forks.
+  // Where its blocks lie; full ones may be shared with forks.
   std::span<std::byte* const> pages() const { return pages_; }
 
  private:

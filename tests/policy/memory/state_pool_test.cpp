@@ -42,6 +42,26 @@ TEST(StatePool, ForkSharesFullBlocksAndCopiesTheOpenOne) {
   EXPECT_EQ(floats(sb.blocks[0])[5], 6.0f) << "a shared block outlives the parent";
 }
 
+// Of attention alone: no recurrent part, and an empty sequence is no bytes at all.
+TEST(StatePool, AModelWithoutStatesHasThemAllTheSame) {
+  ModelConfig config;
+  config.num_layers = 1;
+  config.layers = {LayerKind::kAttention};
+  config.num_kv_heads = 1;
+  config.head_dim = 2;
+  StatePool pool(StateLayout(config), host_memory(), int64_t{1} << 20);
+  ASSERT_EQ(pool.layout().recurrent_bytes(), 0);
+  SequenceState a = pool.create(), b = a.fork();
+  EXPECT_NE(a.extend(0, 1).recurrent, nullptr);
+  EXPECT_NE(a.extend(0, 1).recurrent, b.extend(0, 1).recurrent);
+  SequenceState c = pool.create();
+  const Snapshot empty = pool.save(c);
+  EXPECT_TRUE(empty.bytes.empty());
+  SequenceState again = pool.restore(empty);
+  EXPECT_EQ(again.position(), 0);
+  EXPECT_EQ(again.fork().position(), 0);
+}
+
 TEST(StatePool, MemoryIsReusedAndAFreshSequenceIsZero) {
   SmallModel model(2);
   StatePool pool(model.layout, int64_t{1} << 30);
