@@ -30,7 +30,7 @@ void attention_store(Device& device, const AttentionShape& shape, const T* kv, c
 // q [rows, heads*dim] -> out [rows, heads*dim]; lse null or [rows, heads].
 // Row t of a slice attends to keys 0..position + t; the batch's own are in the pages already. Training: whole sequences
 // from position 0, whose keys are the rows of kv [rows, kv_width()] (else null).
-// Takes scratch: decoding, at most 256 MiB of partial results.
+// Takes scratch: decoding, at most 256 MiB of partial results, or those of one sequence.
 template <class T>
 void attention_forward(Device& device, const AttentionShape& shape, const T* q, const DeviceBatch& batch,
                        int64_t page_offset, const T* kv, T* out, float* lse);

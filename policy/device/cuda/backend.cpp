@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "kernels/attention/attention_device.h"
+#include "kernels/attention/rope_device.h"
 #include "kernels/gemm/gemm_device.h"
 #include "kernels/moe/moe_device.h"
 #include "kernels/sampling/sampling_device.h"
@@ -478,6 +479,8 @@ void check_device_model(const ParamLayout& layout) {
   for (const LayerKind kind : c.layers) {
     if (kind == LayerKind::kAttention && c.head_dim > kAttentionMostDim)
       throw_input("head_dim is {}: a GPU takes at most {}", c.head_dim, kAttentionMostDim);
+    if (kind == LayerKind::kMlaRope && c.qk_rope_head_dim > kRopeMostDim)
+      throw_input("qk_rope_head_dim is {}: a GPU rotates at most {}", c.qk_rope_head_dim, kRopeMostDim);
   }
   if (c.linear_head_dim > 128) throw_input("linear_attn_config.head_dim is {}: a GPU takes at most 128", c.linear_head_dim);
   if (layout.matrices() != MatrixForm::kTiles) return;

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <type_traits>
 
+#include "base/error.h"
 #include "base/random.h"
 #include "policy/device/backend.h"
 #include "policy/device/scorer.h"
@@ -351,6 +352,25 @@ TEST_F(DeviceMixers, fast_prompts_are_close_to_exact_ones) {
     differ += std::memcmp(&fast.at(id).logprobs[0], &o.logprobs[0], 4) != 0;
   }
   EXPECT_GT(differ, 0);
+}
+
+// Needs no GPU: what no kernel takes is refused before one is asked.
+TEST(DeviceModel, heads_that_are_too_wide_are_refused_by_name) {
+  const auto refusal = [](const Case& c) -> std::string {
+    try {
+      check_device_model(ParamLayout(config_of(c, false), Dtype::kF32));
+    } catch (const Error& e) {
+      return e.what();
+    }
+    return "accepted";
+  };
+  EXPECT_EQ(refusal({"", {"attention"}, "{}", R"({"head_dim": 256})"}), "accepted");
+  EXPECT_EQ(refusal({"", {"mla_rope"}, "{}", R"({"qk_rope_head_dim": 256})"}), "accepted");
+  EXPECT_EQ(refusal({"", {"mla"}, "{}", R"({"qk_rope_head_dim": 258})"}), "accepted") << "nothing is rotated";
+  EXPECT_NE(refusal({"", {"attention"}, "{}", R"({"head_dim": 258})"}).find("head_dim is 258"),
+            std::string::npos);
+  EXPECT_NE(refusal({"", {"mla_rope"}, "{}", R"({"qk_rope_head_dim": 258})"}).find("qk_rope_head_dim is 258"),
+            std::string::npos);
 }
 
 }  // namespace
