@@ -10,6 +10,7 @@
 
 #include "kernels/attention/attention_device.h"
 #include "kernels/attention/rope_device.h"
+#include "kernels/dplr/dplr_device.h"
 #include "kernels/gemm/gemm_device.h"
 #include "kernels/moe/moe_device.h"
 #include "kernels/sampling/sampling_device.h"
@@ -507,22 +508,27 @@ void check_device_model(const ParamLayout& layout) {
 }
 
 int64_t device_scratch_bytes(const ParamLayout& layout, int64_t rows) {
+  constexpr int64_t kKernelBytes = int64_t{640} << 20;
   const ModelConfig& c = layout.config();
   const int64_t act = device::activation_bytes(layout), D = c.hidden_size, wide = c.linear_width();
   const auto has = [&](LayerKind kind) { return std::ranges::find(c.layers, kind) != c.layers.end(); };
   int64_t linear = act * (D + 9 * wide + 2 * c.linear_head_dim) + 4 * (2 * wide + 2 * c.linear_heads), recurrence = 0;
   if (has(LayerKind::kDplr) || has(LayerKind::kMamba2)) linear += act * (wide + c.linear_head_dim) + 4 * (wide + c.linear_heads);
   // Of each chunk of 1024 and a few, what the general delta rule prepares (kernels/dplr/dplr_device.h) is more than KDA does.
-  if (has(LayerKind::kDplr)) recurrence = c.linear_heads * (std::min<int64_t>(rows / 8 + 2, 1032) * 19'000 + (128 << 10));
+  // Decoding, a row has two chunks; so few rows find room in what kernels take for themselves, unless there are many heads.
+  const auto prepared = [&](int64_t chunks) {
+    return c.linear_heads * (std::min<int64_t>(chunks, kDplrSegment + 8) * 19'000 + (128 << 10));
+  };
+  if (has(LayerKind::kDplr))
+    recurrence = std::max(prepared(rows / 8 + 2), prepared(rows / 16 + 2 * rows) - kKernelBytes);
   const int64_t attention = act * (D + 2 * c.num_heads * c.head_dim + c.kv_width()) + 4 * c.num_heads;
   const int64_t mla = act * (D + c.num_heads * (c.qk_head_dim() + c.latent_width() + c.kv_lora_rank + c.v_head_dim)) +
                       4 * c.latent_width();
   const int64_t dense = act * (2 * D + 3 * std::max(c.intermediate_size, c.shared_intermediate_size()));
   const int64_t routed = c.experts_per_token * (act * (3 * c.moe_intermediate_size + D) + 16) + 4 * c.num_experts;
   // The residual stream, the final hidden states, and what kernels take for themselves.
-  return rows * (2 * (4 + act) * D + std::max({2 * linear, 2 * mla, 2 * attention, dense + routed})) + (int64_t{640} << 20) +
-         recurrence +
-         2 * std::max<int64_t>(rows, 256) * c.vocab_size / 8;
+  return rows * (2 * (4 + act) * D + std::max({2 * linear, 2 * mla, 2 * attention, dense + routed})) +
+         kKernelBytes + recurrence + 2 * std::max<int64_t>(rows, 256) * c.vocab_size / 8;
 }
 
 namespace {

@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "base/random.h"
+#include "kernels/dplr/dplr_device.h"
 #include "policy/device/backend.h"
 #include "policy/device/scorer.h"
 #include "policy/device/train_pass.h"
@@ -371,6 +372,20 @@ TEST(DeviceModel, heads_that_are_too_wide_are_refused_by_name) {
             std::string::npos);
   EXPECT_NE(refusal({"", {"mla_rope"}, "{}", R"({"qk_rope_head_dim": 258})"}).find("qk_rope_head_dim is 258"),
             std::string::npos);
+}
+
+// kernels/dplr/dplr_device.h says what it takes: of every row that decodes two chunks, also of many heads.
+TEST(DeviceModel, scratch_holds_what_the_general_delta_rule_takes) {
+  for (const char* heads : {"4", "32", "64", "128"}) {
+    const Case c{"", {"dplr"}, std::string(R"({"head_dim": 128, "num_heads": )") + heads + "}"};
+    const ParamLayout layout(config_of(c, true), Dtype::kBf16, MatrixForm::kTiles);
+    for (int64_t rows : {1, 256, 512, 4096}) {
+      const int64_t slots = rows / 16 + 2 * rows, most = std::min<int64_t>(slots, kernels::kDplrSegment + 8);
+      EXPECT_GT(device_scratch_bytes(layout, rows),
+                layout.config().linear_heads * (most * 18'944 + slots * 4 + (128 << 10)))
+          << heads << " heads, " << rows << " rows";
+    }
+  }
 }
 
 }  // namespace
