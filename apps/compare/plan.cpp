@@ -245,8 +245,7 @@ Plan make_plan(Comparison comparison, const PlanOptions& options) {
     plan.models.push_back(model_of(shown.back(), where));
     plan.facts.push_back(model_facts(plan.models.back(), c.match.context));
     json larger = shown.back();
-    for (const auto& [key, value] : c.context.set.items())
-      assign(larger, key, value, c.where + ": measure.set");
+    apply(larger, c.context.set, c.directory, c.where + ": measure.set");
     plan.context_models.push_back(c.context.set.empty() ? plan.models.back()
                                                         : model_of(larger, where + ", measure.set"));
   }
@@ -281,7 +280,7 @@ Plan make_plan(Comparison comparison, const PlanOptions& options) {
       for (const EvaluationPoint& p : c.tasks[t].evaluate) {
         const std::string at = fmt::format("{}, evaluate {}", where, quote(p.name));
         json other = run.effective;
-        for (const auto& [key, value] : p.set.items()) assign(other, key, value, at);
+        apply(other, p.set, c.directory, at);
         rollout::RunConfig there = rollout::parse_run_config(other, at);
         there.eval.tasks = p.tasks;
         check_run(there, model, at);

@@ -88,9 +88,9 @@ fs::path evaluation_config(const fs::path& out, const PlannedRun& run, size_t po
   return out / "configs" / fmt::format("{}.evaluate.{}.json", run.id, point);
 }
 
-json evaluated_configuration(const PlannedRun& run, const EvaluationPoint& point) {
+json evaluated_configuration(const Plan& plan, const PlannedRun& run, const EvaluationPoint& point) {
   json config = run.effective;
-  for (const auto& [key, value] : point.set.items()) assign(config, key, value, point.name);
+  apply(config, point.set, plan.comparison.directory, point.name);
   return config;
 }
 
@@ -175,7 +175,7 @@ class Runner {
       fs::remove(job.output);  // before the configuration, which says what an answer is of
       const EvaluationPoint& p = plan_.comparison.tasks[job.run->task].evaluate[job.point];
       const fs::path file = evaluation_config(options_.out, *job.run, job.point);
-      write_file_atomic(file.string(), evaluated_configuration(*job.run, p).dump(2) + "\n");
+      write_file_atomic(file.string(), evaluated_configuration(plan_, *job.run, p).dump(2) + "\n");
       StoreReader store(directory / "store.sqlite");
       const auto checkpoints = store.checkpoints(job.run->id);
       if (checkpoints.empty()) {
@@ -377,7 +377,7 @@ std::optional<json> evaluation_said(const Plan& plan, const fs::path& out, const
   const json asked = json::parse(read_file(file.string()), nullptr, false);
   const EvaluationPoint& p = plan.comparison.tasks[run.task].evaluate[point];
   if (!said.is_object() || said.value("tasks", int64_t{0}) != p.tasks ||
-      asked != evaluated_configuration(run, p))
+      asked != evaluated_configuration(plan, run, p))
     return std::nullopt;
   return said;
 }

@@ -239,10 +239,8 @@ void assign(json& config, const std::string& key, const json& value, const std::
   *at = value;
 }
 
-json configuration(const Comparison& comparison, const Setting& variant, const Setting& task,
-                   const std::vector<std::string>& more) {
-  json config = comparison.base;
-  const auto put = [&](const std::string& key, const json& value, const std::string& where) {
+void apply(json& config, const json& set, const std::string& directory, const std::string& where) {
+  for (const auto& [key, value] : set.items()) {
     for (const auto& [own, option] : {std::pair{"run.seed", "--seeds, or seeds in the file"},
                                       {"run.dir", "--out"},
                                       {"workers.threads", "--threads"}})
@@ -250,16 +248,22 @@ json configuration(const Comparison& comparison, const Setting& variant, const S
     json* model = config.contains("model") && config["model"].is_object() ? &config["model"] : nullptr;
     if (key.starts_with("model.config.") && model != nullptr && model->contains("config") &&
         (*model)["config"].is_string()) {
-      make_paths_absolute(config, comparison.directory);
+      make_paths_absolute(config, directory);
       fs::path path = (*model)["config"].get<std::string>();
       if (fs::is_directory(path)) path /= "config.json";
       (*model)["config"] = load_object(path.string());
     }
     assign(config, key, value, where);
-  };
+  }
+  make_paths_absolute(config, directory);
+}
+
+json configuration(const Comparison& comparison, const Setting& variant, const Setting& task,
+                   const std::vector<std::string>& more) {
+  json config = comparison.base;
   const auto put_all = [&](const Setting& s, const char* kind) {
-    for (const auto& [key, value] : s.set.items())
-      put(key, value, fmt::format("{}: {} {}", comparison.where, kind, quote(s.name)));
+    apply(config, s.set, comparison.directory,
+          fmt::format("{}: {} {}", comparison.where, kind, quote(s.name)));
   };
   put_all(variant, "variant");
   put_all(task, "task");
@@ -269,7 +273,7 @@ json configuration(const Comparison& comparison, const Setting& variant, const S
       throw_input("--set {}: KEY=VALUE is expected", quote(text));
     json value = json::parse(text.substr(equals + 1), nullptr, false);
     if (value.is_discarded()) value = text.substr(equals + 1);
-    put(text.substr(0, equals), value, "--set");
+    apply(config, {{text.substr(0, equals), value}}, comparison.directory, "--set");
   }
   make_paths_absolute(config, comparison.directory);
   return config;

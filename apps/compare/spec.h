@@ -63,6 +63,11 @@ Comparison load_comparison(const std::vector<std::string>& files);
 nlohmann::json configuration(const Comparison& comparison, const Setting& variant, const Setting& task,
                              const std::vector<std::string>& more = {});
 
+// Puts settings into a configuration. A key below model.config opens the file whose path stands there; relative paths count
+// from `directory`.
+void apply(nlohmann::json& config, const nlohmann::json& set, const std::string& directory,
+           const std::string& where);
+
 // Puts a value at a dotted key, through objects and lists, with objects made where they lack. where names it in messages.
 void assign(nlohmann::json& config, const std::string& key, const nlohmann::json& value,
             const std::string& where);

@@ -126,6 +126,21 @@ TEST(ComparePlan, RefusesKeysThatItSetsItself) {
   }
 }
 
+TEST(ComparePlan, PathsOfEvaluationsAndMeasurementsCountFromTheFile) {
+  TempDirectory place;
+  nlohmann::json c = small_comparison();
+  spill(place / "model.json", c["base"]["model"]["config"].dump());
+  c["base"]["model"]["config"] = "model.json";
+  c["measure"] = {{"context", {512}}, {"set", {{"model.config.hidden_size", 64}}}};
+  spill(place / "held.jsonl", "{\"prompt\": \"1+1=\", \"answer\": 2}\n");
+  spill(place / "train.jsonl", "{\"prompt\": \"1+2=\", \"answer\": 3}\n");
+  const nlohmann::json tasks = {{"kind", "jsonl"}, {"path", "train.jsonl"}, {"held_out_path", "held.jsonl"}};
+  c["evaluate"] = {{{"name", "file"}, {"set", {{"tasks", tasks}, {"warmup.steps", 0}}}, {"tasks", 1}}};
+  const Plan plan = make_plan(load_comparison({written(place, c)}), {});
+  EXPECT_EQ(plan.models[0].hidden_size, 32);
+  EXPECT_EQ(plan.context_models[0].hidden_size, 64);
+}
+
 TEST(ComparePlan, RefusesModelsThatAreTooFarApart) {
   nlohmann::json c = small_comparison();
   c["variants"][1]["set"]["model.config.intermediate_size"] = 256;
