@@ -18,9 +18,32 @@ std::string lowered(std::string_view text) {
   std::transform(out.begin(), out.end(), out.begin(), lower);
   return out;
 }
-// What may be part of a word or a number: an expected string is not found inside a longer one.
-bool joins(char c) {
-  return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' || c == '_';
+bool is_digit(char c) {
+  return c >= '0' && c <= '9';
+}
+bool is_word(char c) {
+  return is_digit(c) || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '-' || c == '_';
+}
+// UTF-8 of U+00C0 to U+04FF: Latin with accents, Greek, Cyrillic. Not the signs of times and division. Beyond
+// are quotation marks, and scripts without blanks between words.
+bool is_letter(char first, char second) {
+  const auto a = static_cast<unsigned char>(first), b = static_cast<unsigned char>(second);
+  return a >= 0xC3 && a <= 0xD3 && b >= 0x80 && b <= 0xBF && !(a == 0xC3 && (b == 0x97 || b == 0xB7));
+}
+bool is_point(std::string_view text, size_t at) {
+  return text[at] == '.' && at > 0 && is_digit(text[at - 1]) && at + 1 < text.size() &&
+         is_digit(text[at + 1]);
+}
+// Whether a part of a word or a number begins at this byte, or ends before it: an expected string is not
+// found inside a longer one.
+bool goes_on(std::string_view text, size_t at) {
+  if (at >= text.size()) return false;
+  return is_word(text[at]) || is_point(text, at) ||
+         (at + 1 < text.size() && is_letter(text[at], text[at + 1]));
+}
+bool comes_from(std::string_view text, size_t at) {
+  if (at == 0) return false;
+  return is_word(text[at - 1]) || is_point(text, at - 1) || (at > 1 && is_letter(text[at - 2], text[at - 1]));
 }
 
 std::vector<std::string> pieces(std::string_view text) {
@@ -51,18 +74,19 @@ class Recall : public Verifier {
     const auto section = section_.find(input, verdict.detail);
     if (!section) return verdict;
     const std::string text = ignore_case_ ? lowered(*section) : std::string(*section);
-    size_t found = 0;
+    size_t found = 0, inner = 0;  // words that strings of several words have more
     for (const std::string& e : expected) {
       budget.spend(text.size());
       if (holds(text, e))
-        ++found;
+        ++found, inner += std::max<size_t>(1, words(e)) - 1;
       else if (verdict.detail.empty())
         verdict.detail = "missing " + quote(e);
     }
     size_t of = expected.size();
     if (strict_) {
       budget.spend(text.size());
-      of = std::max(of, words(text));
+      const size_t said = words(text);
+      of = std::max(of, said - std::min(said, inner));
     }
     verdict.value = static_cast<double>(found) / static_cast<double>(of);
     return verdict;
@@ -72,14 +96,14 @@ class Recall : public Verifier {
   static bool holds(const std::string& text, const std::string& part) {
     for (size_t at = text.find(part); at != text.npos; at = text.find(part, at + 1)) {
       const size_t end = at + part.size();
-      if ((at == 0 || !joins(text[at - 1])) && (end == text.size() || !joins(text[end]))) return true;
+      if (!comes_from(text, at) && !goes_on(text, end)) return true;
     }
     return false;
   }
   static size_t words(const std::string& text) {
     size_t count = 0;
     for (size_t i = 0; i < text.size(); ++i)
-      if (joins(text[i]) && (i == 0 || !joins(text[i - 1]))) ++count;
+      if (goes_on(text, i) && !comes_from(text, i)) ++count;
     return count;
   }
 

@@ -47,6 +47,25 @@ TEST(Recall, StrictlyNamingEverythingIsWorthLittle) {
   EXPECT_EQ(verdict(strict, sample("12", "34, 12")).value, 0.5);
 }
 
+TEST(Recall, LettersBeyondAsciiMakeWordsTooAndAPointInANumberIsPartOfIt) {
+  EXPECT_EQ(recall("café", "caf"), 0);
+  EXPECT_EQ(recall("ёлка", "лка"), 0);
+  EXPECT_EQ(recall("un café, “12” ×34", "café, 12, 34"), 1);
+  EXPECT_EQ(recall("答案是12。", "12"), 1);
+  EXPECT_EQ(recall("١،12،", "12"), 1);
+  EXPECT_EQ(recall("12.5", "12"), 0);
+  EXPECT_EQ(recall("12.5", "5"), 0);
+  EXPECT_EQ(recall("It is 12.", "12"), 1);
+  EXPECT_EQ(recall("12.5", "12.5"), 1);
+}
+
+TEST(Recall, StrictlyAStringOfSeveralWordsIsWorthAllToo) {
+  const char* strict = R"([{"verifier": "recall", "strict": true}])";
+  EXPECT_EQ(verdict(strict, sample("New York, Rio", "New York, Rio")).value, 1);
+  EXPECT_EQ(verdict(strict, sample("New York, Rio, 3.14, Ürümqi", "New York, Rio")).value, 0.5);
+  EXPECT_EQ(verdict(strict, sample("New York, Rio, Bonn", "New York")).value, 1.0 / 3);
+}
+
 TEST(Match, IsThatOfSequenceMatcher) {
   EXPECT_EQ(matched("abcd", "bcde"), 3);
   EXPECT_EQ(matched("the quick brown fox", "the quack brawn fax"), 16);
