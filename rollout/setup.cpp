@@ -148,8 +148,11 @@ void RunTasks::check(const RunConfig& config, int64_t max_length) const {
       throw_input("{}rollout.max_new_tokens: {} after a prompt of {} tokens exceed the model's {}", where,
                   config.rollout.max_new_tokens, prompt, max_length);
   };
-  for (uint64_t i = 0; i < std::max<uint64_t>(1, source_->train_count()); ++i) check_one(source_->train(i), true);
-  for (uint64_t i = 0; i < std::max<uint64_t>(1, source_->held_out_count()); ++i) check_one(source_->held_out(i), false);
+  const uint64_t levels = source_->levels();  // of which the first tasks are one each
+  for (uint64_t i = 0; i < std::max(levels, source_->train_count()); ++i)
+    if (source_->level_weights()[source_->level_of(i)] > 0) check_one(source_->train(i), true);
+  for (uint64_t i = 0; i < std::max(levels, source_->held_out_count()); ++i)
+    check_one(source_->held_out(i), false);
 }
 
 PreparedTask RunTasks::prepare(const Task& task) const {

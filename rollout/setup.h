@@ -27,7 +27,7 @@ class RunTasks {
   RunTasks(const RunConfig& config, const policy::ModelConfig& model, const policy::Tokenizer& tokenizer);
   RunTasks(const RunTasks&) = delete;  // generators count tokens with it
 
-  // Every task of a file, and one of a generator, fits the run. max_length: the model's.
+  // Every task of a file, and one of each level of a generator, fits the run. max_length: the model's.
   // ERRORS (input): with FILE:LINE, a prompt too long, a worked example missing where the run learns from them; more
   // tasks for an evaluation than are held out.
   void check(const RunConfig& config, int64_t max_length) const;

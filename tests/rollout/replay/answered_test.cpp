@@ -123,6 +123,28 @@ TEST(Answered, WorkedExamplesTrainOnEveryAnswer) {
   check_masks(PairTokenizer(), model, false);
 }
 
+// Not in the middle of a run, when the first task of that level is drawn.
+TEST(Answered, ALevelThatTheModelIsTooShortForIsRefusedAtTheStart) {
+  const auto refusal = [](const char* tasks) -> std::string {
+    const RunConfig config = parse_run_config(run_json(tasks), "test");
+    policy::ModelConfig model;
+    model.bos_id = 256;
+    model.eos_id = 257;
+    const policy::ByteTokenizer tokenizer;
+    try {
+      RunTasks(config, model, tokenizer).check(config, 512);
+    } catch (const Error& e) {
+      return e.what();
+    }
+    return "accepted";
+  };
+  EXPECT_EQ(refusal(R"({"kind": "stack", "lengths": [64, 128], "held_out_lengths": [507]})"), "accepted");
+  for (const char* tasks : {R"({"kind": "stack", "lengths": [64, 128], "held_out_lengths": [508]})",
+                            R"({"kind": "stack", "lengths": [64, 508]})"})
+    EXPECT_NE(refusal(tasks).find("4 after a prompt of 509 tokens exceed the model's 512"), std::string::npos)
+        << refusal(tasks);
+}
+
 // Warm-up and ptx: every version of the run made again from its first weights.
 TEST(Answered, EveryVersionIsMadeAgainToTheBit) {
   for (const Row& row : kRows) {
