@@ -70,6 +70,19 @@ LongOptions::LongOptions(JsonReader& options, const PromptTokens& counted) : tok
   }
 }
 
+void LongOptions::check_recalled(JsonReader& options, std::string_view key, std::string_view alphabet) {
+  std::string seen;
+  for (char c : alphabet) {
+    if (c >= 'A' && c <= 'Z') c = static_cast<char>(c - 'A' + 'a');
+    const bool word = (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '-' || c == '_';
+    if (!word || seen.find(c) != seen.npos)
+      options.fail(
+          key,
+          "letters in one case, digits, - and _ are expected: others mean nothing to the verifier recall");
+    seen += c;
+  }
+}
+
 Filler::Filler(Kind kind, const LongOptions& options) : kind_(kind), options_(options) {}
 
 size_t Filler::Text::cut(double from, double to, Random& random) const {
@@ -265,6 +278,11 @@ void LongGenerator::check_length(int64_t least_filler) const {
   most += least_filler;
   if (!options_.noise) most += most / 8;  // others may be longer than these
   if (most > options_.min_length - options_.tokens.answer) refuse(options_.min_length, most);
+}
+
+void LongGenerator::check_at_least(double tokens) const {
+  const double most = static_cast<double>(options_.min_length - options_.tokens.answer);
+  if (tokens > most) refuse(options_.min_length, static_cast<int64_t>(std::min(tokens, 0x1p53)));
 }
 
 void LongGenerator::refuse(int64_t length, int64_t least) const {

@@ -22,6 +22,9 @@ namespace perigee::rollout {
 // The options that all of them take.
 struct LongOptions {
   explicit LongOptions(JsonReader& options, const PromptTokens& tokens);
+  // Of answers in letters of this alphabet, for the verifier "recall". ERRORS (input): letters that it takes
+  // for one, or that make no words.
+  static void check_recalled(JsonReader& options, std::string_view key, std::string_view alphabet);
 
   const PromptTokens tokens;
   int64_t length = 0, min_length = 0;  // a task's is drawn between them
@@ -93,6 +96,8 @@ class LongGenerator : public Generator {
   // For the end of a constructor. ERRORS (input): a length that the problem alone leaves no room in, for so many tokens
   // of text with which it comes out even; in one line.
   void check_length(int64_t least_filler) const;
+  // The same before anything is written, of a problem that takes as many tokens or more.
+  void check_at_least(double tokens) const;
   // Of a prompt in one piece.
   void set_prompt(Task& task, std::string text) const;
 

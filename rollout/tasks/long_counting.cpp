@@ -12,6 +12,8 @@
 namespace perigee::rollout {
 namespace {
 
+constexpr int64_t kMostWords = int64_t{1} << 20;  // of a vocabulary
+
 template <class T>
 void shuffle(std::vector<T>& list, Random& random) {
   for (size_t i = list.size(); i > 1; --i)
@@ -26,7 +28,9 @@ class Counting : public LongGenerator {
         padding_(options_.noise ? Padding(tokens, "", "\n", {"."})
                                 : Padding(tokens, "The text is", " long.\n")),
         word_count_(options_.noise ? words::string_count(options_.key_alphabet, options_.key_length)
-                                   : words::kCodedWords) {}
+                                   : words::kCodedWords) {
+    if (options_.noise) LongOptions::check_recalled(options, "key_alphabet", options_.key_alphabet);
+  }
 
  protected:
   std::string word(const words::Shuffled& order, int64_t i) const {
@@ -80,6 +84,7 @@ class CommonWords : public Counting {
     other_repeats_ = options.integer("other_repeats", 1, common_repeats_ - 1, 3);
     if (word_count_ < common_ + 1)
       options.fail("common", fmt::format("{} words, and there are only {}", common_, word_count_));
+    check_at_least(static_cast<double>(common_ * common_repeats_));
     // Of the numbers with so many digits.
     int64_t power = 1;
     for (size_t digits = 1; digits <= 9; ++digits, power *= 10)
@@ -151,7 +156,8 @@ class FrequentWords : public Counting {
   FrequentWords(JsonReader& options, const PromptTokens& tokens) : Counting(options, tokens) {
     asked_ = options.integer("asked", 1, 100, 3);
     const double alpha = options.number("alpha", 1.01, 10, 2.0);
-    vocabulary_ = options.integer("vocabulary", 2, word_count_, std::min<int64_t>(2000, word_count_));
+    vocabulary_ = options.integer("vocabulary", 2, std::min(word_count_, kMostWords),
+                                  std::min<int64_t>(2000, word_count_));
     if (asked_ >= vocabulary_)
       options.fail("asked",
                    fmt::format("fewer than the {} words of the vocabulary are expected", vocabulary_));
@@ -162,6 +168,7 @@ class FrequentWords : public Counting {
     // So many words that rounding cannot make two of the first ones equal.
     for (int64_t k = 0; k < asked_; ++k) {
       const double apart = shares_[static_cast<size_t>(k)] - shares_[static_cast<size_t>(k) + 1];
+      check_at_least(shares_[0] * (2 / apart));  // the first word alone, a token each time
       least_words_ = std::max(least_words_, static_cast<int64_t>(std::ceil(2 / apart)));
     }
     check_length(options_.noise ? 0 : 64);

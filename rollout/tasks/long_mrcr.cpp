@@ -53,7 +53,7 @@ class Mrcr : public LongGenerator {
     const std::string prefix = words::random_string(options_.noise ? options_.noise_alphabet : kPrefixLetters,
                                                     prefix_length_, random);
     const std::string& text = same[asked].reply;
-    s.canonical = fmt::format("mrcr {} {} {}", key, asked, text);
+    s.canonical = fmt::format("mrcr {} {}", key, text);  // whichever of them it is
     s.task.answer = nlohmann::json{{"prefix", prefix}, {"text", text}}.dump();
     s.task.verifier = "match";
     s.task.worked_example =

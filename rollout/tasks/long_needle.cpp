@@ -37,6 +37,8 @@ class Needle : public LongGenerator {
     }
     if (options_.noise) {
       key_count_ = words::string_count(options_.key_alphabet, options_.key_length);
+      if (variant_ == "multi_value" || variant_ == "multi_query")
+        LongOptions::check_recalled(options, "value_alphabet", options_.value_alphabet);
     } else {
       uuid_keys_ = one_of(options, "keys", "names", {"names", "uuids"}) == "uuids";
       values_ = one_of(options, "values", "numbers", {"numbers", "names", "uuids"});
@@ -164,9 +166,11 @@ class Needle : public LongGenerator {
     // Lines are counted together, in blocks of half of what is left; the last ones by themselves.
     int64_t left = tokens, next = static_cast<int64_t>(pairs.size());
     int refused = 0;
-    int64_t line_tokens = 1;
+    Random sample(0);
+    int64_t line_tokens =
+        std::max<int64_t>(1, options_.tokens.text(line({key(order, 0, sample), value(sample)})));
     while (left > 0 && refused < 16) {
-      const int64_t lines = std::max<int64_t>(1, left / line_tokens / 4);
+      const int64_t lines = std::max<int64_t>(1, left / line_tokens / 4), first = next;
       std::string block;
       std::vector<size_t> ends;
       for (int64_t i = 0; i < lines; ++i, ++next) {
@@ -184,6 +188,8 @@ class Needle : public LongGenerator {
       if (rest < 0 || (rest <= padding.most() && !padding.reaches(rest))) {
         ++refused;
         line_tokens = std::max(line_tokens * 2, cost / lines);
+        if (lines > 1)
+          next = first;  // names are for lines that stand there; one line by itself is tried with another
         continue;
       }
       refused = 0;

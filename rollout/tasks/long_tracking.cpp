@@ -33,6 +33,13 @@ class VariableTracking : public LongGenerator {
                                        hops_ + 1, names_));
     if (options_.noise && words::string_count(options_.value_alphabet, options_.value_length) < chains_)
       options.fail("chains", "there are fewer different values");
+    if (options_.noise) LongOptions::check_recalled(options, "key_alphabet", options_.key_alphabet);
+    // LB=KW; would assign a variable or a value.
+    if (options_.noise && options_.value_length == options_.key_length &&
+        options_.value_alphabet.find_first_of(options_.key_alphabet) != std::string::npos)
+      options.fail("value_length",
+                   "a value may be the name of a variable: another length than key_length, or letters that "
+                   "key_alphabet has not, are expected");
     check_length(options_.noise ? 0 : 64);
   }
 

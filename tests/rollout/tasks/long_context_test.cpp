@@ -154,6 +154,28 @@ TEST(LongContext, TrainingNeverSeesAHeldOutPair) {
   for (uint64_t i = 0; i < 500; ++i) EXPECT_FALSE(seen.contains(pair(test->held_out(i))));
 }
 
+TEST(LongContext, TrainingNeverSeesAHeldOutReplyWhicheverOneIsAskedFor) {
+  const auto reply = [](const Task& t) {
+    const size_t question = t.prompt.rfind('?');
+    return t.prompt.substr(question + 2, 1) + json::parse(t.answer)["text"].get<std::string>();
+  };
+  const auto tasks =
+      source({{"kind", "mrcr"}, {"length", 80}, {"style", "noise"}, {"key_length", 1}, {"value_length", 2}});
+  std::set<std::string> seen;
+  for (uint64_t i = 0; i < 6000; ++i) seen.insert(reply(tasks->train(i)));
+  EXPECT_GT(seen.size(), 1500u);
+  for (uint64_t i = 0; i < 500; ++i) ASSERT_FALSE(seen.contains(reply(tasks->held_out(i))));
+}
+
+// So many needles as there is room for, not as many as there would be of one token each.
+TEST(LongContext, AHaystackOfNeedlesIsAsLongAsItsNamesReach) {
+  const json config = {
+      {"kind", "needle"}, {"variant", "multi_key"}, {"haystack", "needles"}, {"length", 1 << 20}};
+  const Task task = source(config)->train(0);
+  EXPECT_EQ(task.prompt.size() + 1, size_t{1} << 20);
+  EXPECT_EQ(solve(config, task.prompt), unordered_answer(config, task.answer));
+}
+
 TEST(LongContext, VariantsHaveRulersNumbersOfNeedles) {
   const auto count = [](const char* variant) {
     const Task task = source({{"kind", "needle"}, {"length", 3000}, {"variant", variant}})->train(3);
@@ -296,6 +318,25 @@ TEST(LongContext, RefusesWhatItCannotReach) {
   expect({{"kind", "variable_tracking"}, {"style", "noise"}, {"key_length", 1}, {"chains", 10}},
          "there are only 26 names");
   expect({{"kind", "mrcr"}, {"style", "noise"}, {"chat", true}}, "chat");
+  expect({{"kind", "variable_tracking"}, {"style", "noise"}, {"value_length", 2}, {"value_alphabet", "0Z"}},
+         "value_length: a value may be the name of a variable");
+  // The verifier ignores case, and finds words.
+  for (const char* kind : {"variable_tracking", "common_words", "frequent_words"}) {
+    expect({{"kind", kind}, {"style", "noise"}, {"key_alphabet", "ABab"}},
+           "key_alphabet: letters in one case");
+    expect({{"kind", kind}, {"style", "noise"}, {"key_alphabet", "AB.!"}},
+           "key_alphabet: letters in one case");
+  }
+  json letters = {{"kind", "needle"}, {"style", "noise"}, {"value_alphabet", "abcdefABCDEF"}};
+  EXPECT_EQ(refusal(letters), "accepted");
+  letters["variant"] = "multi_query";
+  expect(letters, "value_alphabet: letters in one case");
+  // At once, without writing what would be too long by far.
+  expect({{"kind", "common_words"}, {"common", 1000}, {"common_repeats", 100000}}, "cannot be reached");
+  expect({{"kind", "frequent_words"}, {"asked", 30}, {"alpha", 10}}, "cannot be reached");
+  expect(
+      {{"kind", "frequent_words"}, {"style", "noise"}, {"key_length", 16}, {"vocabulary", int64_t{1} << 50}},
+      "vocabulary: ");
 }
 
 TEST(LongWords, AShuffleIsABijection) {
