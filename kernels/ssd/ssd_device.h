@@ -6,7 +6,8 @@
 // however a sequence was cut into calls and whatever else was in the batch.
 //
 // Common shapes: q,k T [rows, heads*dk]; v,out T [rows, heads*dv]; g float32 [rows, heads], natural-log decay <= 0 of any
-// magnitude. dk and dv at most 128 are in one pass of shared memory; larger ones work as far as it reaches (dk to 512).
+// magnitude. dk and dv at most 128 are in one pass of shared memory; larger ones work as far as it
+// reaches (forwards dk to 512, backwards dk and dv to 320).
 // REQUIRES rows of different slices are disjoint; entries of count 0 may stand anywhere. Rows outside of every slice are
 // neither read nor written.
 #pragma once
