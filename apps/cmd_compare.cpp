@@ -136,9 +136,10 @@ void print_results(const Plan& plan, const Results& results, const ContextResult
                  g.final_accuracy ? percent(g.final_accuracy->median) : "-",
                  g.final_accuracy ? percent(g.final_accuracy->min) : "-",
                  g.final_accuracy ? percent(g.final_accuracy->max) : "-",
-                 r.median  ? fmt::format("{:.0f}", *r.median)
-                 : r.n > 0 ? fmt::format("{} of {}", r.n, r.of)
-                           : "not reached",
+                 r.of == 0  ? "-"
+                 : r.median ? fmt::format("{:.0f}", *r.median)
+                 : r.n > 0  ? fmt::format("{} of {}", r.n, r.of)
+                            : "not reached",
                  std::to_string(g.final_accuracy ? g.final_accuracy->n : 0)});
     }
     table.print();

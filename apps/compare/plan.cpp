@@ -288,7 +288,11 @@ Plan make_plan(Comparison comparison, const PlanOptions& options) {
       effective.push_back(run.effective);
     }
     check_equal(c, t, effective);
-    if (t == 0) plan.differences = differences_of(effective);
+    // A task may set what variants set differently: then others show it.
+    for (Difference& d : differences_of(effective))
+      if (std::none_of(plan.differences.begin(), plan.differences.end(),
+                       [&](const Difference& known) { return known.key == d.key; }))
+        plan.differences.push_back(std::move(d));
   }
   for (const int64_t seed : c.seeds)
     for (size_t t = 0; t < c.tasks.size(); ++t)

@@ -261,6 +261,15 @@ TEST(Compare, GoesOnWithARunThatWasBeingMade) {
   EXPECT_EQ(hashes(out + "/report.json"), whole);
 }
 
+TEST(Compare, AReportOfNothingSaysNothing) {
+  TempDirectory place;
+  fs::create_directories(place / "out");
+  const Said said = run_perigee(
+      {"compare", written(place, two_runs()), "--out", place / "out", "--report-only", "--quiet"});
+  EXPECT_EQ(said.code, 0) << said.err;
+  EXPECT_EQ(said.out.find("not reached"), std::string::npos) << said.out;
+}
+
 // An answer belongs to the question that it was given to, also when the next one was never answered.
 TEST(Compare, AnEvaluationThatFailsLeavesNoFormerAnswer) {
   TempDirectory place;

@@ -74,6 +74,11 @@ TEST(ComparePlan, SaysWhereVariantsDiffer) {
   EXPECT_NE(std::find(keys.begin(), keys.end(), "warmup.lr"), keys.end());
   EXPECT_NE(std::find(keys.begin(), keys.end(), "model.config.token_mixers"), keys.end());
   EXPECT_EQ(std::find(keys.begin(), keys.end(), "learn.lr"), keys.end());
+  // In the second task alone.
+  c["tasks"][0]["set"]["warmup.lr"] = 0.003;
+  const Plan later = plan_of(c);
+  EXPECT_TRUE(std::any_of(later.differences.begin(), later.differences.end(),
+                          [](const Difference& d) { return d.key == "warmup.lr"; }));
 }
 
 TEST(ComparePlan, RefusesBudgetsThatDiffer) {
