@@ -13,7 +13,7 @@ struct ReportInput {
   const ContextResults* context = nullptr;  // null: not measured
   std::string machine;                      // where the report was made; runs may have been made elsewhere
   std::string program;                      // the commit
-  int64_t jobs = 0, threads = 0;
+  int64_t jobs = 0, threads = 0;            // jobs 0: nothing was run, or not now
   std::vector<std::string> failures;
 };
 
