@@ -25,7 +25,7 @@ h1{font-size:1.4rem;margin:.2rem 0}h2{font-size:1.15rem;margin:2rem 0 .4rem;bord
 h3{font-size:1rem;margin:1.2rem 0 .3rem}p{margin:.4rem 0}.soft{color:var(--soft)}
 .wide{overflow-x:auto}table{border-collapse:collapse;min-width:100%;overflow-wrap:normal}
 th,td{text-align:left;padding:.2rem .6rem .2rem 0;border-bottom:1px solid var(--edge);vertical-align:top}th{color:var(--soft);font-weight:600}
-td.n,th.n{text-align:right;white-space:nowrap}td.n small{color:var(--soft);display:block}
+td.n,th.n{text-align:right;white-space:nowrap}td small{color:var(--soft);display:block}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,22rem),1fr));gap:1rem}
 figure{margin:0;padding:.5rem;background:var(--panel);border:1px solid var(--edge);border-radius:6px}figcaption{font-weight:600}
 figure>svg{width:100%;height:auto;display:block}svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
