@@ -192,7 +192,8 @@ TEST(Compare, GoesOnAfterKills) {
   int kills = 0;
   for (int attempt = 0; attempt < 40; ++attempt) {
     Child child = Child::start(PERIGEE_PROGRAM, {"compare", file, "--out", out, "--quiet"}, place / "log");
-    if (child.wait(250 + 150 * attempt)) break;
+    // At first sooner than any machine is done, at last later than a slow one needs.
+    if (child.wait(20 + 20 * attempt + 4 * attempt * attempt)) break;
     child.signal(SIGKILL);
     child.wait(10000);
     ++kills;
