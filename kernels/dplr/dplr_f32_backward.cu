@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
       m.vw[i * ldv + x] = i < n ? in.v[at_v + i * ld_v + x] : 0.0f;
       m.vw[(16 + i) * ldv + x] = 0.0f;
     }
-    // (Gamma . b_i)ᵀ S, into the rows of z for now.
+    // (Gamma . b_i)ᵀ S, in the rows that z takes below.
     for (int item = tid; item < 2 * dv; item += kThreads) {
       const int x = item % dv, i0 = item / dv * 8;
       float sum[8];
