@@ -62,7 +62,10 @@ class Recall : public Verifier {
   explicit Recall(JsonReader& options)
       : section_(options, true),
         ignore_case_(options.boolean("ignore_case", true)),
-        strict_(options.boolean("strict", false)) {}
+        strict_(options.boolean("strict", false)),
+        spare_(options.integer("spare_words", -1, int64_t{1} << 32, kSpareWords)) {
+    if (strict_ && options.has("spare_words")) options.fail("spare_words", "with strict there are none");
+  }
 
   bool judges() const override { return true; }
   Verdict verify(const RewardInput& input, const GroupContext*, Budget& budget) const override {
@@ -78,16 +81,13 @@ class Recall : public Verifier {
     for (const std::string& e : expected) {
       budget.spend(text.size());
       if (holds(text, e))
-        ++found, inner += std::max<size_t>(1, words(e)) - 1;
+        ++found, inner += std::max<size_t>(1, words(e, {})) - 1;
       else if (verdict.detail.empty())
         verdict.detail = "missing " + quote(e);
     }
-    size_t of = expected.size();
-    if (strict_) {
-      budget.spend(text.size());
-      const size_t said = words(text);
-      of = std::max(of, said - std::min(said, inner));
-    }
+    budget.spend(text.size());
+    const size_t of = std::max(expected.size(), claims(text, expected, inner));
+    if (of > expected.size() && verdict.detail.empty()) verdict.detail = "names more than was asked for";
     verdict.value = static_cast<double>(found) / static_cast<double>(of);
     return verdict;
   }
@@ -100,15 +100,54 @@ class Recall : public Verifier {
     }
     return false;
   }
-  static size_t words(const std::string& text) {
+  // Which words are counted.
+  struct Kind {
+    enum class Digits : uint8_t { kAny, kSome, kNone } digits = Digits::kAny;
+    size_t least_bytes = 0;
+  };
+  static size_t words(const std::string& text, Kind kind) {
     size_t count = 0;
-    for (size_t i = 0; i < text.size(); ++i)
-      if (goes_on(text, i) && !comes_from(text, i)) ++count;
+    for (size_t i = 0; i < text.size();) {
+      if (!goes_on(text, i) || comes_from(text, i)) {
+        ++i;
+        continue;
+      }
+      const size_t begin = i;
+      bool digits = false;
+      do {
+        digits |= is_digit(text[i]);
+        ++i;
+      } while (goes_on(text, i) || (i < text.size() && is_letter(text[i - 1], text[i])));
+      if (kind.digits != Kind::Digits::kAny && digits != (kind.digits == Kind::Digits::kSome)) continue;
+      count += i - begin >= kind.least_bytes;
+    }
     return count;
   }
 
+  // How many strings the text names that could be answers. Numbers among words are told apart from what is said around
+  // them, so none is spare; of words some are, for a sentence.
+  size_t claims(const std::string& text, const std::vector<std::string>& expected, size_t inner) const {
+    if (!strict_ && spare_ < 0) return 0;
+    const auto has_digit = [](const std::string& e) { return std::any_of(e.begin(), e.end(), is_digit); };
+    Kind kind;
+    size_t spare = inner;
+    if (!strict_ && std::all_of(expected.begin(), expected.end(), has_digit)) {
+      // Half as long: the numbers of a list are none.
+      const auto shortest = std::min_element(expected.begin(), expected.end(),
+                                             [](const auto& a, const auto& b) { return a.size() < b.size(); });
+      kind = {Kind::Digits::kSome, shortest->size() / 2 + 1};
+    } else if (!strict_) {
+      spare += static_cast<size_t>(spare_) + expected.size();
+      if (std::none_of(expected.begin(), expected.end(), has_digit)) kind.digits = Kind::Digits::kNone;
+    }
+    const size_t said = words(text, kind);
+    return said - std::min(said, spare);
+  }
+
+  static constexpr int64_t kSpareWords = 16;
   Section section_;
   bool ignore_case_, strict_;
+  int64_t spare_;
 };
 
 // Ratcliff and Obershelp: letters in the longest common block, then of what lies before it in both, and behind.

@@ -30,9 +30,10 @@
 //               min(0, l) when not
 //   repetition  - share of repeated n-grams. "n" (4), "unit": "word" (default) or "byte"
 //   token_share share of the sampled tokens, by id, that are in "ids" [...], or equal "residue" (0) modulo "modulus"
-//   recall      the answer is "A, B, C": the share of these strings that stand in the section as words of their own.
-//               "ignore_case" (true); "strict" (false): of at least as many as the section has words, so that naming
-//               everything is worth little
+//   recall      the answer is "A, B, C": the share of these strings that stand in the section as words of their own, of at
+//               least as many as it names, so that naming everything is worth little: its numbers of more than half the
+//               length when every string holds a digit, else its words beyond one for each and "spare_words" (16; -1: any
+//               number of words, as RULER counts). "ignore_case" (true); "strict" (false): of all its words none is spare
 //   match       the answer is {"prefix": P, "text": T}: 0 unless the section begins with P; 1 when T follows; else how
 //               alike T and what follows are, 2 * matched / (letters of both) by Ratcliff and Obershelp
 //   task        the verifier that the task names, with default options. "default" ("exact"): when it names

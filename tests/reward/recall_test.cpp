@@ -30,7 +30,7 @@ TEST(Recall, AStringInsideALongerOneIsNotThere) {
   EXPECT_EQ(recall("73104821", "7310482"), 0);
   EXPECT_EQ(recall("07310482", "7310482"), 0);
   EXPECT_EQ(recall("amber-otter-x", "amber-otter"), 0);
-  EXPECT_EQ(recall("73104821 7310482", "7310482"), 1);
+  EXPECT_EQ(recall("73104821 7310482", "7310482"), 0.5);
 }
 
 TEST(Recall, CountsAResponseThatWasCutOffUnlessToldOtherwise) {
@@ -64,6 +64,34 @@ TEST(Recall, StrictlyAStringOfSeveralWordsIsWorthAllToo) {
   EXPECT_EQ(verdict(strict, sample("New York, Rio", "New York, Rio")).value, 1);
   EXPECT_EQ(verdict(strict, sample("New York, Rio, 3.14, Ürümqi", "New York, Rio")).value, 0.5);
   EXPECT_EQ(verdict(strict, sample("New York, Rio, Bonn", "New York")).value, 1.0 / 3);
+}
+
+// "7000001, 7000002, ...": what a response says that knows nothing and lists the whole text.
+std::string everything(int count) {
+  std::string all;
+  for (int i = 1; i <= count; ++i) all += fmt::format("{}{}", i > 1 ? ", " : "", 7000000 + i);
+  return all;
+}
+
+TEST(Recall, NamingEverythingIsWorthLittle) {
+  EXPECT_EQ(recall(everything(4), "7000003"), 0.25);
+  EXPECT_EQ(recall(everything(50), "7000003"), 1.0 / 50);
+  EXPECT_EQ(recall("The password of amber-otter, of 3 that were asked for (see 1. above), is 7000003.", "7000003"), 1);
+  EXPECT_EQ(recall("1. 7000001\n2. 7000002\n3. 7000003", "7000001, 7000002, 7000003"), 1);
+  std::string words, told;
+  for (int i = 0; i < 400; ++i) words += fmt::format("{}{}-{}", i > 0 ? " " : "", static_cast<char>('a' + i % 26), std::string(1 + static_cast<size_t>(i / 26), 'x'));
+  EXPECT_LT(recall(words, "a-x, b-x"), 0.01);
+  EXPECT_EQ(recall("The two words that stand most often in the numbered list above are these: amber and otter.", "amber, otter"), 1);
+  // Letters and digits among the answers: every word may be one.
+  EXPECT_LT(recall(words, "a-x, 12"), 0.01);
+}
+
+TEST(Recall, WithoutABoundItIsRulers) {
+  const char* any = R"([{"verifier": "recall", "spare_words": -1}])";
+  EXPECT_EQ(verdict(any, sample(everything(50), "7000003")).value, 1);
+  const char* none = R"([{"verifier": "recall", "spare_words": 0}])";
+  EXPECT_EQ(verdict(none, sample("amber otter heron", "amber")).value, 0.5);
+  EXPECT_THROW(rubric(R"([{"verifier": "recall", "strict": true, "spare_words": 3}])"), Error);
 }
 
 TEST(Match, IsThatOfSequenceMatcher) {
