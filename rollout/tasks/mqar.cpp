@@ -2,6 +2,7 @@
 // Zoology (arXiv 2312.04927), where a query's distance is drawn and its value stands behind it.
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <string_view>
 
 #include "base/error.h"
@@ -40,8 +41,14 @@ class Mqar : public Generator {
                                          (pairs_ + queries_ - 1) * slot + 1 + key_length_, pairs_, queries_));
     padding_ = free % slot;
     // Zoology's power law as its exponent goes to 0, in whole numbers, so that every machine draws the same.
-    for (int64_t i = 0; i < free / slot; ++i)
-      slot_weights_.push_back(gaps == names[0] ? (int64_t{1} << 32) / (i + 1) : 1);
+    slots_ = static_cast<size_t>(free / slot);
+    sums_.assign(slots_ + 1, 0);
+    for (size_t i = 1; i <= slots_; ++i) {
+      const int64_t weight = gaps == names[0] ? (int64_t{1} << 32) / static_cast<int64_t>(i) : 1;
+      weight_sum_ += weight;
+      sums_[i] += weight;
+      if (const size_t above = i + (i & -i); above <= slots_) sums_[above] += sums_[i];
+    }
   }
 
   Problem draw(Random& random) const override {
@@ -56,7 +63,7 @@ class Mqar : public Generator {
     prompt += kSeparator;
     prompt.append(static_cast<size_t>(padding_), kBlank);
     const size_t first = prompt.size(), slot = static_cast<size_t>(key_length_) + 1;
-    prompt.append(slot_weights_.size() * slot, kBlank);
+    prompt.append(slots_ * slot, kBlank);
     // Which pairs are asked for, and in which order.
     std::vector<size_t> asked(pairs.size());
     for (size_t i = 0; i < asked.size(); ++i) asked[i] = i;
@@ -100,25 +107,35 @@ class Mqar : public Generator {
     return text;
   }
 
-  // Those of all queries but the last, by weight without replacement.
+  // Those of all queries but the last, by weight without replacement: each is the first slot whose weight and those
+  // before it sum to more than a point that is drawn.
   std::vector<size_t> draw_slots(Random& random) const {
-    std::vector<int64_t> weights = slot_weights_;
-    int64_t sum = 0;
-    for (const int64_t w : weights) sum += w;
+    std::vector<int64_t> sums = sums_;
+    int64_t sum = weight_sum_;
     std::vector<size_t> slots;
     while (slots.size() + 1 < static_cast<size_t>(queries_)) {
       int64_t point = random.next_int(0, sum - 1);
-      size_t i = 0;
-      while (point >= weights[i]) point -= weights[i++];
-      sum -= weights[i];
-      weights[i] = 0;
-      slots.push_back(i);
+      size_t before = 0;  // how many slots end at or before the point
+      for (size_t step = std::bit_floor(slots_); step > 0; step /= 2)
+        if (before + step <= slots_ && sums[before + step] <= point) point -= sums[before += step];
+      const int64_t weight = sums[before + 1] - sum_of_parts(sums, before + 1);
+      for (size_t i = before + 1; i <= slots_; i += i & -i) sums[i] -= weight;
+      sum -= weight;
+      slots.push_back(before);
     }
     return slots;
   }
+  // What sums[i] holds beside the weight of slot i itself.
+  static int64_t sum_of_parts(const std::vector<int64_t>& sums, size_t i) {
+    int64_t sum = 0;
+    for (size_t part = i - 1, end = i - (i & -i); part > end; part -= part & -part) sum += sums[part];
+    return sum;
+  }
 
   int64_t length_, key_length_, values_, keys_, pairs_, queries_, padding_;
-  std::vector<int64_t> slot_weights_;
+  size_t slots_ = 0;
+  int64_t weight_sum_ = 0;
+  std::vector<int64_t> sums_;  // of slots' weights, a binary indexed tree: of i - (i & -i) + 1 .. i, counted from 1
 };
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "base/hash.h"
 #include "reward/rubric.h"
 #include "rollout/tasks/tasks.h"
 
@@ -228,6 +229,25 @@ TEST(Synthetic, QueriesLieNearOrAnywhere) {
   EXPECT_GT(near[1], near[2]);
   EXPECT_GT(near[2], near[3]);
   EXPECT_GT(near[3], 0.02);
+}
+
+// A run that is resumed or replayed draws the tasks that it drew before.
+TEST(Synthetic, MqarDrawsWhatItAlwaysDrew) {
+  const auto drawn = [](const std::string& options) {
+    const auto s = source(R"({"kind": "mqar", )" + options + "}");
+    std::string all;
+    for (uint64_t i = 0; i < 8; ++i) all += s->train(i).prompt;
+    return hash128(all).hex();
+  };
+  EXPECT_EQ(drawn(R"("length": 64)"), "f0ac461df9e48726bfc4af50cdaaf8e6");
+  EXPECT_EQ(drawn(R"("length": 301, "pairs": 20, "queries": 13, "gaps": "uniform")"), "ca8477d3f40b70c8400e47d27c27d587");
+  EXPECT_EQ(drawn(R"("length": 9000, "pairs": 1200, "key_length": 2)"), "742492d40238c96c43bccb61e835a9f8");
+  EXPECT_EQ(drawn(R"("length": 9000, "pairs": 1200, "key_length": 2, "gaps": "uniform")"), "318a777ed4d1ecb9d1b91c5776a8d8d8");
+}
+
+TEST(Synthetic, MqarOfAMillionBytes) {
+  const auto s = source(R"({"kind": "mqar", "length": 1048576, "pairs": 2704, "key_length": 2, "gaps": "uniform"})");
+  for (uint64_t i = 0; i < 8; ++i) EXPECT_EQ(s->train(i).answered.size(), 2703u);
 }
 
 TEST(Synthetic, StacksTakeTurnsAndGrow) {
