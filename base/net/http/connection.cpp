@@ -141,9 +141,9 @@ void Connection::parse() {
     ahead_.erase(0, used);
     if (error == bhttp::error::need_more) {
       error = {};
-      // The parser counts only complete lines against its limit; the rest is ours to bound.
-      if (!parser_->is_header_done() &&
-          ahead_.size() > static_cast<size_t>(core_->options.limits.header_bytes))
+      // The parser counts only complete lines against its limit; the rest is ours to bound. Of a body it takes all at
+      // once but the lines between its pieces and the fields behind the last one.
+      if (ahead_.size() > static_cast<size_t>(core_->options.limits.header_bytes))
         error = bhttp::error::header_limit;
       if (!error && (used == 0 || ahead_.empty())) {
         if (parser_->is_header_done() && phase_ == Phase::kHeader && !header_done()) return;

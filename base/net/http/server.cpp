@@ -60,6 +60,7 @@ void Server::Core::accept() {
   acceptor.async_accept([self = shared_from_this()](error_code error, tcp::socket socket) {
     if (!self->acceptor.is_open()) return;
     if (!error) {
+      self->accept();  // first: what is thrown below must not be the end of listening
       ++self->accepted;
       const bool full = self->open >= self->options.limits.connections;
       const auto connection = std::make_shared<Connection>(self, std::move(socket));
@@ -71,7 +72,7 @@ void Server::Core::accept() {
       } else {
         connection->start();
       }
-      return self->accept();
+      return;
     }
     // Out of descriptors, most likely: try again when some may have been closed.
     self->timer.expires_after(seconds(kSweep_s));
@@ -86,10 +87,10 @@ void Server::Core::sweep() {
   timer.expires_after(seconds(kSweep_s));
   timer.async_wait([self = shared_from_this()](error_code error) {
     if (error || self->stopped) return;
+    self->sweep();  // first: what on_gone throws must not be the end of deadlines
     const auto now = Clock::now();
     const std::vector<std::shared_ptr<Connection>> all(self->connections.begin(), self->connections.end());
     for (const auto& connection : all) connection->check(now);
-    self->sweep();
   });
 }
 

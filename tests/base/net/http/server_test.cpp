@@ -212,6 +212,32 @@ TEST(HttpServer, WhatIsNoRequestIsRefusedAndTheConnectionClosed) {
   }
 }
 
+// What stands between a body's pieces is bounded like what stands before the body (H1).
+TEST(HttpServer, ChunksHaveNoRoomForAnythingElse) {
+  Limits limits = quick_limits();
+  limits.body_s = 60;  // it is the size that ends it, not the time
+  Fixture f(limits);
+  const std::string head = "POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
+  const std::vector<std::pair<std::string, std::string>> cases = {
+      {head + "1;", std::string(1000, 'x')},                          // an extension without an end
+      {head + "1\r\na\r\n0\r\n", "name: value\r\n"},                // fields after the body without an end
+      {head + "1\r\na\r\n0\r\nname: ", std::string(1000, 'x')}  // one that is endless
+  };
+  for (const auto& [begin, more] : cases) {
+    RawClient c(f.port);
+    c.send(begin);
+    // Enough to be told apart, and then nothing: what is refused only at an end that never comes is not refused.
+    for (int i = 0; i < 1000 && c.received().empty() && c.send(more); ++i) c.receive(0);
+    c.wait_for("\r\n\r\n", 30);
+    EXPECT_EQ(take_answer(c.received()).status, 431) << begin;
+  }
+  // Within the limit they are taken.
+  RawClient c(f.port);
+  c.send(head + "1;name=value\r\na\r\n4 ; b\r\nbcde\r\n0\r\nname: value\r\n\r\n");
+  c.wait_for("abcde");
+  EXPECT_EQ(take_answer(c.received()).status, 200);
+}
+
 TEST(HttpServer, SlowSendersLoseTheConnection) {
   Fixture f;
   const std::vector<std::pair<std::string, std::string>> cases = {
@@ -285,6 +311,37 @@ TEST(HttpServer, WhatNobodyAnswersIs500AndACutStreamLooksCut) {
   EXPECT_TRUE(c.ended());
   EXPECT_NE(c.received().find("half"), std::string::npos);
   EXPECT_FALSE(take_answer(c.received()).complete);
+}
+
+// Who hears that a client has gone may throw: deadlines are kept, and connections taken, for all others.
+TEST(HttpServer, ACallbackThatThrowsCostsNobodyElseAnything) {
+  Limits limits = quick_limits();
+  std::atomic<int> thrown{0};
+  std::mutex mutex;
+  std::vector<std::shared_ptr<Exchange>> held;
+  ServerOptions o;
+  o.limits = limits;
+  Server server(std::move(o), [&](std::shared_ptr<Exchange> e) {
+    if (e->request().path == "/echo") return e->answer(echo(e->request()));
+    e->on_gone([&] {
+      ++thrown;
+      throw std::runtime_error("bug");
+    });
+    e->begin({200, std::string(16 << 20, 'x'), "text/plain"});
+    const std::lock_guard lock(mutex);
+    held.push_back(std::move(e));
+  });
+  for (int i = 0; i < 2; ++i) {
+    RawClient reads_nothing(server.port(), 4096);
+    reads_nothing.send("GET /much HTTP/1.1\r\nHost: x\r\n\r\n");
+    // Cut by the sweep, whose deadlines must go on.
+    for (int n = 0; n < 3000 && thrown <= i; ++n) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    EXPECT_EQ(thrown, i + 1);
+    RawClient c(server.port());
+    c.send("GET /echo HTTP/1.1\r\nHost: x\r\n\r\n");
+    EXPECT_TRUE(c.wait_for("GET /echo", 30));
+  }
+  server.stop();
 }
 
 TEST(HttpServer, OneConnectionTooManyIsTurnedAway) {
