@@ -85,7 +85,9 @@ std::shared_ptr<McpClient::Connection> McpClient::connect(const McpWait& wait) {
   last_start_ = Clock::now();
   // The transport dies with the connection, so what it tells finds the connection there.
   c->transport = open_([raw = c.get()](const json& message) {
-    if (message.value("method", "") == "notifications/tools/list_changed") raw->list_changed = true;
+    // Of any type: what a server sends is not trusted.
+    const auto method = message.find("method");
+    if (method != message.end() && *method == "notifications/tools/list_changed") raw->list_changed = true;
   });
   c->transport->set_version(McpEra::kModern, kModernVersion);
   const McpReply found = request(*c, "server/discover", json::object(), {},

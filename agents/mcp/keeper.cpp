@@ -186,9 +186,11 @@ KeptChild::KeptChild(const std::vector<std::string>& argv,
       program.c_str(), arguments.data(), pointers.data(), directory.empty() ? nullptr : directory.c_str(),
       up(life.read),   up(in.read),      up(out.write),   up(err.write),
       up(report.write)};
-  const pid_t pid = ::fork();
+  // Without one of them the child would take streams of the owner for its own, or outlive it.
+  const bool whole = l.lifeline >= 0 && l.input >= 0 && l.output >= 0 && l.error >= 0 && l.report >= 0;
+  const pid_t pid = whole ? ::fork() : -1;
   if (pid == 0) keep(l);
-  const int fork_error = errno;
+  const int fork_error = whole ? errno : EMFILE;
   for (int fd : {l.lifeline, l.input, l.output, l.error, l.report})
     if (fd >= 0) ::close(fd);
   ::close(std::exchange(report.write, -1));

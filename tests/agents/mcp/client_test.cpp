@@ -2,13 +2,17 @@
 #include "agents/mcp/client.h"
 
 #include <gtest/gtest.h>
+#include <poll.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <filesystem>
 #include <fstream>
 #include <thread>
 
+#include "agents/mcp/keeper.h"
 #include "agents/mcp/mcp_tools.h"
 #include "base/error.h"
 #include "tests/base/temp_directory.h"
@@ -195,6 +199,11 @@ TEST_P(Mcp, HostileServersCostAnErrorAndNoMore) {
       Error);
 }
 
+TEST_P(Mcp, MessagesOfOddTypesArePassedOver) {
+  McpClient c = client_of({GetParam(), "odd"});
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(text(c.call("echo", {{"text", "still here"}}, 0, {})), "still here");
+}
+
 TEST_P(Mcp, AServerThatHasEndedIsStartedAgain) {
   const TempDirectory dir;
   McpClient c = client_of({GetParam(), "die-once:" + dir.path() +
@@ -238,6 +247,43 @@ TEST(McpKeeper, NothingOutlivesTheClient) {
   EXPECT_FALSE(is_alive(daemon));
   EXPECT_LT(seconds_since(begin), 8);
   EXPECT_EQ(::waitpid(-1, nullptr, WNOHANG), -1);  // no zombie either
+}
+
+// Whatever descriptor is the one that is missing: nothing starts, and none is lost.
+TEST(McpKeeper, WithoutDescriptorsNothingIsStarted) {
+  const auto open_ones = [] {
+    return std::distance(std::filesystem::directory_iterator("/proc/self/fd"), {});
+  };
+  const auto before = open_ones();
+  rlimit limit{};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &limit), 0);
+  const int free = ::dup(0);
+  ::close(free);
+  int refused = 0;
+  for (int room = 0; room < 40; ++room) {
+    rlimit tight = limit;
+    tight.rlim_cur = static_cast<rlim_t>(free + room);
+    ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &tight), 0);
+    std::string why;
+    try {
+      const KeptChild child({"/bin/cat"}, {}, "");
+      char byte = 'x';
+      EXPECT_EQ(::write(child.input(), &byte, 1), 1);
+      pollfd answer = {child.output(), POLLIN, 0};
+      EXPECT_EQ(::poll(&answer, 1, 30'000), 1);
+      EXPECT_EQ(::read(child.output(), &byte, 1), 1) << "its streams are the pipes";
+    } catch (const Error& e) {
+      why = e.what();
+    }
+    ::setrlimit(RLIMIT_NOFILE, &limit);
+    refused += why.empty() ? 0 : 1;
+    if (!why.empty()) {
+      EXPECT_NE(why.find("oo many open files"), std::string::npos) << why;
+    }
+    EXPECT_EQ(open_ones(), before) << room;
+  }
+  EXPECT_GT(refused, 10);
+  EXPECT_LT(refused, 40);
 }
 
 TEST(McpKeeper, ADaemonIsGoneWithAServerThatEnds) {

@@ -3,7 +3,8 @@
 // Behaviours: noise (prints what is no message), pages (two tools a page), slow-start, silent-probe (does not answer
 // server/discover), old (offers revision 1900-01-01), hang (never answers a call), die (ends in a call), die-once:FILE,
 // huge (a line of 40 MB), wrong-id, deaf (stops reading), grandchild:FILE (starts a daemon, its pid in FILE), stay
-// (ignores the end of its input and SIGTERM), asks (sends requests of its own), grow (a tool more after each call).
+// (ignores the end of its input and SIGTERM), asks (sends requests of its own), grow (a tool more after each call),
+// odd (messages of which every part is of another type than it should be).
 #include <fcntl.h>
 #include <signal.h>
 #include <unistd.h>
@@ -91,6 +92,14 @@ void call(const json& id, const json& params) {
     result(id, {{"content", {{{"type", "text"}, {"text", one + two}}}}});
     return;
   }
+  if (has("odd"))
+    for (const json& method : {json(5), json(nullptr), json::array(), json::object(), json(true)}) {
+      say({{"jsonrpc", 2}, {"method", method}});
+      say({{"jsonrpc", "2.0"}, {"method", method}, {"params", 7}});
+      say({{"id", json::object()}, {"result", 1}});
+      say({{"id", id}, {"method", method}, {"params", 7}});
+      say({{"id", id}, {"nothing", 7}});
+    }
   if (has("grow")) {
     ++extra_tools;
     say({{"jsonrpc", "2.0"}, {"method", "notifications/tools/list_changed"}});
