@@ -19,7 +19,7 @@
 #include "base/text.h"
 #include "kernels/context.h"
 #include "policy/engine/engine.h"
-#include "rollout/setup.h"
+#include "rollout/setup/run_tasks.h"
 
 namespace perigee::apps {
 namespace {

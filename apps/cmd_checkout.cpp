@@ -8,7 +8,7 @@
 #include "apps/past_run.h"
 #include "base/error.h"
 #include "policy/weights/checkpoint.h"
-#include "rollout/base_weights.h"
+#include "rollout/weights/base_weights.h"
 
 namespace perigee::apps {
 namespace {

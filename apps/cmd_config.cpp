@@ -7,7 +7,7 @@
 #include "apps/shipped.h"
 #include "base/error.h"
 #include "policy/model/config.h"
-#include "rollout/run_config.h"
+#include "rollout/setup/run_config.h"
 
 namespace perigee::apps {
 namespace {
@@ -23,7 +23,7 @@ void print_page() {
       "command line, and `tasks.max_digits=3` or `reward.0.weight=2` what is inside of a key of type JSON;\n"
       "`perigee config FILE` prints the whole configuration with defaults filled in.\n\n"
       "This page is printed by `perigee config --markdown`: change the declaration in "
-      "rollout/run_config.cpp, not the page.\n\n"
+      "rollout/setup/run_config.cpp, not the page.\n\n"
       "{}\n"
       "## Environment variables\n\n"
       "A variable that starts with `PERIGEE_` and is not in this table is refused.\n\n"

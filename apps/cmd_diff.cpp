@@ -14,8 +14,8 @@
 #include "base/error.h"
 #include "base/text.h"
 #include "rollout/replay/whole.h"
-#include "rollout/run.h"
-#include "rollout/setup.h"
+#include "rollout/run/run.h"
+#include "rollout/setup/run_model.h"
 
 namespace perigee::apps {
 namespace {

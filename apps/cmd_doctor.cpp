@@ -25,8 +25,8 @@
 #include "base/text.h"
 #include "kernels/device/device.h"
 #include "kernels/simd/simd.h"
-#include "rollout/run_config.h"
-#include "rollout/run_memory.h"
+#include "rollout/run/run_memory.h"
+#include "rollout/setup/run_config.h"
 
 namespace perigee::apps {
 namespace {

@@ -13,7 +13,7 @@
 #include "apps/run_argument.h"
 #include "apps/shipped.h"
 #include "base/error.h"
-#include "rollout/setup.h"
+#include "rollout/setup/run_tasks.h"
 
 namespace perigee::apps {
 namespace {

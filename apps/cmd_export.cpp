@@ -25,8 +25,8 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "base/text.h"
-#include "rollout/run.h"
-#include "rollout/setup.h"
+#include "rollout/run/run.h"
+#include "rollout/setup/run_model.h"
 
 namespace perigee::apps {
 namespace {

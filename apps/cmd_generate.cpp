@@ -15,8 +15,8 @@
 #include "kernels/context.h"
 #include "policy/engine/engine.h"
 #include "policy/tokenizer/chat.h"
+#include "rollout/setup/run_tasks.h"
 #include "rollout/tasks/conversation.h"
-#include "rollout/setup.h"
 
 namespace perigee::apps {
 namespace {

@@ -18,8 +18,9 @@
 #include "base/json.h"
 #include "base/text.h"
 #include "base/thread_pool.h"
-#include "rollout/run.h"
-#include "rollout/setup.h"
+#include "rollout/run/run.h"
+#include "rollout/setup/run_model.h"
+#include "rollout/setup/run_tasks.h"
 
 namespace perigee::apps {
 namespace {

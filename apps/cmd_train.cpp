@@ -7,7 +7,7 @@
 #include "apps/run_argument.h"
 #include "apps/shipped.h"
 #include "base/error.h"
-#include "rollout/run.h"
+#include "rollout/run/run.h"
 
 namespace perigee::apps {
 namespace {

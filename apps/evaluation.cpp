@@ -10,8 +10,8 @@
 #include "base/random.h"
 #include "kernels/context.h"
 #include "policy/engine/engine.h"
-#include "rollout/agent_episodes.h"
 #include "rollout/replay/score.h"
+#include "rollout/roles/agent_episodes.h"
 
 namespace perigee::apps {
 namespace {

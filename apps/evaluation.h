@@ -8,8 +8,8 @@
 
 #include "apps/model_files.h"
 #include "reward/rubric.h"
-#include "rollout/run_config.h"
-#include "rollout/setup.h"
+#include "rollout/setup/run_config.h"
+#include "rollout/setup/run_tasks.h"
 
 namespace perigee::apps {
 

@@ -1,10 +1,10 @@
 #include <string_view>
 
 #include "apps/commands.h"
-#include "rollout/run.h"
+#include "rollout/run/run.h"
 
 int main(int argc, char** argv) {
-  // How a run starts its own processes (rollout/run.h): not a command for people, and not listed.
+  // How a run starts its own processes (rollout/run/run.h): not a command for people, and not listed.
   if (argc >= 3 && std::string_view(argv[1]) == "role")
     return perigee::rollout::role_main(argv[2], std::vector<std::string>(argv + 3, argv + argc));
   perigee::apps::Program program;

@@ -5,7 +5,7 @@
 
 #include "apps/output.h"
 #include "base/error.h"
-#include "rollout/run.h"
+#include "rollout/run/run.h"
 
 namespace perigee::apps {
 namespace {

@@ -9,10 +9,10 @@
 
 #include "apps/run_argument.h"
 #include "kernels/context.h"
-#include "rollout/host_model.h"
 #include "rollout/replay/rebuild.h"
-#include "rollout/run_config.h"
-#include "rollout/setup.h"
+#include "rollout/setup/run_config.h"
+#include "rollout/setup/run_tasks.h"
+#include "rollout/weights/host_model.h"
 #include "storage/store.h"
 
 namespace perigee::apps {

@@ -8,7 +8,7 @@
 #include "base/error.h"
 #include "base/text.h"
 #include "policy/tokenizer/chat.h"
-#include "rollout/environment.h"
+#include "rollout/setup/environment.h"
 
 namespace perigee::apps {
 namespace {

@@ -10,7 +10,7 @@
 
 #include "policy/tokenizer/tokenizer.h"
 #include "reward/rubric.h"
-#include "rollout/run_config.h"
+#include "rollout/setup/run_config.h"
 #include "storage/records.h"
 
 namespace perigee::apps {

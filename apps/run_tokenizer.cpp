@@ -4,8 +4,8 @@
 
 #include "base/error.h"
 #include "policy/model/config.h"
-#include "rollout/run.h"
-#include "rollout/setup.h"
+#include "rollout/run/run.h"
+#include "rollout/setup/run_model.h"
 
 namespace perigee::apps {
 

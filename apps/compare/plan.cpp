@@ -10,7 +10,8 @@
 #include "base/json.h"
 #include "base/text.h"
 #include "reward/rubric.h"
-#include "rollout/setup.h"
+#include "rollout/setup/run_model.h"
+#include "rollout/setup/run_tasks.h"
 
 namespace perigee::apps::compare {
 namespace {

@@ -5,7 +5,7 @@
 
 #include "apps/compare/model_facts.h"
 #include "apps/compare/spec.h"
-#include "rollout/run_config.h"
+#include "rollout/setup/run_config.h"
 
 namespace perigee::apps::compare {
 

@@ -18,7 +18,7 @@
 #include "base/json.h"
 #include "base/process.h"
 #include "base/text.h"
-#include "rollout/run.h"
+#include "rollout/run/run.h"
 #include "storage/store.h"
 
 namespace perigee::apps::compare {

@@ -7,11 +7,11 @@
 #include "base/json.h"
 #include "base/random.h"
 #include "policy/engine/engine.h"
-#include "rollout/agent_episodes.h"
-#include "rollout/protocol.h"
 #include "rollout/replay/attempts.h"
 #include "rollout/replay/score.h"
 #include "rollout/replay/tools_again.h"
+#include "rollout/roles/agent_episodes.h"
+#include "rollout/wire/protocol.h"
 
 namespace perigee::rollout {
 namespace {

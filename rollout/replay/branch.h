@@ -13,9 +13,9 @@
 
 #include "kernels/context.h"
 #include "policy/tokenizer/tokenizer.h"
-#include "rollout/host_model.h"
 #include "rollout/replay/whole.h"
-#include "rollout/setup.h"
+#include "rollout/setup/run_tasks.h"
+#include "rollout/weights/host_model.h"
 #include "storage/store.h"
 
 namespace perigee::rollout {

@@ -4,8 +4,8 @@
 #include <optional>
 
 #include "base/error.h"
-#include "rollout/batch.h"
-#include "rollout/checkpoints.h"
+#include "rollout/setup/batch.h"
+#include "rollout/weights/checkpoints.h"
 
 namespace perigee::rollout {
 namespace {

@@ -5,7 +5,7 @@
 
 #include "base/error.h"
 #include "base/json.h"
-#include "rollout/protocol.h"
+#include "rollout/wire/protocol.h"
 
 namespace perigee::rollout {
 

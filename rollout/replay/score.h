@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "reward/rubric.h"
-#include "rollout/setup.h"
+#include "rollout/setup/run_tasks.h"
 
 namespace perigee::rollout {
 

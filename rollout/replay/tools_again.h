@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "policy/tokenizer/tokenizer.h"
-#include "rollout/agent_episodes.h"
 #include "rollout/replay/whole.h"
+#include "rollout/roles/agent_episodes.h"
 
 namespace perigee::rollout {
 

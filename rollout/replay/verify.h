@@ -8,8 +8,8 @@
 
 #include "kernels/context.h"
 #include "policy/memory/state_pool.h"
-#include "rollout/host_model.h"
 #include "rollout/replay/attempts.h"
+#include "rollout/weights/host_model.h"
 
 namespace perigee::rollout {
 

@@ -12,7 +12,7 @@
 #include <mutex>
 #include <thread>
 
-#include "rollout/run.h"
+#include "rollout/run/run.h"
 #include "storage/store.h"
 #include "tests/apps/run_program.h"
 

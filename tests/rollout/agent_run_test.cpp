@@ -9,8 +9,9 @@
 
 #include "agents/loop/loop.h"
 #include "base/random.h"
-#include "rollout/run.h"
-#include "rollout/setup.h"
+#include "rollout/run/run.h"
+#include "rollout/setup/run_model.h"
+#include "rollout/setup/run_tasks.h"
 #include "storage/store.h"
 #include "tests/rollout/cluster.h"
 

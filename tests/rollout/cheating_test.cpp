@@ -9,9 +9,9 @@
 #include "base/sandbox/sandbox.h"
 #include "policy/tokenizer/tokenizer.h"
 #include "reward/rubric.h"
-#include "rollout/environment.h"
+#include "rollout/setup/environment.h"
+#include "rollout/setup/workspace.h"
 #include "rollout/tasks/tasks.h"
-#include "rollout/workspace.h"
 #include "tests/rollout/cluster.h"
 
 namespace perigee::rollout {

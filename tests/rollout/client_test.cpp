@@ -1,8 +1,8 @@
-#include "rollout/client.h"
+#include "rollout/wire/client.h"
 
 #include <gtest/gtest.h>
 
-#include "rollout/protocol.h"
+#include "rollout/wire/protocol.h"
 
 namespace perigee::rollout {
 namespace {

@@ -13,7 +13,7 @@
 
 #include "base/hash.h"
 #include "base/random.h"
-#include "rollout/hub.h"
+#include "rollout/hub/hub.h"
 
 namespace perigee::rollout {
 

@@ -1,4 +1,4 @@
-#include "rollout/run_config.h"
+#include "rollout/setup/run_config.h"
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
@@ -11,9 +11,9 @@
 #include <fstream>
 
 #include "base/error.h"
-#include "rollout/progress.h"
-#include "rollout/protocol.h"
-#include "rollout/weights_channel.h"
+#include "rollout/run/progress.h"
+#include "rollout/weights/weights_channel.h"
+#include "rollout/wire/protocol.h"
 #include "tests/rollout/cluster.h"
 
 namespace perigee::rollout {

@@ -1,4 +1,4 @@
-#include "rollout/hub.h"
+#include "rollout/hub/hub.h"
 
 #include <gtest/gtest.h>
 

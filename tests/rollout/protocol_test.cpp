@@ -1,4 +1,4 @@
-#include "rollout/protocol.h"
+#include "rollout/wire/protocol.h"
 
 #include <gtest/gtest.h>
 

@@ -1,5 +1,5 @@
 // What a run is said to take of a GPU.
-#include "rollout/run_memory.h"
+#include "rollout/run/run_memory.h"
 
 #include <gtest/gtest.h>
 

@@ -1,5 +1,5 @@
 // Whole runs with the real model, engine and trainer, tiny: as threads, as processes, twice, killed and resumed.
-#include "rollout/run.h"
+#include "rollout/run/run.h"
 
 #include <gtest/gtest.h>
 #include <signal.h>
@@ -13,7 +13,7 @@
 #include "base/process.h"
 #include "base/random.h"
 #include "base/shm.h"
-#include "rollout/weights_channel.h"
+#include "rollout/weights/weights_channel.h"
 #include "storage/store.h"
 #include "tests/rollout/cluster.h"
 

@@ -7,7 +7,7 @@
 #include "base/error.h"
 #include "base/hash.h"
 #include "policy/tokenizer/chat.h"
-#include "rollout/setup.h"
+#include "rollout/setup/environment.h"
 #include "storage/store.h"
 #include "tests/rollout/cluster.h"
 
