@@ -1,6 +1,6 @@
 #include <string_view>
 
-#include "apps/commands.h"
+#include "apps/command_line/commands.h"
 #include "rollout/run/run.h"
 
 int main(int argc, char** argv) {

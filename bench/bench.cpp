@@ -4,7 +4,7 @@
 #include <fstream>
 #include <thread>
 
-#include "apps/commit.h"
+#include "apps/command_line/commit.h"
 #include "base/error.h"
 #include "base/text.h"
 #include "bench/rig.h"

@@ -9,7 +9,7 @@
 #include <mutex>
 
 #include "agents/host/host.h"
-#include "apps/session_store.h"
+#include "apps/serve/session_store.h"
 #include "base/error.h"
 #include "base/random.h"
 #include "bench/rig.h"

@@ -4,4 +4,4 @@ execute_process(COMMAND git rev-parse --short=12 HEAD WORKING_DIRECTORY ${SOURCE
 if(failed OR commit STREQUAL "")
   set(commit "unknown")
 endif()
-file(WRITE ${OUT} "#include \"apps/commit.h\"\nnamespace perigee {\nconst char* const kCommit = \"${commit}\";\n}\n")
+file(WRITE ${OUT} "#include \"apps/command_line/commit.h\"\nnamespace perigee {\nconst char* const kCommit = \"${commit}\";\n}\n")

@@ -1,4 +1,4 @@
-// What makes a session last: an interface that apps/ implements over the store (apps/session_store.h), and MemoryLog for
+// What makes a session last: an interface that apps/ implements over the store (apps/serve/session_store.h), and MemoryLog for
 // tests and for a server that keeps nothing.
 //
 // A session is a sequence of tokens in turns. A turn is what was fed (the first one begins with the system prompt) and

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "apps/html.h"
+#include "apps/output/html.h"
 
 namespace perigee::apps::compare {
 namespace {

@@ -12,7 +12,7 @@
 
 #include "apps/compare/chart.h"
 #include "apps/compare/statistics.h"
-#include "apps/memory_plan.h"
+#include "apps/model/memory_plan.h"
 #include "base/error.h"
 #include "base/random.h"
 #include "base/text.h"

@@ -6,7 +6,7 @@
 #include <fstream>
 #include <thread>
 
-#include "apps/output.h"
+#include "apps/output/output.h"
 #include "base/file.h"
 #include "storage/store.h"
 

@@ -6,8 +6,8 @@
 
 #include "apps/compare/chart.h"
 #include "apps/compare/report.h"
-#include "apps/html.h"
-#include "apps/output.h"
+#include "apps/output/html.h"
+#include "apps/output/output.h"
 #include "base/error.h"
 #include "base/text.h"
 

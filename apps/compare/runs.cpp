@@ -12,7 +12,7 @@
 #include <deque>
 #include <thread>
 
-#include "apps/output.h"
+#include "apps/output/output.h"
 #include "base/error.h"
 #include "base/file.h"
 #include "base/json.h"

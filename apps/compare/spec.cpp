@@ -5,7 +5,7 @@
 #include <filesystem>
 #include <set>
 
-#include "apps/shipped.h"
+#include "apps/command_line/shipped.h"
 #include "base/error.h"
 #include "base/file.h"
 #include "base/json.h"

@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <array>
 
-#include "apps/episode_json.h"
 #include "apps/inspect/api.h"
 #include "apps/inspect/wire.h"
+#include "apps/runs/episode_json.h"
 #include "base/error.h"
 #include "base/text.h"
 #include "storage/filter.h"

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "apps/run_tokenizer.h"
+#include "apps/runs/run_tokenizer.h"
 #include "base/error.h"
 #include "base/text.h"
 

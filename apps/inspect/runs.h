@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "apps/run_argument.h"
+#include "apps/command_line/run_argument.h"
 #include "policy/tokenizer/tokenizer.h"
 #include "storage/store.h"
 

@@ -5,9 +5,9 @@
 #include <map>
 #include <set>
 
-#include "apps/export_tensorboard.h"
-#include "apps/html.h"
-#include "apps/svg_chart.h"
+#include "apps/export/svg_chart.h"
+#include "apps/export/tensorboard.h"
+#include "apps/output/html.h"
 #include "base/text.h"
 #include "tests/apps/made_run.h"
 

@@ -1,5 +1,5 @@
 // What a policy may have written, put into a page.
-#include "apps/html.h"
+#include "apps/output/html.h"
 
 #include <gtest/gtest.h>
 

@@ -1,7 +1,7 @@
 // Stored episodes under other rewards.
 #include <cmath>
 
-#include "apps/rescoring.h"
+#include "apps/runs/rescoring.h"
 #include "tests/apps/made_run.h"
 
 namespace perigee {

@@ -1,5 +1,5 @@
 // What commands print for people: widths, colours, listings, one episode, a run as it goes on.
-#include "apps/terminal.h"
+#include "apps/output/terminal.h"
 
 #include <pty.h>
 #include <sys/file.h>
@@ -9,9 +9,9 @@
 #include <cmath>
 #include <thread>
 
-#include "apps/episode_json.h"
-#include "apps/episode_turns.h"
-#include "apps/output.h"
+#include "apps/output/output.h"
+#include "apps/runs/episode_json.h"
+#include "apps/runs/episode_turns.h"
 #include "base/text.h"
 #include "tests/apps/made_run.h"
 

@@ -36,6 +36,16 @@ const std::map<std::string, std::set<std::string>> kTable = {
     {"rollout/run", {"rollout/setup", "rollout/weights", "rollout/roles"}},
     {"rollout/replay", {"rollout/wire", "rollout/setup", "rollout/weights", "rollout/roles", "kernels"}},  // computes
     {"apps", {"base", "kernels", "policy", "storage", "reward", "agents", "rollout", "bench"}},
+    {"apps/output", {}},
+    {"apps/command_line", {}},
+    {"apps/runs", {"apps/command_line", "apps/output"}},
+    {"apps/inspect", {"apps/command_line", "apps/runs"}},
+    {"apps/export", {"apps/command_line", "apps/output", "apps/runs"}},
+    {"apps/replay", {"apps/command_line", "apps/output", "apps/runs"}},
+    {"apps/model", {"apps/command_line", "apps/output", "apps/replay"}},
+    {"apps/serve", {"apps/command_line", "apps/output", "apps/model"}},
+    {"apps/train", {"apps/command_line", "apps/output", "apps/model"}},
+    {"apps/compare", {"apps/command_line", "apps/output", "apps/model"}},
 };
 
 std::string first_component(const std::string& path) {

@@ -9,7 +9,7 @@
 #include <set>
 #include <thread>
 
-#include "apps/session_store.h"
+#include "apps/serve/session_store.h"
 #include "base/hash.h"
 #include "tests/agents/host/helpers.h"
 #include "tests/base/temp_directory.h"
