@@ -161,6 +161,8 @@ std::string WorkFolder::write_file(const std::string& path, std::string_view byt
     return fmt::format("{}: something that is no file stands in its place", quote(path));
   static std::atomic<uint64_t> counter = 0;
   const std::string temporary = fmt::format(".perigee-{}-{}", ::getpid(), counter++);
+  // No one else's: one that is there was left by a process that was killed, and whose numbers are ours now.
+  ::unlinkat(directory.get(), temporary.c_str(), 0);
   const Descriptor file(::openat(directory.get(), temporary.c_str(),
                                  O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0644));
   if (!file.open()) return why(path);

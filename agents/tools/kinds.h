@@ -60,6 +60,7 @@ struct SqlOptions {
   bool write = false;
   double wall_s = 2;
   int64_t rows = 100;
+  int64_t disk_bytes = 64 << 20;     // of the database, when it is written
   int64_t memory_bytes = 128 << 20;  // that one query may add to what the process's SQLite holds
 };
 // {"query": TEXT}: one statement. Each row is a line with a JSON list, below a line with the names of the columns.

@@ -7,11 +7,13 @@
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <string_view>
 
 #include "agents/tools/folder.h"
 #include "agents/tools/kinds.h"
 #include "agents/tools/output.h"
+#include "agents/tools/sql_functions.h"
 #include "base/text.h"
 
 namespace perigee::agents {
@@ -20,7 +22,8 @@ namespace {
 using Json = nlohmann::ordered_json;
 using Clock = std::chrono::steady_clock;
 
-constexpr int kProgressSteps = 2000;  // of SQLite's machine between two looks at the clock
+// Of SQLite's machine between two looks at the clock. One step may call a function on texts of a megabyte.
+constexpr int kProgressSteps = 20;
 constexpr int kMaxQuery = 20'000;
 
 struct Close {
@@ -28,7 +31,7 @@ struct Close {
   void operator()(sqlite3_stmt* statement) const { sqlite3_finalize(statement); }
 };
 
-// What a query may still use; looked at every few thousand steps.
+// What a query may still use; looked at every few steps.
 struct Budget {
   Clock::time_point until;
   std::stop_token stop;
@@ -66,7 +69,9 @@ int authorize(void* self, int action, const char* first, const char* second, con
       return SQLITE_OK;
     case SQLITE_FUNCTION: {
       const std::string_view function = second == nullptr ? "" : second;
-      for (const std::string_view bad : {"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit"})
+      // json_patch takes the product of its arguments' lengths, and nothing could stop it.
+      for (const std::string_view bad :
+           {"load_extension", "fts3_tokenizer", "readfile", "writefile", "edit", "json_patch"})
         if (function == bad) return refuse(fmt::format("the function {}", bad));
       return SQLITE_OK;
     }
@@ -168,7 +173,7 @@ class Sql final : public Tool {
     const std::unique_ptr<sqlite3, Close> db(raw);
     if (opened != SQLITE_OK)
       return {fmt::format("the database cannot be opened: {}", sqlite3_errstr(opened)), "error"};
-    restrict(db.get());
+    restrict(db.get(), options_);
 
     const double allowed_s =
         context.deadline_s > 0 ? std::min(context.deadline_s, options_.wall_s) : options_.wall_s;
@@ -185,7 +190,7 @@ class Sql final : public Tool {
   }
 
  private:
-  static void restrict(sqlite3* db) {
+  static void restrict(sqlite3* db, const SqlOptions& options) {
     int unused = 0;
     sqlite3_db_config(db, SQLITE_DBCONFIG_DEFENSIVE, 1, &unused);
     sqlite3_db_config(db, SQLITE_DBCONFIG_TRUSTED_SCHEMA, 0, &unused);
@@ -200,7 +205,7 @@ class Sql final : public Tool {
                                                {SQLITE_LIMIT_ATTACHED, 0},
                                                {SQLITE_LIMIT_TRIGGER_DEPTH, 10},
                                                {SQLITE_LIMIT_WORKER_THREADS, 0},
-                                               {SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000}};
+                                               {SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 100}};
     for (const auto& [what, value] : kLimits) sqlite3_limit(db, what, value);
     // Sorting stays in memory, where it is bounded: temporary files would fill the host's disk.
     sqlite3_exec(
@@ -208,6 +213,18 @@ class Sql final : public Tool {
         "PRAGMA temp_store=MEMORY; PRAGMA cell_size_check=ON; PRAGMA mmap_size=0; PRAGMA cache_size=-8192;",
         nullptr, nullptr, nullptr);
     sqlite3_busy_timeout(db, 1000);
+    use_linear_functions(db);
+    if (options.write) {
+      int64_t page_bytes = 4096;
+      const auto tell = [](void* to, int, char** values, char**) {
+        *static_cast<int64_t*>(to) = std::max(std::atoll(values[0]), 512ll);
+        return 0;
+      };
+      sqlite3_exec(db, "PRAGMA page_size", tell, &page_bytes, nullptr);
+      // A database that is larger already stays as large as it is.
+      const int64_t pages = std::clamp<int64_t>(options.disk_bytes / page_bytes, 1, 0x7FFFFFFF);
+      sqlite3_exec(db, fmt::format("PRAGMA max_page_count={}", pages).c_str(), nullptr, nullptr, nullptr);
+    }
   }
 
   static ToolResult failed(sqlite3* db, double allowed_s, const Budget& budget,
@@ -216,6 +233,7 @@ class Sql final : public Tool {
       return {fmt::format("[stopped: the query took longer than {:g} s]", allowed_s), "timeout"};
     if (budget.spent == Budget::kMemory) return {"[stopped: the query took too much memory]", "limit"};
     if (!permissions.refused.empty()) return {fmt::format("not allowed: {}", permissions.refused), "error"};
+    if (sqlite3_errcode(db) == SQLITE_FULL) return {"[stopped: the database is full]", "limit"};
     return {fmt::format("SQL error: {}", sqlite3_errmsg(db)), "error"};
   }
 

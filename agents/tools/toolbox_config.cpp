@@ -106,6 +106,7 @@ void add_sql(const nlohmann::json& entry, const std::string& where, ToolBox& box
   options.write = reader.boolean("write", options.write);
   options.wall_s = reader.number("wall_s", 0.01, 600, options.wall_s);
   options.rows = reader.integer("rows", 1, 100000, options.rows);
+  options.disk_bytes = reader.integer("disk_mib", 1, 65536, options.disk_bytes >> 20) << 20;
   options.memory_bytes = reader.integer("memory_mib", 1, 65536, options.memory_bytes >> 20) << 20;
   reader.finish();
   box.add(make_sql(std::move(options)));

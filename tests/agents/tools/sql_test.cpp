@@ -1,10 +1,13 @@
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 #include <sqlite3.h>
 
 #include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <random>
 
+#include "agents/tools/sql_functions.h"
 #include "agents/tools/toolbox.h"
 #include "tests/base/temp_directory.h"
 
@@ -106,6 +109,92 @@ TEST_F(SqlTool, TimeRowsBytesAndMemoryAreBounded) {
   EXPECT_EQ(e.status, "limit");
   EXPECT_EQ(call(R"(["sql"])", "SELECT zeroblob(100000000)").status, "error");
   EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
+}
+
+// A single call of a function can not be stopped: each ends soon by itself. With SQLite's own the first would take hours.
+TEST_F(SqlTool, NoFunctionTakesTheProductOfItsTexts) {
+  const std::string a = "printf('%.*c', 1000000, 'a')", half = "printf('%.*c', 500000, 'a')",
+                    b = "printf('%.*c', 500000, 'b')";
+  const std::pair<std::string, const char*> cases[] = {
+      {"SELECT length(trim(" + a + ", " + b + " || 'a'))", "0"},
+      {"SELECT length(ltrim(" + a + " || 'c', " + b + " || 'a')), length(rtrim('c' || " + a + ", " + b +
+           " || 'a'))",
+       "1,1"},
+      {"SELECT instr(" + a + ", " + half + " || 'b')", "0"},
+      {"SELECT instr(zeroblob(1000000), CAST(zeroblob(500000) || x'01' AS BLOB))", "0"},
+      {"SELECT length(replace(" + a + ", " + half + " || 'b', 'c'))", "1000000"},
+  };
+  for (const auto& [text, values] : cases) {
+    const ToolEvent e = call(R"([{"tool":"sql","wall_s":60}])", text);
+    EXPECT_NE(e.output.find("\n[" + std::string(values) + "]\n"), std::string::npos) << text << "\n"
+                                                                                     << e.output;
+  }
+  // What would take as long is refused.
+  EXPECT_EQ(query("SELECT json_patch('{}', '{}')"), "not allowed: the function json_patch");
+  EXPECT_EQ(call(R"(["sql"])", "SELECT " + a + " LIKE '%' || printf('%.*c', 200, 'a') || 'b%'").status,
+            "error");
+  // Between two of them time is looked at.
+  const ToolEvent e = call(R"([{"tool":"sql","wall_s":0.3}])",
+                           "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + (" + a +
+                               " LIKE '%' || printf('%.*c', 90, 'a') || 'b%') FROM c) SELECT max(x) FROM c");
+  EXPECT_EQ(e.status, "timeout");
+}
+
+// They say what SQLite's say.
+TEST_F(SqlTool, LinearFunctionsAgreeWithTheirModels) {
+  sqlite3 *own = nullptr, *plain = nullptr;
+  ASSERT_EQ(sqlite3_open(":memory:", &own), SQLITE_OK);
+  ASSERT_EQ(sqlite3_open(":memory:", &plain), SQLITE_OK);
+  use_linear_functions(own);
+  const auto value = [](sqlite3* db, const std::string& expression) {
+    sqlite3_stmt* s = nullptr;
+    const std::string text = "SELECT quote(" + expression + "), typeof(" + expression + ")";
+    EXPECT_EQ(sqlite3_prepare_v2(db, text.c_str(), -1, &s, nullptr), SQLITE_OK) << text;
+    EXPECT_EQ(sqlite3_step(s), SQLITE_ROW) << text;
+    std::string out;
+    for (int i = 0; i < 2; ++i)
+      if (const auto* p = sqlite3_column_text(s, i); p != nullptr)
+        out += std::string(reinterpret_cast<const char*>(p)) + " ";
+    sqlite3_finalize(s);
+    return out;
+  };
+  std::mt19937 random(11);
+  const auto one = [&] {
+    const std::string letters[] = {"a", "a", "b", " ", "é", "€", "😀"};
+    const unsigned kind = random() % 12;
+    if (kind == 0) return std::string("NULL");
+    if (kind == 1) return std::to_string(random() % 200);
+    if (kind == 2) return "0." + std::to_string(random() % 20);
+    std::string text;
+    for (unsigned n = random() % 7; n > 0; --n) text += letters[random() % 7];
+    if (kind > 3) return "'" + text + "'";
+    std::string hex = "x'";
+    for (const char c : text) hex += fmt::format("{:02x}", static_cast<unsigned char>(c));
+    return hex + "'";
+  };
+  for (int i = 0; i < 6000; ++i) {
+    const std::string x = one(), y = one(), z = one();
+    for (const std::string& e :
+         {"instr(" + x + "," + y + ")", "replace(" + x + "," + y + "," + z + ")", "trim(" + x + ")",
+          "trim(" + x + "," + y + ")", "ltrim(" + x + "," + y + ")", "rtrim(" + x + "," + y + ")"})
+      ASSERT_EQ(value(own, e), value(plain, e)) << e;
+  }
+  sqlite3_close(own);
+  sqlite3_close(plain);
+}
+
+TEST_F(SqlTool, ADatabaseGrowsToItsLimitAndNoFurther) {
+  const char* config = R"([{"tool":"sql","write":true,"disk_mib":2,"path":"new.sqlite","wall_s":60}])";
+  EXPECT_EQ(call(config, "CREATE TABLE a(x)").status, "ok");
+  EXPECT_EQ(call(config, "INSERT INTO a VALUES (randomblob(900000))").status, "ok");
+  const ToolEvent e = call(config,
+                           "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 100) "
+                           "INSERT INTO a SELECT randomblob(900000) FROM c");
+  EXPECT_EQ(e.output, "[stopped: the database is full]");
+  EXPECT_EQ(e.status, "limit");
+  EXPECT_EQ(call(config, "SELECT count(*), sum(length(x)) FROM a").output,
+            "[\"count(*)\",\"sum(length(x))\"]\n[1,900000]\n[1 row]");
+  EXPECT_LE(std::filesystem::file_size(work_ / "new.sqlite"), 2u << 20);
 }
 
 TEST_F(SqlTool, HostileFilesAreErrors) {
