@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
 
 #include "agents/tools/toolbox.h"
 #include "base/error.h"
@@ -33,6 +36,30 @@ ToolEvent event_without_run(const policy::ParsedCall& call, int32_t turn, std::s
   e.digest = hash128(e.output).hex();
   return e;
 }
+
+// Requests the stop once the time is over, whether or not anything happens until then: a turn may wait in a queue, or for
+// a host that is paused. seconds: 0 for no limit.
+class Alarm {
+ public:
+  Alarm(Clock::time_point start, double seconds, std::stop_source stop) {
+    // Beyond what the clock can say there is no end either.
+    constexpr double kYear_s = 366.0 * 86400;
+    if (seconds <= 0 || seconds > kYear_s) return;
+    const auto until =
+        start + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+    thread_ = std::jthread([this, until, stop](const std::stop_token& over) mutable {
+      std::unique_lock lock(mutex_);
+      changed_.wait_until(lock, over, until, [] { return false; });
+      lock.unlock();
+      if (!over.stop_requested()) stop.request_stop();
+    });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable_any changed_;
+  std::jthread thread_;  // last: it uses the others
+};
 
 }  // namespace
 
@@ -102,6 +129,7 @@ LoopResult run_agent(TurnSource& source, const policy::Tokenizer& tokenizer, con
   // The caller's stop and the clock both end a turn; which of them did is asked afterwards.
   std::stop_source both;
   const std::stop_callback pass_on(stop, [&] { both.request_stop(); });
+  const Alarm alarm(start, limits.wall_s, both);
   const auto ended = [&](FinishReason reason) {
     if (reason != FinishReason::kCancelled) return reason;
     return !stop.stop_requested() && over() ? FinishReason::kTime : FinishReason::kCancelled;
@@ -116,11 +144,7 @@ LoopResult run_agent(TurnSource& source, const policy::Tokenizer& tokenizer, con
       sampled = source.turn(
           feed, result.segments.empty() ? std::span<const ToolEvent>() : result.segments.back().tools,
           limits.max_tokens - result.tokens,
-          [&](int32_t token) {
-            sink->on_token(turn, token);
-            if (over()) both.request_stop();
-          },
-          both.get_token());
+          [&](int32_t token) { sink->on_token(turn, token); }, both.get_token());
     } catch (const std::exception& e) {
       sampled.finish = FinishReason::kError;
       sampled.error = e.what();

@@ -184,6 +184,27 @@ TEST(Loop, TurnsTokensAndTimeAreOutcomes) {
   }
 }
 
+// A request that waits in a queue, or for a host that is paused, gives no token at which the clock could be looked at.
+TEST(Loop, TimeEndsATurnThatGivesNothing) {
+  class Silent : public TurnSource {
+   public:
+    Turn turn(std::span<const int32_t>, std::span<const ToolEvent>, int64_t, const std::function<void(int32_t)>&,
+              std::stop_token stop) override {
+      for (int i = 0; i < 30'000 && !stop.stop_requested(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      Turn out;
+      out.finish = stop.stop_requested() ? FinishReason::kCancelled : FinishReason::kError;
+      return out;
+    }
+  };
+  const ByteTokenizer tokenizer;
+  const ToolBox tools = box();
+  Silent source;
+  const auto prompt = tokenizer.encode("question");
+  const LoopResult r = run_agent(source, tokenizer, tools, prompt, {.wall_s = 0.05}, {});
+  EXPECT_EQ(r.finish, FinishReason::kTime);
+  EXPECT_EQ(r.turns, 1);
+}
+
 TEST(Loop, TheCallersStopEndsATurnAndATool) {
   for (const std::string& turn : {section(call("functions.sleepy:0", "{}")), std::string(100000, 'x')}) {
     Script script({turn});
