@@ -233,6 +233,8 @@ std::string WorkCopy::write_file(int box, const std::string& path) {
       !S_ISREG(there.st_mode))
     return "something that is no file stands in its place";
   const std::string temporary = fmt::format(".perigee-{}-{}", ::getpid(), ::gettid());
+  // No one else's: one that is there was left by a process that was killed, and whose numbers are ours now.
+  ::unlinkat(to_directory.get(), temporary.c_str(), 0);
   Descriptor to(::openat(to_directory.get(), temporary.c_str(),
                          O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, now.executable ? 0755 : 0644));
   if (!to.open()) return std::strerror(errno);

@@ -65,6 +65,17 @@ open('closed', 'w').write('y'); os.chmod('closed', 0)
   EXPECT_EQ(tool.st_gid, getegid());
 }
 
+// In a container a program that was killed in the middle of writing back is started again with the same numbers.
+TEST_F(SandboxWork, WhatAKilledProcessLeftIsInNobodysWay) {
+  const fs::path left = work_ / fmt::format(".perigee-{}-{}", ::getpid(), ::gettid());
+  write(left, "half of some");
+  const SandboxResult r = run(job("open('result', 'w').write('whole')"));
+  EXPECT_EQ(r.exit_code, 0) << r.error;
+  EXPECT_EQ(r.note, "");
+  EXPECT_EQ(read(work_ / "result"), "whole");
+  EXPECT_FALSE(fs::exists(left));
+}
+
 TEST_F(SandboxWork, NoLinkPipeOrSocketComesBack) {
   write(folder_ / "secret", "hush");
   const std::string secret = (folder_ / "secret").string();
