@@ -11,8 +11,9 @@ namespace {
 
 using nlohmann::ordered_json;
 
-bool holds(const ordered_json& list, const ordered_json& value) {
-  return std::find(list.begin(), list.end(), value) != list.end();
+// Whatever the order of their keys.
+bool same(const ordered_json& a, const ordered_json& b) {
+  return a == b || (a.is_structured() && b.is_structured() && nlohmann::json(a) == nlohmann::json(b));
 }
 
 ordered_json merged_types(const ordered_json& a, const ordered_json& b) {
@@ -67,6 +68,10 @@ std::string type_of(const ordered_json& v) {
 
 }  // namespace
 
+bool holds(const ordered_json& list, const ordered_json& value) {
+  return std::any_of(list.begin(), list.end(), [&](const ordered_json& x) { return same(x, value); });
+}
+
 bool is_annotation(const std::string& k) {
   return among(k, {"title", "description", "default", "examples", "$comment", "deprecated", "readOnly",
                    "writeOnly", "$schema", "$id", "$defs", "definitions"});
@@ -93,6 +98,10 @@ std::string merge_schemas(const ordered_json& a, const ordered_json& b, ordered_
         (!x.empty() || a.contains("additionalProperties")))
       return "additionalProperties";
   }
+  // Items after the prefix of the one are all items of the other.
+  const auto prefix = [](const ordered_json& s) { return s.contains("prefixItems") ? s["prefixItems"].size() : 0; };
+  const ordered_json& shorter = prefix(a) < prefix(b) ? a : b;
+  if (prefix(a) != prefix(b) && shorter.contains("items") && shorter["items"] != true) return "items";
   ordered_json r = a;
   for (const auto& [k, v] : b.items()) {
     if (!r.contains(k)) {

@@ -7,6 +7,9 @@
 
 namespace perigee::policy {
 
+// Whether the list has the value, in whatever order its keys stand.
+bool holds(const nlohmann::ordered_json& list, const nlohmann::ordered_json& value);
+
 // Keywords that say nothing of values.
 bool is_annotation(const std::string& keyword);
 

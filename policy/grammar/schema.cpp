@@ -233,7 +233,7 @@ class SchemaCompiler {
       if (k == "enum" && !s.contains("const")) continue;
       if (k != "enum") fail(pointer(path, k), "this keyword is not supported beside enum and const");
       std::erase_if(values.get_ref<ordered_json::array_t&>(),
-                    [&](const ordered_json& x) { return std::find(v.begin(), v.end(), x) == v.end(); });
+                    [&](const ordered_json& x) { return !holds(v, x); });
     }
     if (s.contains("type")) {
       const auto types = schema_types(ordered_json{{"type", s["type"]}}, false);

@@ -180,7 +180,15 @@ TEST(GrammarSchema, ArraysAndChoices) {
       "{}"));
   EXPECT_TRUE(generates(R"({"allOf":[{"type":"integer","minimum":1},{"maximum":2}]})", "2"));
   EXPECT_FALSE(generates(R"({"allOf":[{"type":"integer","minimum":1},{"maximum":2}]})", "3"));
+  EXPECT_TRUE(generates(R"({"allOf":[{"prefixItems":[{"type":"null"}],"items":{"type":"integer"}},{"minItems":2}]})", "[null,3]"));
   EXPECT_TRUE(generates(R"({"oneOf":[{"type":"string"},{"type":"integer"}]})", "3"));
+  // The same values whatever the order of their keys.
+  const char* both = R"({"allOf":[{"enum":[{"a":1,"b":2},{"c":3}]},{"enum":[{"b":2,"a":1}]}]})";
+  EXPECT_TRUE(generates(both, R"({"a":1,"b":2})"));
+  EXPECT_FALSE(generates(both, R"({"c":3})"));
+  // Ways into which no text fits to the end are not begun: no code point is a surrogate, five are more than three.
+  EXPECT_FALSE(generates(R"({"type":"string","pattern":"^(a{5}|b)$","maxLength":3})", R"("a)"));
+  EXPECT_TRUE(generates(R"({"type":"string","pattern":"^(a{5}|b)$","maxLength":3})", R"("b")"));
 }
 
 TEST(GrammarSchema, WhatIsNotSupportedIsNamedWithItsPlace) {
@@ -220,6 +228,10 @@ TEST(GrammarSchema, WhatIsNotSupportedIsNamedWithItsPlace) {
       {R"({"allOf":[{"properties":{"a":{}},"additionalProperties":false},{"properties":{"b":{}}}]})",
        "differ in additionalProperties"},
       {R"({"anyOf":[{"pattern":"a"}],"pattern":"b"})", "differ in pattern"},
+      // `items` is of all items in the one and of those after the prefix in the other.
+      {R"({"type":"array","prefixItems":[{"type":"string"}],"allOf":[{"items":{"type":"integer"}}]})", "differ in items"},
+      {R"({"type":"array","items":false,"anyOf":[{"prefixItems":[{"type":"string"}]}]})", "differ in items"},
+      {R"({"oneOf":[{"const":{"a":1,"b":[2]}},{"const":{"b":[2.0],"a":1}}]})", "may both hold"},
       {R"([])", "response_format: #: a schema is expected"},
       {R"("x")", "a schema is expected"},
       {R"(false)", "no text satisfies it"},
