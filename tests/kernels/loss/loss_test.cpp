@@ -245,7 +245,33 @@ TEST(Loss, ImpossibleConfigurationsAreRefused) {
   refused([](LossConfig& c) { c.correction = Correction::kIcepop, c.icepop_low = 6; });
   refused([](LossConfig& c) { c.correction = Correction::kTis, c.cap = 0; });
   refused([](LossConfig& c) { c.veto = 1; });
+  refused([](LossConfig& c) { c.clip_low = 1.01; });
+  refused([](LossConfig& c) { c.kind = LossKind::kDrGrpo, c.max_length = std::numeric_limits<double>::infinity(); });
+  refused([](LossConfig& c) { c.kl_coef = -1e-3; });
+  refused([](LossConfig& c) { c.kl_coef = std::numeric_limits<double>::infinity(); });
+  refused([](LossConfig& c) { c.entropy_coef = std::nan(""); });
+  refused([](LossConfig& c) { c.correction = Correction::kSeqMis, c.cap = std::numeric_limits<double>::infinity(); });
   for (const auto& c : every_config()) EXPECT_NO_THROW(kernels::check_config(c));
+}
+
+TEST(Loss, DefaultsAreThePublishedConstants) {
+  using kernels::AdvantageKind;
+  const struct {
+    LossKind kind;
+    double low, high, tau;
+    AdvantageKind advantage;
+  } rows[] = {{LossKind::kGrpo, 0.2, 0.2, 0.1, AdvantageKind::kGrpo},   {LossKind::kDrGrpo, 0.2, 0.2, 0.1, AdvantageKind::kMean},
+              {LossKind::kDapo, 0.2, 0.28, 0.1, AdvantageKind::kGrpo},  {LossKind::kGspo, 3e-4, 4e-4, 0.1, AdvantageKind::kGrpo},
+              {LossKind::kCispo, 0.2, 0.28, 0.1, AdvantageKind::kGrpo}, {LossKind::kRloo, 0.2, 0.2, 0.1, AdvantageKind::kRloo},
+              {LossKind::kK15, 0.2, 0.2, 0.1, AdvantageKind::kMean}};
+  for (const auto& r : rows) {
+    const LossConfig c = kernels::loss_defaults(r.kind);
+    EXPECT_EQ(c.kind, r.kind);
+    EXPECT_EQ(c.clip_low, r.low) << name(r.kind);
+    EXPECT_EQ(c.clip_high, r.high) << name(r.kind);
+    EXPECT_EQ(c.tau, r.tau) << name(r.kind);
+    EXPECT_EQ(kernels::usual_advantage(r.kind), r.advantage) << name(r.kind);
+  }
 }
 
 TEST(Loss, NamesParseBack) {
