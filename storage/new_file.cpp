@@ -21,15 +21,22 @@ NewFile::NewFile(fs::path place) : place_(std::move(place)) {
   if (!fs::is_directory(parent, ec)) throw_input("{}: there is no directory {}", place_.string(), parent.string());
   path_ = place_.string() + fmt::format(".{}.making", ::getpid());
   remove_all();
+  by_signal_.emplace(files());
 }
 
 NewFile::~NewFile() {
   remove_all();
 }
 
+std::vector<fs::path> NewFile::files() const {
+  std::vector<fs::path> all;
+  for (const char* suffix : {"", "-wal", "-shm", "-journal", ".lock"}) all.emplace_back(path_.string() + suffix);
+  return all;
+}
+
 void NewFile::remove_all() const {
   std::error_code ignored;
-  for (const char* suffix : {"", "-wal", "-shm", "-journal", ".lock"}) fs::remove(path_.string() + suffix, ignored);
+  for (const fs::path& file : files()) fs::remove(file, ignored);
 }
 
 void NewFile::keep() {

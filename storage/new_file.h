@@ -2,7 +2,10 @@
 #pragma once
 #include <filesystem>
 #include <memory>
+#include <optional>
+#include <vector>
 
+#include "base/leftovers.h"
 #include "storage/sqlite.h"
 
 namespace perigee::storage {
@@ -11,7 +14,7 @@ class NewFile {
  public:
   // ERRORS (input): something of that name is there.
   explicit NewFile(std::filesystem::path place);
-  ~NewFile();  // without keep(): nothing is left
+  ~NewFile();  // without keep(): nothing is left; nor when a signal ends the program
   NewFile(const NewFile&) = delete;
   NewFile& operator=(const NewFile&) = delete;
 
@@ -20,8 +23,10 @@ class NewFile {
   void keep();
 
  private:
+  std::vector<std::filesystem::path> files() const;
   void remove_all() const;
   std::filesystem::path place_, path_;
+  std::optional<RemoveOnSignal> by_signal_;
 };
 
 // An empty store in it, with a connection that is quick and makes nothing durable: keep() does, when all is there. Foreign

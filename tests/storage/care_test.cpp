@@ -1,6 +1,10 @@
 // Copies, compaction and merging of stores.
 #include "storage/care.h"
 
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <thread>
 
@@ -38,6 +42,24 @@ TEST(Backup, IsTheSourceAndReplacesNothing) {
   expect_error(Error::Kind::kInput, "no directory", [&] { backup_store(dir / "s", dir / "none/c"); });
   Store store(dir / "b");  // and may be gone on with
   EXPECT_EQ(lease_group(store, 1).size(), 1u);
+}
+
+TEST(Backup, CtrlCLeavesNothingBehind) {
+  TempDirectory dir;
+  written(dir / "s", 1);
+  const pid_t child = ::fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    backup_store(dir / "s", dir / "b", [](std::string_view, int64_t, int64_t) {
+      ::kill(::getpid(), SIGINT);
+      for (;;) ::pause();
+    });
+    ::_exit(1);
+  }
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  EXPECT_TRUE(WIFSIGNALED(status));
+  for (const auto& entry : fs::directory_iterator(dir / ".")) EXPECT_TRUE(entry.path().filename().string().starts_with("s")) << entry.path();
 }
 
 TEST(Backup, OfAStoreThatIsBeingWrittenIsOneMoment) {
