@@ -57,6 +57,7 @@ struct Trainer::Impl {
   void accumulate(const std::vector<MicroBatch>& batches, const std::vector<std::vector<float>>& old,
                   const std::vector<std::vector<float>>& ref, double curated_coef, int64_t part, Totals& totals);
   void require_finite(const MicroBatch& b, const float* logprob);
+  std::vector<float> recorded(const MicroBatch& b) const;
   void require_finite_gradient();
   StepMetrics metrics(const Totals& totals);
   double grad_scale(const StepMetrics& metrics) const {
@@ -81,6 +82,26 @@ void Trainer::Impl::require_finite(const MicroBatch& b, const float* logprob) {
       "NaN or infinity in the forward pass, {} (sequence {} of the micro-batch, token {}); weights and "
       "optimiser state are unchanged",
       where, sequence, row - begin + 1);
+}
+
+// The sampler's log-probabilities of the entries. One that is no number would be a weight of zero to some corrections, and
+// nothing at all to others.
+std::vector<float> Trainer::Impl::recorded(const MicroBatch& b) const {
+  std::vector<float> mu;
+  mu.reserve(b.rows.size());
+  for (size_t s = 0; s < b.sequences.size(); ++s) {
+    const TrainSequence& q = *b.sequences[s];
+    for (size_t t = 1; t < q.tokens.size(); ++t) {
+      if (q.mask[t] == 0) continue;
+      if (!std::isfinite(q.mu[t]))
+        throw_environment(
+            "the sampler recorded {} as a log-probability (sequence {} of the micro-batch, token {}); weights and "
+            "optimiser state are unchanged",
+            q.mu[t], s, t);
+      mu.push_back(q.mu[t]);
+    }
+  }
+  return mu;
 }
 
 void Trainer::Impl::require_finite_gradient() {
@@ -122,14 +143,9 @@ void Trainer::Impl::accumulate(const std::vector<MicroBatch>& batches, const std
       if (policy_sequences == 0)
         for (int64_t t = 0; t < n; ++t) totals.stats.entropy_sum += p.entropy[t];
     } else {
-      mu.resize(static_cast<size_t>(n));
+      mu = recorded(b);
       std::vector<double> advantage;
-      for (size_t s = 0, at = 0; s < b.sequences.size(); ++s) {
-        const TrainSequence& q = *b.sequences[s];
-        advantage.push_back(q.advantage);
-        for (size_t t = 1; t < q.tokens.size(); ++t)
-          if (q.mask[t] != 0) mu[at++] = q.mu[t];
-      }
+      for (const TrainSequence* q : b.sequences) advantage.push_back(q->advantage);
       LossBatch<float> loss;
       loss.sequences = static_cast<int64_t>(b.sequences.size());
       loss.offsets = b.offsets.data();

@@ -206,6 +206,75 @@ TEST(Trainer, WorkedExamplesBesideEpisodesKeepTheirCoefficientInEveryMinibatch) 
   EXPECT_NEAR(mixed, 0.01 * alone, 1e-3 * alone);
 }
 
+// A group of equal rewards, episodes that wrote nothing, one of a single token: nothing to learn, and nothing is learnt.
+TEST(Trainer, WhereThereIsNothingToLearnNothingChanges) {
+  for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16})
+    for (const auto moments : {kernels::MomentForm::kFloat32, kernels::MomentForm::kByte}) {
+      SmallModel model(14, dtype);
+      kernels::Context ctx(2);
+      TrainerConfig config = config_of(kernels::LossKind::kDapo);
+      config.moments = moments;
+      config.micro_batch_tokens = 40;
+      Trainer trainer(ctx, model.layout, config);
+      auto equal = random_batch(15, 6, false);
+      for (TrainSequence& q : equal) q.advantage = 0;
+      auto silent = random_batch(16, 3, false);
+      for (TrainSequence& q : silent) std::fill(q.mask.begin(), q.mask.end(), uint8_t{0});
+      silent[1].tokens.resize(1);
+      silent[1].mask.resize(1);
+      silent[1].mu.resize(1);
+      Arena a(model.layout), b(model.layout);
+      const auto bytes = static_cast<size_t>(model.layout.weight_bytes());
+      StepMetrics m = trainer.step(model.weights(), a.data(), equal);
+      EXPECT_EQ(std::memcmp(a.data(), model.weights(), bytes), 0);
+      EXPECT_EQ(m.grad_norm, 0);
+      EXPECT_GT(m.trained_tokens, 0);
+      m = trainer.step(a.data(), b.data(), silent);
+      EXPECT_EQ(std::memcmp(b.data(), model.weights(), bytes), 0);
+      EXPECT_EQ(m.loss, 0);
+      EXPECT_EQ(m.trained_tokens, 0);
+      EXPECT_EQ(m.mismatch_max, 0);
+      EXPECT_EQ(m.ratio_mean, 1);
+      EXPECT_EQ(trainer.steps_done(), 2);
+      // Beside others they change nothing but the number of sequences.
+      const auto lively = random_batch(17, 4, false);
+      std::vector<float> alone(static_cast<size_t>(model.layout.elements())), beside(alone);
+      auto all = lively;
+      all.insert(all.end(), silent.begin(), silent.end());
+      config.loss.kind = kernels::LossKind::kDapo;
+      EXPECT_EQ(trainer.gradients(model.weights(), lively, alone.data()).loss,
+                trainer.gradients(model.weights(), all, beside.data()).loss);
+    }
+}
+
+// A recorded log-probability that is none makes no number of the step; it must not pass for a token that a correction drops.
+TEST(Trainer, RecordedLogprobsHaveToBeNumbers) {
+  SmallModel model(18);
+  kernels::Context ctx(1);
+  Arena out(model.layout);
+  for (const auto correction : {kernels::Correction::kNone, kernels::Correction::kIcepop, kernels::Correction::kSeqMis})
+    for (const float bad : {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+      TrainerConfig config = config_of(kernels::LossKind::kGrpo);
+      config.loss.correction = correction;
+      Trainer trainer(ctx, model.layout, config);
+      auto batch = random_batch(19, 3, false);
+      batch[1].mu[0] = bad;  // of the prompt: nobody looks
+      EXPECT_NO_THROW(trainer.step(model.weights(), out.data(), batch));
+      std::vector<std::byte> before(static_cast<size_t>(trainer.state_bytes())), after(before);
+      trainer.save_state(before.data());
+      batch[1].mu.back() = bad;
+      try {
+        trainer.step(model.weights(), out.data(), batch);
+        ADD_FAILURE() << "a recorded log-probability of " << bad << " passed";
+      } catch (const Error& e) {
+        EXPECT_NE(std::string(e.what()).find("log-probability"), std::string::npos) << e.what();
+        EXPECT_NE(std::string(e.what()).find(fmt::format("token {}", batch[1].mu.size() - 1)), std::string::npos) << e.what();
+      }
+      trainer.save_state(after.data());
+      EXPECT_EQ(before, after);
+    }
+}
+
 TEST(Trainer, RouterBiasMovesTowardsTheUnderused) {
   SmallModel model(9);
   kernels::Context ctx(2);
