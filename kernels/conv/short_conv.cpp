@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <functional>
 
-#include "kernels/simd/simd.h"
+#include "kernels/rows.h"
 
 namespace perigee::kernels {
 
@@ -15,16 +15,6 @@ using simd::F16;
 // nearest cache.
 constexpr int64_t kBlock = 128;
 constexpr int64_t kBefore = kConvWidth - 1;
-
-F16 load_at(const float* p, int64_t at, int64_t n) {
-  return at + 16 <= n ? simd::load(p + at) : simd::load_partial(p + at, static_cast<int>(n - at));
-}
-void store_at(float* p, F16 a, int64_t at, int64_t n) {
-  if (at + 16 <= n)
-    simd::store(p + at, a);
-  else
-    simd::store_partial(p + at, a, static_cast<int>(n - at));
-}
 
 // Taps of n channels, one row of kBlock per tap, zeros past n.
 struct Taps {
