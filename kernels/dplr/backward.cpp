@@ -7,9 +7,9 @@
 //   dGamma = rowsum(S . dS'),  dS = Diag(Gamma) dS' + sum_i (Gamma.b)_i z_iᵀ + (Gamma.q)_i do_iᵀ
 // and row i, on the way back, adds what it read of each K~_j, A~_j and of Gamma, before and after its decay.
 #include <algorithm>
-#include <functional>
 
 #include "kernels/dplr/chunk.h"
+#include "kernels/kda/heads.h"
 
 namespace perigee::kernels {
 namespace {
@@ -224,34 +224,15 @@ class HeadBackward {
 
 void dplr_backward(Context& ctx, const DplrShape& shape, const DplrInputs& in, const float* chunk_states,
                    std::span<const Slice> slices, const float* dout, const DplrGradients& gradients) {
-  PERIGEE_CHECK(shape.heads > 0 && shape.dk > 0 && shape.dv > 0, "heads {} dk {} dv {}", shape.heads,
-                shape.dk, shape.dv);
   const Scratch::Mark mark(ctx.scratch);
-  int64_t* first_chunk = ctx.scratch.take<int64_t>(static_cast<int64_t>(slices.size()) + 1);
-  int64_t chunks = 0, rows_total = 0;
-  for (size_t i = 0; i < slices.size(); ++i) {
-    PERIGEE_CHECK(slices[i].begin >= 0 && slices[i].count >= 0 && slices[i].position == 0,
-                  "slice {}: begin {} count {} position {}", i, slices[i].begin, slices[i].count,
-                  slices[i].position);
-    first_chunk[i] = chunks;
-    chunks += (slices[i].count + kKdaChunk - 1) / kKdaChunk;
-    rows_total += slices[i].count;
-  }
-  if (rows_total == 0) return;
-  const int64_t items = static_cast<int64_t>(slices.size()) * shape.heads;
-  const int64_t flops = rows_total * shape.heads * shape.dk * (12 * shape.dv + 400);
-  const int64_t ranges = flops < 200000 ? 1 : std::min<int64_t>(items, 8 * ctx.pool.size());
-  const int64_t grain = (items + ranges - 1) / ranges;
-  const int64_t floats = HeadBackward::floats(shape);
-  float* memory = ctx.scratch.take<float>(((items + grain - 1) / grain) * floats);
-  const auto body = [&](int64_t begin, int64_t end) {
-    HeadBackward head(shape, in, chunk_states, dout, gradients, memory + begin / grain * floats);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t slice = item / shape.heads;
-      head.run(slices[static_cast<size_t>(slice)], item % shape.heads, first_chunk[slice]);
-    }
-  };
-  ctx.parallel_for(items, grain, std::ref(body));
+  const kda::Batch batch = kda::count_batch(ctx, shape, slices, true);
+  kda::for_heads(ctx, shape, batch, shape.dk * (12 * shape.dv + 400), HeadBackward::floats(shape),
+                 [&](float* memory) {
+                   return [&, backward = HeadBackward(shape, in, chunk_states, dout, gradients, memory)](
+                              int64_t slice, int64_t head, int64_t first_chunk) mutable {
+                     backward.run(slices[static_cast<size_t>(slice)], head, first_chunk);
+                   };
+                 });
 }
 
 }  // namespace perigee::kernels

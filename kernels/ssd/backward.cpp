@@ -8,8 +8,8 @@
 //   dg_m = Gamma_n <S, dS> + sum_{i>=m} q_i . (Gamma_i S do_i) + sum_{j<m} (k_j . (L_nj dS v_j) + sum_{i>=m} W_ij dW_ij)
 // Nothing is divided and no large sums are subtracted: a decay of 0 has its right gradient, 0.
 #include <algorithm>
-#include <functional>
 
+#include "kernels/kda/heads.h"
 #include "kernels/ssd/chunk.h"
 
 namespace perigee::kernels {
@@ -195,34 +195,16 @@ class HeadBackward {
 void ssd_backward(Context& ctx, const SsdShape& shape, const float* q, const float* k, const float* v,
                   const float* g, const float* chunk_states, std::span<const Slice> slices, const float* dout,
                   float* dq, float* dk_, float* dv_, float* dg) {
-  PERIGEE_CHECK(shape.heads > 0 && shape.dk > 0 && shape.dv > 0, "heads {} dk {} dv {}", shape.heads,
-                shape.dk, shape.dv);
   const Scratch::Mark mark(ctx.scratch);
-  int64_t* first_chunk = ctx.scratch.take<int64_t>(static_cast<int64_t>(slices.size()) + 1);
-  int64_t chunks = 0, rows = 0;
-  for (size_t i = 0; i < slices.size(); ++i) {
-    const Slice& s = slices[i];
-    PERIGEE_CHECK(s.begin >= 0 && s.count >= 0 && s.position == 0, "slice {}: begin {} count {} position {}",
-                  i, s.begin, s.count, s.position);
-    first_chunk[i] = chunks;
-    chunks += (s.count + kKdaChunk - 1) / kKdaChunk;
-    rows += s.count;
-  }
-  if (rows == 0) return;
-  const int64_t items = static_cast<int64_t>(slices.size()) * shape.heads;
-  const int64_t flops = rows * shape.heads * shape.dk * (4 * shape.dv + 100);
-  const int64_t ranges = flops < 200000 ? 1 : std::min<int64_t>(items, 8 * ctx.pool.size());
-  const int64_t grain = (items + ranges - 1) / ranges, floats = kda::round_up16(HeadBackward::floats(shape));
-  float* memory = ctx.scratch.take<float>((items + grain - 1) / grain * floats);
+  const kda::Batch batch = kda::count_batch(ctx, shape, slices, true);
   const Operands operands{q, k, v, g, chunk_states, dout, dq, dk_, dv_, dg};
-  const auto body = [&](int64_t begin, int64_t end) {
-    HeadBackward backward(shape, operands, memory + begin / grain * floats);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t slice = item / shape.heads;
-      backward.run(slices[static_cast<size_t>(slice)], item % shape.heads, first_chunk[slice]);
-    }
-  };
-  ctx.parallel_for(items, grain, std::ref(body));
+  kda::for_heads(ctx, shape, batch, shape.dk * (4 * shape.dv + 100), HeadBackward::floats(shape),
+                 [&](float* memory) {
+                   return [&, backward = HeadBackward(shape, operands, memory)](int64_t slice, int64_t head,
+                                                                                int64_t first_chunk) mutable {
+                     backward.run(slices[static_cast<size_t>(slice)], head, first_chunk);
+                   };
+                 });
 }
 
 }  // namespace perigee::kernels

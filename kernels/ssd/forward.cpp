@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cstring>
-#include <functional>
 
+#include "kernels/kda/heads.h"
 #include "kernels/ssd/chunk.h"
 
 namespace perigee::kernels {
@@ -154,38 +154,16 @@ int64_t ssd_state_floats(const SsdShape& shape) {
 
 void ssd_forward(Context& ctx, const SsdShape& shape, const float* q, const float* k, const float* v,
                  const float* g, std::span<const SsdSlice> slices, float* out, float* chunk_states) {
-  PERIGEE_CHECK(shape.heads > 0 && shape.dk > 0 && shape.dv > 0, "heads {} dk {} dv {}", shape.heads,
-                shape.dk, shape.dv);
   const Scratch::Mark mark(ctx.scratch);
-  const int64_t items = static_cast<int64_t>(slices.size()) * shape.heads;
-  int64_t* first_chunk = ctx.scratch.take<int64_t>(static_cast<int64_t>(slices.size()) + 1);
-  int64_t chunks = 0, rows = 0;
-  for (size_t i = 0; i < slices.size(); ++i) {
-    const Slice& s = slices[i].slice;
-    PERIGEE_CHECK(s.begin >= 0 && s.count >= 0 && s.position >= 0, "slice {}: begin {} count {} position {}",
-                  i, s.begin, s.count, s.position);
-    PERIGEE_CHECK(chunk_states == nullptr || s.position == 0,
-                  "slice {} at position {}: chunk states are stored from 0", i, s.position);
-    first_chunk[i] = chunks;
-    chunks += (s.count + kKdaChunk - 1) / kKdaChunk;
-    rows += s.count;
-  }
-  if (rows == 0) return;
-
-  // An item is a head of a slice. Work too small to share stays on this thread; each range of items has its buffers.
-  const int64_t flops = rows * shape.heads * shape.dk * (2 * shape.dv + 32);
-  const int64_t ranges = flops < 200000 ? 1 : std::min<int64_t>(items, 8 * ctx.pool.size());
-  const int64_t grain = (items + ranges - 1) / ranges, floats = kda::round_up16(HeadForward::floats(shape));
-  float* memory = ctx.scratch.take<float>((items + grain - 1) / grain * floats);
+  const kda::Batch batch = kda::count_batch(ctx, shape, slices, chunk_states != nullptr);
   const Operands operands{q, k, v, g, out, chunk_states};
-  const auto body = [&](int64_t begin, int64_t end) {
-    HeadForward forward(shape, operands, memory + begin / grain * floats);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t slice = item / shape.heads;
-      forward.run(slices[static_cast<size_t>(slice)], item % shape.heads, first_chunk[slice]);
-    }
-  };
-  ctx.parallel_for(items, grain, std::ref(body));
+  kda::for_heads(ctx, shape, batch, shape.dk * (2 * shape.dv + 32), HeadForward::floats(shape),
+                 [&](float* memory) {
+                   return [&, forward = HeadForward(shape, operands, memory)](int64_t slice, int64_t head,
+                                                                              int64_t first_chunk) mutable {
+                     forward.run(slices[static_cast<size_t>(slice)], head, first_chunk);
+                   };
+                 });
 }
 
 }  // namespace perigee::kernels
