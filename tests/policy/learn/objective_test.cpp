@@ -92,7 +92,7 @@ Scores<T> score(const nlohmann::json& config, const Tensors<T>& tensors,
 // d loss / d log-probability and / d entropy, and the loss, by the reference of the losses.
 struct Slopes {
   std::vector<std::vector<double>> logprob, entropy;
-  double loss = 0;
+  StepMetrics metrics;  // what a step reports of it, but for the gradient
 };
 Slopes slopes(const TrainerConfig& config, const std::vector<TrainSequence>& batch, const Scores<double>& now,
               const std::vector<std::vector<double>>& old, const std::vector<std::vector<double>>& ref) {
@@ -118,15 +118,49 @@ Slopes slopes(const TrainerConfig& config, const std::vector<TrainSequence>& bat
   std::vector<std::vector<double>> frozen;
   for (const auto& s : policy) frozen.push_back(s.logprob);
   Slopes out;
-  out.loss = perigee::reference::loss(spec, policy, frozen, sequences, tokens);
+  StepMetrics& m = out.metrics;
+  auto alone = spec;
+  alone.kl_coef = alone.entropy_coef = 0;
+  m.policy_loss = perigee::reference::loss(alone, policy, frozen, sequences, tokens);
+  m.loss = perigee::reference::loss(spec, policy, frozen, sequences, tokens);
+  m.ratio_mean = policy.empty() ? 1 : 0;
+  for (const LossSequence& s : policy) {
+    double together = 0;
+    for (size_t t = 0; t < s.logprob.size(); ++t)
+      together += (s.logprob[t] - s.old[t]) / static_cast<double>(s.logprob.size());
+    for (size_t t = 0; t < s.logprob.size(); ++t) {
+      const double d = s.logprob[t] - s.ref[t], log_rho = s.old[t] - s.mu[t];
+      const double ratio = std::exp(spec.objective == "gspo" ? together : s.logprob[t] - s.old[t]);
+      const bool clips = spec.objective == "clip" || spec.objective == "gspo";
+      const bool clipped = (clips && s.advantage > 0 && ratio > 1 + spec.clip_high) ||
+                           (clips && s.advantage < 0 && ratio < 1 - spec.clip_low) ||
+                           (spec.objective == "cispo" && ratio > 1 + spec.clip_high);
+      m.kl += (spec.kl == "k1" ? d : spec.kl == "k2" ? d * d / 2 : std::exp(-d) - 1 + d) / tokens;
+      m.entropy += s.entropy[t] / tokens;
+      m.ratio_mean += ratio / tokens;
+      m.clip_fraction += clipped / tokens;
+      m.mismatch_kl += (std::exp(log_rho) - 1 - log_rho) / tokens;
+      m.mismatch_max = std::max(m.mismatch_max, std::abs(log_rho));
+      m.mismatch_share += (log_rho != 0) / tokens;
+    }
+  }
   const double coef = policy.empty() ? 1 : config.ptx_coef;
+  for (size_t i = 0; i < batch.size(); ++i) {
+    m.tokens += static_cast<int64_t>(batch[i].tokens.size());
+    m.trained_tokens += static_cast<int64_t>(now.logprob[i].size());
+    ++m.sequences;
+    if (!batch[i].curated) continue;
+    for (const double l : now.logprob[i]) m.ptx_loss -= coef * l / curated_tokens;
+    if (policy.empty())
+      for (const double h : now.entropy[i]) m.entropy += h / curated_tokens;
+  }
+  m.loss += m.ptx_loss;
   size_t at = 0;
   for (size_t i = 0; i < batch.size(); ++i) {
     const auto n = now.logprob[i].size();
     if (batch[i].curated) {
       out.logprob.emplace_back(n, -coef / curated_tokens);
       out.entropy.emplace_back(n, 0);
-      for (const double l : now.logprob[i]) out.loss -= coef * l / curated_tokens;
       continue;
     }
     out.logprob.emplace_back(dl.begin() + static_cast<long>(at), dl.begin() + static_cast<long>(at + n));
@@ -228,7 +262,7 @@ struct Learner {
 template <class T>
 Values by_tape(Learner& of, const TrainerConfig& config, const std::vector<TrainSequence>& batch,
                const std::byte* at, const std::byte* before, const std::byte* reference_weights,
-               double* loss) {
+               StepMetrics* metrics) {
   const auto values = [&](const std::byte* weights) {
     const Tensors<double> wide = of.tensors(weights);
     Tensors<T> tensors;
@@ -242,7 +276,7 @@ Values by_tape(Learner& of, const TrainerConfig& config, const std::vector<Train
   const Scores<double> now = values(at);
   const Slopes d = slopes(config, batch, now, before == at ? now.logprob : values(before).logprob,
                           values(reference_weights).logprob);
-  if (loss != nullptr) *loss = d.loss;
+  if (metrics != nullptr) *metrics = d.metrics;
   Tape<T> tape;
   Tensors<Var<T>> leaves;
   for (const auto& [name, x] : of.tensors(at))
@@ -294,6 +328,27 @@ void expect_near(const Values& got, const Values& truth, const Values& plain, co
   std::printf("%s: at most %.2f of plain float32's error, %.2g\n", title.c_str(), worst, typical);
 }
 
+// Log-probabilities are good to 1e-5 (float32, logits near 5), and these are means of smooth functions of them.
+void expect_metrics(const StepMetrics& got, const StepMetrics& want, const std::string& title) {
+  const auto near = [&](double StepMetrics::*f, const char* name) {
+    EXPECT_NEAR(got.*f, want.*f, 4e-5 * (1 + std::abs(want.*f))) << title << " " << name;
+  };
+  near(&StepMetrics::loss, "loss");
+  near(&StepMetrics::policy_loss, "policy_loss");
+  near(&StepMetrics::ptx_loss, "ptx_loss");
+  near(&StepMetrics::kl, "kl");
+  near(&StepMetrics::entropy, "entropy");
+  near(&StepMetrics::ratio_mean, "ratio_mean");
+  near(&StepMetrics::clip_fraction, "clip_fraction");
+  near(&StepMetrics::mismatch_kl, "mismatch_kl");
+  near(&StepMetrics::mismatch_max, "mismatch_max");
+  near(&StepMetrics::mismatch_share, "mismatch_share");
+  EXPECT_EQ(got.tokens, want.tokens) << title;
+  EXPECT_EQ(got.trained_tokens, want.trained_tokens) << title;
+  EXPECT_EQ(got.sequences, want.sequences) << title;
+  EXPECT_EQ(got.dropped_sequences, 0) << title;
+}
+
 TrainerConfig trainer_config(LossKind kind, Correction correction, KlKind kl) {
   TrainerConfig c;
   c.loss = kernels::loss_defaults(kind);
@@ -330,15 +385,15 @@ void expect_first_step(Learner& of, const Case& c, const std::string& title) {
   const auto batch = episodes(of.model.vocab());
   Learner other(of.model.config, of.adapters != nullptr, 7);
   std::byte* const reference = const_cast<std::byte*>(other.weights());
-  double want_loss = 0;
-  const Values truth = by_tape<double>(of, config, batch, of.weights(), of.weights(), reference, &want_loss),
+  StepMetrics want;
+  const Values truth = by_tape<double>(of, config, batch, of.weights(), of.weights(), reference, &want),
                plain = by_tape<float>(of, config, batch, of.weights(), of.weights(), reference, nullptr);
   kernels::Context ctx(2);
   Trainer trainer = of.trainer(ctx, config);
   std::vector<float> flat(static_cast<size_t>(of.layout().elements())), again(flat);
   const StepMetrics m = trainer.gradients(of.weights(), batch, flat.data(), reference);
   expect_near(of.named(flat.data()), truth, plain, title);
-  EXPECT_NEAR(m.loss, want_loss, 2e-5 * (1 + std::abs(want_loss))) << title;
+  expect_metrics(m, want, title);
   TrainerConfig recomputing = config;
   recomputing.recompute = true;
   kernels::Context one(1);
@@ -360,6 +415,22 @@ TEST(Objective, EveryLossHasItsGradientInTheWeights) {
     Learner of(experts({"gdn", "attention"}, R"({"hidden_size": 24})"), false, 31);
     expect_first_step(of, c, c.name);
   }
+}
+
+// All of it worked examples: their mean weighs 1, and the policy's terms are not there.
+TEST(Objective, OfASupervisedStepIsTheMeanLogLikelihood) {
+  Learner of(experts({"kda", "mla"}), false, 35);
+  const TrainerConfig config = trainer_config(LossKind::kGrpo, Correction::kTis, KlKind::kK3);
+  auto batch = episodes(of.model.vocab());
+  for (TrainSequence& q : batch) q.curated = true;
+  StepMetrics want;
+  const Values truth = by_tape<double>(of, config, batch, of.weights(), of.weights(), of.weights(), &want),
+               plain = by_tape<float>(of, config, batch, of.weights(), of.weights(), of.weights(), nullptr);
+  kernels::Context ctx(2);
+  std::vector<float> flat(static_cast<size_t>(of.layout().elements()));
+  const StepMetrics m = of.trainer(ctx, config).gradients(of.weights(), batch, flat.data(), of.weights());
+  expect_near(of.named(flat.data()), truth, plain, "worked examples");
+  expect_metrics(m, want, "worked examples");
 }
 
 TEST(Objective, EveryLossHasItsGradientInAdaptersOfExperts) {
@@ -417,13 +488,12 @@ TEST(Objective, OfTheSecondMinibatchIsAgainstTheWeightsBeforeTheFirst) {
       trainer.observe(&seen);
       trainer.step(of.weights(), out.data(), batch, reference);
       ASSERT_EQ(seen.gradients.size(), 2u);
-      double want_loss = 0;
-      const Values truth = by_tape<double>(of, config, second, middle.data(), of.weights(), reference,
-                                           &want_loss),
+      StepMetrics want;
+      const Values truth = by_tape<double>(of, config, second, middle.data(), of.weights(), reference, &want),
                    plain =
                        by_tape<float>(of, config, second, middle.data(), of.weights(), reference, nullptr);
       expect_near(of.named(seen.gradients[1].data()), truth, plain, title);
-      EXPECT_NEAR(seen.metrics[1].loss, want_loss, 2e-5 * (1 + std::abs(want_loss))) << title;
+      expect_metrics(seen.metrics[1], want, title);
       EXPECT_NE(seen.metrics[1].ratio_mean, 1) << title;
     }
 }

@@ -2,7 +2,7 @@
 
 #include <gtest/gtest.h>
 
-#include <chrono>
+#include <ctime>
 
 #include "base/error.h"
 #include "base/random.h"
@@ -137,11 +137,11 @@ TEST(Tiktoken, AMegabytePieceIsNotQuadratic) {
                                   std::string("A"), std::string("你"), std::string("."), std::string("\n")}) {
     std::string text;
     while (text.size() < (1u << 20)) text += unit;
-    const auto start = std::chrono::steady_clock::now();
+    const std::clock_t start = std::clock();  // of the processor: the machine may be busy with others
     const auto ids = tokenizer().encode(text);
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const double seconds = static_cast<double>(std::clock() - start) / CLOCKS_PER_SEC;
     EXPECT_EQ(tokenizer().decode(ids), text);
-    // A quadratic merge takes minutes; this takes about a second under a sanitizer on a busy machine.
+    // A quadratic merge takes minutes; this takes about a second under a sanitizer.
     EXPECT_LT(seconds, 30) << unit;
   }
 }
