@@ -32,7 +32,7 @@ Hash128 model_word(const std::string& model, const policy::Engine& engine) {
 Host::Impl::Impl(const policy::ParamLayout& l, const HostConfig& c, MakeEngine make, SessionLog* g)
     : layout(l), config(c), log(g), make_engine(std::move(make)) {
   load_sessions();
-  log_worker = std::make_unique<Worker>();
+  log_worker = std::make_shared<Worker>();
   state_worker = std::make_unique<Worker>();
   std::promise<void> made;
   thread = std::thread([this, &made] {
@@ -89,7 +89,13 @@ void Host::Impl::on_engine_thread(const std::function<void()>& f) {
 
 void Host::Impl::in_log(const std::function<void()>& f) {
   std::promise<void> done;
-  log_worker->post([&] {
+  std::shared_ptr<Worker> worker;
+  {
+    const std::lock_guard lock(mutex);
+    worker = log_worker;
+  }
+  if (worker == nullptr) throw Overloaded("the host has stopped");
+  worker->post([&] {
     try {
       f();
       done.set_value();
@@ -299,7 +305,12 @@ void Host::stop(PauseMode mode, std::chrono::milliseconds patience) {
   saved.get_future().get();
   h.on_engine_thread([&] { h.quitting = true; });
   h.thread.join();
-  h.log_worker.reset();
+  std::shared_ptr<Worker> last;  // ends without the lock
+  {
+    const std::lock_guard lock(h.mutex);
+    last.swap(h.log_worker);
+  }
+  last.reset();
   h.state_worker.reset();
 }
 

@@ -105,8 +105,8 @@ struct HostConfig {
   int64_t max_sessions = 100'000;      // open ones, suspended included; above: Overloaded
   std::filesystem::path state_folder;  // of snapshot files; empty: evicted sessions are prefilled again
   int snapshots_per_session = 2;       // files kept, newest first: forks near the end start from them
-  // Says which weights compute: a snapshot file with another word was made by others and is not used (its session is
-  // prefilled again). Weights that change later, by set_weights, do not invalidate what is suspended.
+  // Says which weights compute (their fingerprint: a path may hold others at the next start): a snapshot file with another
+  // word was made by others and is not used (its session is prefilled again). Weights that change later, by set_weights, do not invalidate what is suspended.
   std::string model;
   int64_t idle_bytes = -1;  // of the engine's memory for idle sessions, the others are evicted; < 0: half
   // An idle session is written to disk (and stays in memory) when it has grown by so many tokens since it last was, so

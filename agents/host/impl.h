@@ -110,7 +110,9 @@ struct Host::Impl {
   static constexpr int kMostLoading = 4;  // states read from disk at a time: a bound on their memory
   int loading = 0, writing = 0;
 
-  std::unique_ptr<Worker> log_worker, state_worker;
+  // log_worker: changed by stop() alone, under the mutex; who is not the engine's thread takes a copy there.
+  std::shared_ptr<Worker> log_worker;
+  std::unique_ptr<Worker> state_worker;
   std::mutex turns_mutex;
   struct Ready {
     SessionTurn turn;
@@ -136,8 +138,12 @@ struct Host::Impl {
     const std::lock_guard lock(mutex);
     f(stats);
   }
-  void warn(const std::string& line) const {
-    if (config.warn) config.warn(line);
+  // Never throws: where a warning can not be written (a disk that is full, a pipe nobody reads) there is no one to tell.
+  void warn(const std::string& line) const noexcept {
+    try {
+      if (config.warn) config.warn(line);
+    } catch (...) {
+    }
   }
 
   // loop.cpp

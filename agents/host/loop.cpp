@@ -35,6 +35,8 @@ void Host::Impl::run() {
   }
   for (const auto& command : last)
     attempt(command);  // those who wait for them are told; nothing steps any more
+  for (const auto& [holds, then] : conditions) attempt(then);
+  conditions.clear();
   const std::lock_guard lock(mutex);
   engine.reset();
 }
@@ -262,6 +264,9 @@ void Host::Impl::cancel(uint64_t ticket, FinishReason finish, const std::string&
   }
   if (r->session != nullptr && r->stage == Request::Stage::kRunning) undo_turn(*r);
   r->cancelled = true;
+  // Not kept until it would have been its turn: the host may be paused for hours.
+  std::erase(waiting, r);
+  std::erase(later, r);
   end_request(*r, finish, error);
 }
 

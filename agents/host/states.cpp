@@ -153,7 +153,12 @@ void Host::Impl::load_state(const std::shared_ptr<Request>& r) {
     std::vector<int64_t> bad;
     for (size_t i = files.size(); i-- > 0 && found == nullptr;) {
       const std::string path = path_of(name, files[i]);
-      SnapshotRead read = read_snapshot(path, tokens, model);
+      SnapshotRead read;
+      try {
+        read = read_snapshot(path, tokens, model);
+      } catch (const std::exception& e) {  // no memory for it
+        read.refused = e.what();
+      }
       if (read.snapshot) {
         found = std::make_shared<const Snapshot>(std::move(*read.snapshot));
       } else {
