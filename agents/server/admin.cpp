@@ -42,9 +42,19 @@ void admin_endpoint(Service& service, std::shared_ptr<net::http::Exchange> excha
     body.finish();
     if (mode != "abort" && mode != "wait" && mode != "keep")
       refuse("mode", "mode is {}: \"abort\", \"wait\" or \"keep\" is expected", quote(mode));
-    service.host().pause(mode == "abort"  ? PauseMode::kAbort
-                         : mode == "wait" ? PauseMode::kWait
-                                          : PauseMode::kKeep);
+    if (mode == "wait") {
+      // As long as the longest request: resume and abort must be heard meanwhile.
+      service.spawn([&service, exchange] {
+        try {
+          service.host().pause(PauseMode::kWait);
+          exchange->answer({200, status_of(service).dump()});
+        } catch (...) {
+          exchange->answer(api_error(std::current_exception()).answer());
+        }
+      });
+      return;
+    }
+    service.host().pause(mode == "abort" ? PauseMode::kAbort : PauseMode::kKeep);
   } else if (action == "resume") {
     body.finish();
     service.host().resume();

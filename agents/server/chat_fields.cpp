@@ -13,6 +13,15 @@ namespace perigee::agents {
 using nlohmann::json;
 using nlohmann::ordered_json;
 
+void check_arguments(const std::string& arguments, const std::string& path) {
+  try {
+    if (parse_json(arguments, "arguments").is_object()) return;
+  } catch (const Error& e) {
+    refuse(path, "{}: {}", path, e.what());
+  }
+  refuse(path, "{}: the text of a JSON object is expected", path);
+}
+
 namespace {
 
 // A text, or a list of parts of text. kinds: the types of parts that are text.
@@ -60,18 +69,9 @@ policy::ToolCall parse_call(const json& value, const std::string& path) {
                                f.path("arguments"), json_type_name(arguments)),
                    f.path("arguments"), "invalid_type");
   out.arguments = arguments.get<std::string>();
+  check_arguments(out.arguments, f.path("arguments"));
   f.finish();
   return out;
-}
-
-// A call's arguments must be the text of an object, or the template cannot hold them.
-void check_arguments(const policy::ToolCall& call, const std::string& path) {
-  try {
-    if (parse_json(call.arguments, "arguments").is_object()) return;
-  } catch (const Error& e) {
-    refuse(path, "{}: {}", path, e.what());
-  }
-  refuse(path, "{}: the text of a JSON object is expected", path);
 }
 
 bool tool_name_ok(std::string_view name) {
@@ -294,10 +294,6 @@ ChatRequest parse_chat(std::string_view text, const RequestLimits& limits) {
   if (body.find("tools") != nullptr || body.find("response_format") != nullptr)
     ordered = parse_ordered(text, {"tools", "response_format"});
   out.messages = parse_messages(body.need("messages"), "messages", limits);
-  for (size_t i = 0; i < out.messages.size(); ++i)
-    for (size_t c = 0; c < out.messages[i].message.tool_calls.size(); ++c)
-      check_arguments(out.messages[i].message.tool_calls[c],
-                      fmt::format("messages[{}].tool_calls[{}].function.arguments", i, c));
   out.tools = parse_tools(body, ordered, limits, true);
   out.format = parse_format(body, ordered);
   out.drawing = parse_drawing(body, limits, Endpoint::kChat);

@@ -114,6 +114,14 @@ void Generation::start(Host& host, HostRequest request) {
   if (late) host.cancel(ticket);
 }
 
+void Generation::refuse(std::exception_ptr why) {
+  {
+    const std::lock_guard lock(mutex_);
+    for (Choice& c : choices_) c.refused = why;
+  }
+  for (int c = 0; c < choices(); ++c) on_done(c, FinishReason::kError, {}, "it was not started");
+}
+
 void Generation::cancel() {
   {
     const std::lock_guard lock(mutex_);
@@ -130,9 +138,11 @@ void Generation::take(int choice, Choice& out) {
   out.tokens.swap(c.tokens);  // the two lists keep their room
   out.done = c.done;
   out.finish = c.finish;
+  out.refused = nullptr;
   if (!c.done) return;
   out.usage = c.usage;
   out.error = c.error;
+  out.refused = c.refused;
 }
 
 std::vector<HostToken> Generation::take_prompt() {

@@ -79,6 +79,8 @@ class Generation : public HostSink, public std::enable_shared_from_this<Generati
 
   // Starts it. Throws what Host::start throws.
   void start(Host& host, HostRequest request);
+  // In the place of start(): all choices end with kError, for this reason.
+  void refuse(std::exception_ptr why);
   // All choices end soon. At any time, by any thread.
   void cancel();
   bool cancelled() const { return cancelled_; }
@@ -89,6 +91,7 @@ class Generation : public HostSink, public std::enable_shared_from_this<Generati
     FinishReason finish = FinishReason::kNone;
     HostUsage usage;
     std::string error;
+    std::exception_ptr refused;  // what start() of the host threw, where refuse() was told
   };
   // What is new of the choice, in the place of what was in `out`.
   void take(int choice, Choice& out);

@@ -73,23 +73,23 @@ void Reply::start(std::vector<HostRequest> requests) {
         throw;
       }
       // Others run already: the request as a whole fails by this one.
-      const std::string why = api_error(std::current_exception()).message;
-      for (size_t k = r; k < generations.size(); ++k)
-        for (int c = 0; c < generations[k]->choices(); ++c)
-          generations[k]->on_done(c, FinishReason::kError, {}, why);
+      for (size_t k = r; k < generations.size(); ++k) generations[k]->refuse(std::current_exception());
       for (size_t k = 0; k < r; ++k) generations[k]->cancel();
       return;
     }
   }
 }
 
-void Reply::replay(const SessionTurn& turn, int64_t prompt_tokens) {
+void Reply::replay(const SessionTurn& turn, int64_t position) {
   prepare(1);
   const auto self = shared_from_this();
   const auto g = generations_.front();
   const Segment& s = turn.segment;
   choices_[0].seed = turn.seed;
-  HostUsage usage{prompt_tokens, prompt_tokens, 0};
+  int64_t sampled = 0;
+  for (size_t i = 0; i < s.tokens.size(); ++i) sampled += s.mask.empty() || s.mask[i] != 0 ? 1 : 0;
+  const int64_t prompt = position - sampled;
+  HostUsage usage{prompt, prompt, 0};
   if (drawing_.token_ids) prompts_.emplace_back();
   for (size_t i = 0; i < s.tokens.size(); ++i) {
     if (!s.mask.empty() && s.mask[i] == 0) {
@@ -99,13 +99,14 @@ void Reply::replay(const SessionTurn& turn, int64_t prompt_tokens) {
     ++usage.generated;
     g->on_token(0, {s.tokens[i], s.logprobs[i], s.versions[i], {}});
   }
-  g->on_done(0, s.finish, usage, "");
+  // A turn that the server set down when it stopped is what there is of it.
+  g->on_done(0, s.finish == FinishReason::kCancelled ? FinishReason::kLength : s.finish, usage, "");
 }
 
 void Reply::progress() {
   if (finished_) return;
   if (drawing_.stream && exchange_->buffered_bytes() > kBufferedBytes && !exchange_->gone()) return;
-  bool all = true;
+  bool all = true, aborted = false;
   size_t index = 0;
   for (const auto& g : generations_) {
     for (int i = 0; i < g->choices(); ++i, ++index) {
@@ -123,12 +124,12 @@ void Reply::progress() {
         c.done = true;
         c.finish = got_.finish;
         c.usage = got_.usage;
+        if (got_.refused) return fail(api_error(got_.refused));
         if (got_.finish == FinishReason::kError)
           return fail(ApiError(503, got_.error, "", "generation_failed"));
-        if (got_.finish == FinishReason::kCancelled && !exchange_->gone()) {
-          ApiError e(503, "the generation was aborted by the server", "", "aborted");
-          e.retry = false;
-          return fail(e);
+        if (got_.finish == FinishReason::kCancelled) {
+          aborted = true;  // perhaps because another one failed, which says more
+          continue;
         }
       }
       if (exchange_->gone()) continue;
@@ -141,6 +142,11 @@ void Reply::progress() {
         std::move(got_.tokens.begin(), got_.tokens.end(), std::back_inserter(c.tokens));
       }
     }
+  }
+  if (aborted && !exchange_->gone()) {
+    ApiError e(503, "the generation was aborted by the server", "", "aborted");
+    e.retry = false;
+    return fail(e);
   }
   if (!all) {
     if (!stream_.empty()) flush(false);

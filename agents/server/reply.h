@@ -18,8 +18,8 @@ class Reply : public NewsReader, public std::enable_shared_from_this<Reply> {
   // Starts one generation for each request; their choices are numbered through. Throws what Host::start throws; then
   // nothing runs and nothing was answered.
   void start(std::vector<HostRequest> requests);
-  // Answers with a turn of a session that is committed already.
-  void replay(const SessionTurn& turn, int64_t prompt_tokens);
+  // Answers with a turn of a session that is committed already. position: of the session, the turn included.
+  void replay(const SessionTurn& turn, int64_t position);
 
  protected:
   struct Choice {

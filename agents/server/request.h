@@ -103,6 +103,9 @@ enum class Endpoint : uint8_t { kChat, kCompletions, kResponses };
 Drawing parse_drawing(Fields& body, const RequestLimits& limits, Endpoint endpoint);
 std::vector<int32_t> parse_ids(const nlohmann::json& list, const std::string& path, int64_t vocab);
 
+// A call's arguments must be the text of a JSON object of a modest depth, or the template cannot hold them: else 400.
+void check_arguments(const std::string& arguments, const std::string& path);
+
 // The message as the template takes it: thinking goes before the content.
 policy::Message rendered(const ChatMessage& m);
 

@@ -99,8 +99,7 @@ std::vector<ChatMessage> parse_input(const json& v, const RequestLimits& limits)
       call.arguments = *item.string("arguments");
       item.finish();
       if (call.name.empty() || call.id.empty()) refuse(path, "'{}' has an empty name or call_id", path);
-      if (const json a = json::parse(call.arguments, nullptr, false); !a.is_object())
-        refuse(item.path("arguments"), "'{}' is not the text of a JSON object", item.path("arguments"));
+      check_arguments(call.arguments, item.path("arguments"));
       m.message.tool_calls.push_back(std::move(call));
       answered = true;
     } else if (type == "function_call_output") {

@@ -136,9 +136,16 @@ Service::Service(ServiceConfig config, Host& host, const policy::Tokenizer& toke
       tools_(tools),
       responses_(std::make_unique<ResponseStore>()),
       workers_(2, 4096),
-      slow_workers_(2, 64) {
+      slow_workers_(2, 64),
+      admin_workers_(2, 64) {
   for (const auto name : {policy::special::kImEnd, policy::special::kEos, policy::special::kEot})
     end_tokens_.push_back(tokenizer.special(name));
+  // What a process that was killed did not come to remove.
+  std::error_code ignored;
+  if (!config_.work_folder.empty())
+    for (const auto& entry : std::filesystem::directory_iterator(config_.work_folder, ignored))
+      if (entry.path().filename().string().starts_with(kGoneFolder))
+        std::filesystem::remove_all(entry.path(), ignored);
 }
 
 Service::~Service() {
@@ -368,7 +375,8 @@ void Service::route(std::shared_ptr<Exchange> exchange, bool admin) {
     if (r.where == Where::kHere) return r.function(*this, exchange);
     if (draining_ && r.method == "POST" && !admin)
       throw ApiError(503, "the server is stopping", "", "stopping");
-    Workers& workers = r.where == Where::kSlow ? slow_workers_ : workers_;
+    // Nothing that clients of the API ask for keeps the administrator waiting.
+    Workers& workers = admin ? admin_workers_ : r.where == Where::kSlow ? slow_workers_ : workers_;
     const bool taken = workers.submit([this, exchange, function = r.function] {
       try {
         if (!exchange->gone()) function(*this, exchange);

@@ -76,6 +76,9 @@ struct ServiceConfig {
 
 class ResponseStore;
 
+// Beginning of the names in the work folder of what is being removed; no session is called so.
+inline constexpr const char* kGoneFolder = ".gone-";
+
 class Service {
  public:
   // All outlive the service. tools: of the agent loop; may be null.
@@ -150,7 +153,7 @@ class Service {
   };
   std::vector<Spawned> spawned_;  // under mutex_
   // Last: their threads end first.
-  Workers workers_, slow_workers_;
+  Workers workers_, slow_workers_, admin_workers_;
 };
 
 // The conversations of /v1/responses by the id of their last response, for previous_response_id. In memory only, the

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <condition_variable>
 #include <deque>
+#include <system_error>
 
 #include "agents/server/json_text.h"
 #include "agents/server/reply.h"
@@ -288,7 +289,12 @@ void session_run(Service& service, std::shared_ptr<net::http::Exchange> exchange
     }
     service.end_run();
   };
-  service.spawn(std::move(run));
+  try {
+    service.spawn(std::move(run));
+  } catch (const std::system_error& e) {
+    service.end_run();
+    throw ApiError(503, fmt::format("no thread for another agent loop: {}", e.what()), "", "overloaded");
+  }
 }
 
 }  // namespace perigee::agents

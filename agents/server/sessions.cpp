@@ -1,7 +1,10 @@
 // /v1/sessions: create, list, look at, fork, suspend, delete. Running: session_run.cpp.
 #include <fmt/format.h>
+#include <unistd.h>
 
+#include <atomic>
 #include <charconv>
+#include <filesystem>
 #include <random>
 
 #include "agents/server/json_text.h"
@@ -161,6 +164,19 @@ void fork(Service& service, net::http::Exchange& exchange, const std::string& na
   exchange.answer({201, status_json(service.host().session(child)).dump()});
 }
 
+// The files of its tools: another session of this name must not find them, nor may they fill the disk. Moved away first,
+// so that one that is opened at this moment has a folder of its own.
+void remove_work(Service& service, const std::string& name) {
+  namespace fs = std::filesystem;
+  const fs::path& all = service.config().work_folder;
+  if (all.empty()) return;
+  static std::atomic<uint64_t> count{0};
+  std::error_code error;
+  const fs::path gone = all / fmt::format("{}{}-{}", kGoneFolder, ::getpid(), count++);
+  fs::rename(all / name, gone, error);
+  if (!error) fs::remove_all(gone, error);
+}
+
 }  // namespace
 
 void sessions_endpoint(Service& service, std::shared_ptr<net::http::Exchange> exchange) {
@@ -179,6 +195,7 @@ void sessions_endpoint(Service& service, std::shared_ptr<net::http::Exchange> ex
   if (action.empty() && request.method == "GET") return show(service, *exchange, name);
   if (action.empty() && request.method == "DELETE") {
     service.host().close_session(name);
+    remove_work(service, name);
     exchange->answer(
         {200, ordered_json{{"id", name}, {"object", "session.deleted"}, {"deleted", true}}.dump()});
     return;

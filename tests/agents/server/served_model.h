@@ -79,7 +79,7 @@ struct ServedOptions {
   bool admin = true;
   json tools = {"calculator"};
   net::http::Limits limits = {};
-  int64_t memory_bytes = 64 << 20, max_running = 64;
+  int64_t memory_bytes = 64 << 20, max_running = 64, max_queued = 1024;
   SessionLog* log = nullptr;
   std::filesystem::path state_folder;
 };
@@ -98,6 +98,7 @@ class ServedModel {
     config.engine.prefix_cache_bytes = o.memory_bytes / 4;
     config.engine.prefix_chunk = 64;
     config.state_folder = o.state_folder;
+    config.max_queued = o.max_queued;
     host_ = std::make_unique<Host>(
         model_.layout, config,
         [this](const policy::EngineConfig& c) {
@@ -162,6 +163,7 @@ class ServedModel {
   uint16_t port() const { return api_->port(); }
   ApiServer& api() { return *api_; }
   Host& host() { return *host_; }
+  std::filesystem::path work() const { return work_.path(); }
   const policy::Tokenizer& tokenizer() const { return tokenizer_; }
   TinyModel& model() { return model_; }
   kernels::Context& context() { return ctx_; }
