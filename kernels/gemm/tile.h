@@ -17,6 +17,8 @@
 
 namespace perigee::kernels::gemm {
 
+inline constexpr int kLineBytes = 64;
+
 enum class Start {
   kZero,      // the chain starts here
   kContinue,  // the chain goes on from the value in y
@@ -35,17 +37,24 @@ struct TileArgs {
   int last_lanes;          // lanes to write in the last panel, 1..16
   Start start;
   int64_t w_step = kPanel;  // kRowsAdjacent only: elements from a step of the depth to the next
+  const void* ahead = nullptr;  // kRowsApartOnce, kRowsApartAgain: what to ask for at the first step
+  int64_t ahead_step = 0;       // bytes from there to what to ask for at the next step
 };
 
-// How x is laid out. kRowsApart: x[r * stride + d]. kRowsAdjacent: x[d * stride + r]. kRowsApartStreamed: as
-// kRowsApart, and w comes from memory, used this once: it is asked for ahead of time.
-enum class Layout { kRowsApart, kRowsAdjacent, kRowsApartStreamed };
+// How x is laid out. kRowsApart: x[r * stride + d]. kRowsAdjacent: x[d * stride + r]. kRowsApartOnce and kRowsApartAgain:
+// as kRowsApart, and while a group of panels is multiplied the next one is asked for (TileArgs::ahead), all of it by the
+// only tile that will pass over this group (Once), or a part by each of several (Again).
+enum class Layout { kRowsApart, kRowsAdjacent, kRowsApartOnce, kRowsApartAgain };
 
-// Tiles of at least this many rows prefetch the weight. Measured at 8 rows on one thread, 64 products of 256
-// x 512 on a busy Zen 5: 42 to 52 % of the multiply-add peak for float32, 50 to 74 % for bfloat16. One and
-// two rows showed no gain.
-inline constexpr int kPrefetchRows = 3;
-inline constexpr int64_t kPrefetchBytes = 2048;
+// Tiles of fewer rows than this do not ask: two rows and less read in order, which the processor sees coming.
+inline constexpr int kAheadRows = 3;
+// Cache lines to ask for at each step of the depth: those of P panels, by one tile or by at least two.
+template <Layout kLayout, int R, int P, class T>
+constexpr int ahead_lines() {
+  constexpr int lines = (P * static_cast<int>(sizeof(T)) + 3) / 4;
+  if (kLayout == Layout::kRowsApartOnce) return R >= kAheadRows ? lines : 0;
+  return kLayout == Layout::kRowsApartAgain ? (lines + 1) / 2 : 0;
+}
 
 #if defined(PERIGEE_SIMD_AVX512)
 // 32 registers: up to 24 accumulators leave room for the panels and a broadcast.
@@ -53,10 +62,10 @@ inline constexpr int kFewRows = 8;  // at most this many rows go through one til
 inline constexpr int kFewRowsPanels[kFewRows] = {8, 8, 8, 6, 4, 4, 3, 3};
 inline constexpr int kTileRows = 6, kTilePanels = 4;
 #elif defined(PERIGEE_SIMD_AVX2)
-// 16 registers, two per F16: 12 accumulators, one panel and a broadcast.
-inline constexpr int kFewRows = 6;
-inline constexpr int kFewRowsPanels[kFewRows] = {4, 3, 2, 1, 1, 1};
-inline constexpr int kTileRows = 6, kTilePanels = 1;
+// 16 registers, two per F16. Six rows by one panel would fit as well, but GCC 12 keeps those in memory: a third of the speed.
+inline constexpr int kFewRows = 4;
+inline constexpr int kFewRowsPanels[kFewRows] = {4, 3, 1, 1};
+inline constexpr int kTileRows = 4, kTilePanels = 1;
 #else
 inline constexpr int kFewRows = 4;
 inline constexpr int kFewRowsPanels[kFewRows] = {1, 1, 1, 1};
@@ -98,6 +107,8 @@ void tile(const TileArgs<T>& a) {
   }
   const T* w = a.w;
   const float* x = a.x;
+  constexpr int kLines = ahead_lines<kLayout, R, P, T>();
+  [[maybe_unused]] const char* ahead = static_cast<const char*>(a.ahead);
   const int64_t x_row = kLayout == Layout::kRowsAdjacent ? 1 : a.x_stride;
   const int64_t x_step = kLayout == Layout::kRowsAdjacent ? a.x_stride : 1;
   for (int64_t d = 0; d < a.depth; ++d) {
@@ -105,9 +116,11 @@ void tile(const TileArgs<T>& a) {
 #pragma GCC unroll 8
     for (int p = 0; p < P; ++p) {
       panel[p] = load_panel(w + p * a.w_panel);
-      if constexpr (kLayout == Layout::kRowsApartStreamed && R >= kPrefetchRows) {
-        __builtin_prefetch(reinterpret_cast<const char*>(w + p * a.w_panel) + kPrefetchBytes);
-      }
+    }
+    if constexpr (kLines > 0) {
+#pragma GCC unroll 8
+      for (int line = 0; line < kLines; ++line) __builtin_prefetch(ahead + line * kLineBytes);
+      ahead += a.ahead_step;
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
