@@ -88,9 +88,7 @@ class HeadBackward {
   // u_.
   void recompute(int64_t row, int64_t n, int64_t head, const float* s) {
     const int64_t ldk = heads_ * dk_, ldv = heads_ * dv_, at_k = row * ldk + head * dk_;
-    std::fill_n(gamma_, dkp_, 1.0f);
-    std::fill_n(k_decayed_, 16 * dkp_, 0.0f);
-    kda::prepare_rows(n, dk_, x_.q + at_k, x_.k + at_k, x_.g + at_k, ldk, gamma_, rows_);
+    kda::prepare_rows(0, n, dk_, x_.q + at_k, x_.k + at_k, x_.g + at_k, ldk, gamma_, rows_);
     kda::inner_products(0, n, dk_, k_decayed_, rows_);
     kda::multiply(n, dk_, dv_, rows_.gkq, 2 * dkp_, 1, s, dv_, rows_.s_kq, 2 * dvp_);
     for (int64_t i = 0; i < n; ++i) {
@@ -157,19 +155,20 @@ class HeadBackward {
   void key_gradients(int64_t row, int64_t n, int64_t head, int64_t x) {
     F16 decayed[16][16];  // K~_j as row i reads it
     F16 gamma[16], dkey[16];
+    const float* const block = rows_.akq + kda::Rows::block(x);
     F16 g = simd::set1(1.0f);
     for (int64_t i = 0; i < n; ++i) {
-      const F16 alpha = simd::load(rows_.alpha + i * dkp_ + x);
+      const F16 alpha = simd::load(block + kda::Rows::kRowFloats * i);
       g = simd::mul(g, alpha);
       gamma[i] = g;
       for (int64_t j = 0; j < i; ++j) decayed[i][j] = simd::mul(decayed[i - 1][j], alpha);
-      decayed[i][i] = simd::load(rows_.kq + 2 * i * dkp_ + x);
+      decayed[i][i] = simd::load(block + kda::Rows::kRowFloats * i + 16);
       dkey[i] = simd::load(ds_u_ + i * dkp_ + x);
     }
     F16 dgamma = simd::load(dgamma_ + x);
     for (int64_t i = n - 1; i >= 0; --i) {
-      const F16 alpha = simd::load(rows_.alpha + i * dkp_ + x);
-      const F16 k = decayed[i][i], q = simd::load(rows_.kq + (2 * i + 1) * dkp_ + x);
+      const F16 alpha = simd::load(block + kda::Rows::kRowFloats * i);
+      const F16 k = decayed[i][i], q = simd::load(block + kda::Rows::kRowFloats * i + 32);
       const F16 dgk = simd::load(s_w_do_ + i * dkp_ + x), dgq = simd::load(s_w_do_ + (16 + i) * dkp_ + x);
       const float *da = da_db_ + 32 * i, *db = da_db_ + 32 * i + 16;
       const F16 db_ii = simd::set1(db[i]);

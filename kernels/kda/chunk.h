@@ -5,11 +5,24 @@
 // handled at a time, which is what makes a row of a prefill equal to the same row decoded alone.
 #pragma once
 #include <cstdint>
+#include <utility>
 
 #include "kernels/kda/kda.h"
 #include "kernels/simd/simd.h"
 
 namespace perigee::kernels::kda {
+
+#define PERIGEE_INLINE __attribute__((always_inline))
+
+// f(0), ..., f(N - 1), the arguments constants. An array that is indexed only so lies in registers from the start; one
+// indexed by the variable of a loop is copied to the stack and back around the loop it is accumulated in.
+template <int N, class F>
+PERIGEE_INLINE inline void unrolled(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) PERIGEE_INLINE {
+    (f(std::integral_constant<int, I>()), ...);
+  }
+  (std::make_integer_sequence<int, N>());
+}
 
 inline int64_t round_up16(int64_t n) {
   return (n + 15) / 16 * 16;
@@ -41,13 +54,15 @@ void transpose(int64_t m, int64_t mp, int64_t n, const float* src, int64_t ldsrc
 // The rows of one chunk that are being computed: row i of the arrays is row first + i of the chunk. dkp and
 // dvp are dk and dv rounded up to 16; what lies past dk and dv is zero.
 struct Rows {
-  float* alpha;  // [16, dkp]    exp(g)
-  float* kq;     // [2*16, dkp]  k in the even rows, q in the odd
-  float* gkq;    // [2*16, dkp]  Gamma . k, Gamma . q
-  float* s_kq;   // [2*16, dvp]  (Gamma . k)ᵀ S, (Gamma . q)ᵀ S
-  float* a;      // [16, 16]     a[i][j] = k_i . K~_j, meaningful for j < i
-  float* b;      // [16, 16]     b[i][j] = q_i . K~_j, meaningful for j <= i
+  float* akq;   // [dkp/16, 16, 3, 16]  of sixteen channels, row after row: exp(g), k, q
+  float* gkq;   // [2*16, dkp]  Gamma . k in the even rows, Gamma . q in the odd
+  float* s_kq;  // [2*16, dvp]  (Gamma . k)ᵀ S, (Gamma . q)ᵀ S
+  float* a;     // [16, 16]     a[i][j] = k_i . K~_j, meaningful for j < i
+  float* b;     // [16, 16]     b[i][j] = q_i . K~_j, meaningful for j <= i
 
+  static constexpr int64_t kRowFloats = 3 * 16;
+  // Where channels [x, x + 16) begin in akq, for x a multiple of 16.
+  static int64_t block(int64_t x) { return x * kRowFloats; }
   static int64_t floats(int64_t dk, int64_t dv) {
     return 16 * (5 * round_up16(dk) + 2 * round_up16(dv) + 2 * 16);
   }
@@ -55,13 +70,27 @@ struct Rows {
   Rows(float* memory, int64_t dk, int64_t dv);
 };
 
-// Reads n rows of k, q and g (row stride ld), updates gamma [dk] row after row, fills alpha, kq, gkq.
-void prepare_rows(int64_t n, int64_t dk, const float* q, const float* k, const float* g, int64_t ld,
-                  float* gamma, Rows& rows);
+// Reads rows [first, first + n) of the chunk from q, k and g (row stride ld), carries gamma [dk] through them (written
+// only where first is 0), fills akq and gkq.
+void prepare_rows(int64_t first, int64_t n, int64_t dk, const float* q, const float* k, const float* g,
+                  int64_t ld, float* gamma, Rows& rows);
 
-// Decays and extends K~ [dk, 16] by rows [first, first + n) of the chunk and fills a and b.
-// REQUIRES lanes >= first of K~ zero.
+// Decays and extends K~ [dk, 16] by rows [first, first + n) of the chunk (written only where first is 0) and fills a
+// and b. REQUIRES lanes >= first of K~ zero where first is not.
 void inner_products(int64_t first, int64_t n, int64_t dk, float* k_decayed, Rows& rows);
+
+struct Solve {
+  const float *v, *beta;
+  int64_t ldv, ldbeta;
+  float* u;  // the chunk's, from its first row
+  int64_t ldu;
+  float* out;
+  int64_t ldout;
+};
+
+// Rows [first, first + n) of the chunk in order, from the u of the rows before them; v, beta and out begin at row first.
+//   u_i = beta_i (v_i - s_k_i - sum_{j<i} a_ij u_j),  out_i = s_q_i + sum_{j<=i} b_ij u_j, every sum in ascending j.
+void solve_rows(int64_t first, int64_t n, int64_t dv, const Rows& rows, const Solve& at);
 
 // c[i][:] = sum_x a[i*lda + x*step] b[x][:] for i < m, x < depth; every element one chain, x ascending.
 // Writes n columns rounded up to 16, zeros past n.

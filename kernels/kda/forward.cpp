@@ -27,35 +27,17 @@ struct HeadState {
   }
 };
 
-// u_i and o_i for rows [first, first + n) of the chunk, in order: row i needs the u of the rows before it.
-void solve_rows(int64_t first, int64_t n, int64_t dv, const float* v, int64_t ldv, const float* beta,
-                int64_t ldbeta, const kda::Rows& rows, float* u, float* out) {
-  const int64_t dvp = kda::round_up16(dv);
-  for (int64_t i = 0; i < n; ++i) {
-    const float *a = rows.a + 16 * i, *b = rows.b + 16 * i;
-    const F16 beta_i = simd::set1(beta[i * ldbeta]);
-    const int64_t before = first + i;
-    float* u_i = u + before * dv;
-    for (int64_t x = 0; x < dv; x += 16) {
-      F16 t = simd::sub(kda::load_at(v + i * ldv, x, dv), simd::load(rows.s_kq + 2 * i * dvp + x));
-      F16 o = simd::load(rows.s_kq + (2 * i + 1) * dvp + x);
-      for (int64_t j = 0; j < before; ++j) {
-        const F16 u_j = kda::load_at(u + j * dv, x, dv);
-        t = simd::fnma(simd::set1(a[j]), u_j, t);
-        o = simd::fma(simd::set1(b[j]), u_j, o);
-      }
-      t = simd::mul(beta_i, t);
-      o = simd::fma(simd::set1(b[before]), t, o);
-      kda::store_at(u_i, t, x, dv);
-      kda::store_at(out + i * ldv, o, x, dv);
-    }
-  }
-}
-
 struct Operands {
   const float *q, *k, *v, *g, *beta;
   float *out, *chunk_states;
 };
+
+// Rows of one head lie far apart and are read once: no hardware stream finds them in time.
+template <int kWrite>
+void prefetch_rows(int64_t n, int64_t d, const float* p, int64_t ld) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t x = 0; x < d; x += 16) __builtin_prefetch(p + i * ld + x, kWrite);
+}
 
 // All rows of a slice for one head.
 void run_head(const KdaShape& shape, const Operands& x, const KdaSlice& item, int64_t head,
@@ -70,18 +52,19 @@ void run_head(const KdaShape& shape, const Operands& x, const KdaSlice& item, in
     if (x.chunk_states != nullptr)
       std::memcpy(x.chunk_states + (chunk++ * shape.heads + head) * dk * dv, state.s,
                   sizeof(float) * static_cast<size_t>(dk * dv));
-    if (filled == 0) {
-      std::fill_n(state.gamma, dk, 1.0f);
-      std::fill_n(state.k_decayed, dk * kKdaChunk, 0.0f);
-      std::fill_n(state.u, kKdaChunk * dv, 0.0f);
-    }
     const int64_t at_k = row * ldk + head * dk, at_v = row * ldv + head * dv;
-    kda::prepare_rows(n, dk, x.q + at_k, x.k + at_k, x.g + at_k, ldk, state.gamma, rows);
+    prefetch_rows<0>(n, dv, x.v + at_v, ldv);
+    prefetch_rows<1>(n, dv, x.out + at_v, ldv);
+    kda::prepare_rows(filled, n, dk, x.q + at_k, x.k + at_k, x.g + at_k, ldk, state.gamma, rows);
     kda::inner_products(filled, n, dk, state.k_decayed, rows);
+    const int64_t next = std::min(kKdaChunk, item.slice.count - done - n);
+    for (const float* p : {x.q, x.k, x.g}) prefetch_rows<0>(next, dk, p + at_k + n * ldk, ldk);
     kda::multiply(2 * n, dk, dv, rows.gkq, kda::round_up16(dk), 1, state.s, dv, rows.s_kq,
                   kda::round_up16(dv));
-    solve_rows(filled, n, dv, x.v + at_v, ldv, x.beta + row * shape.heads + head, shape.heads, rows, state.u,
-               x.out + at_v);
+    if (filled == 0 && n < kKdaChunk) std::fill_n(state.u + n * dv, (kKdaChunk - n) * dv, 0.0f);
+    kda::solve_rows(
+        filled, n, dv, rows,
+        {x.v + at_v, x.beta + row * shape.heads + head, ldv, shape.heads, state.u, dv, x.out + at_v, ldv});
     done += n;
     filled += n;
     if (filled == kKdaChunk) {
