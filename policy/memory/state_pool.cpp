@@ -157,10 +157,13 @@ Snapshot StatePool::save(const SequenceState& state) const {
 }
 
 SequenceState StatePool::restore(const Snapshot& snapshot) {
-  const int64_t want = snapshot.position >= 0 ? snapshot_bytes(snapshot.position) : -1;
-  if (static_cast<int64_t>(snapshot.bytes.size()) != want)
-    throw_input("a snapshot of {} bytes at position {} is not of this model, which has {}", snapshot.bytes.size(),
-                snapshot.position, want);
+  // More blocks than there are bytes: the bytes that they would be need not fit in 64 bits.
+  const auto bytes = static_cast<int64_t>(snapshot.bytes.size());
+  const bool possible = snapshot.position >= 0 && (layout_.block_bytes() == 0 || snapshot.position / kernels::kLatentPage <= bytes);
+  const int64_t want = possible ? snapshot_bytes(snapshot.position) : -1;
+  if (bytes != want)
+    throw_input("a snapshot of {} bytes at position {} is not of this model{}", bytes, snapshot.position,
+                possible ? fmt::format(", which has {}", want) : "");
   SequenceState state;
   state.recurrent_ = take_recurrent();
   state.pool_ = this;  // from here on the destructor gives back

@@ -38,6 +38,12 @@ std::vector<Piece> pieces_of(const AdapterLayout& layout) {
   return pieces;
 }
 
+const json& given(const json& object, const char* key, const std::string& where) {
+  const auto it = object.find(key);
+  if (it == object.end() || it->is_null()) throw_input("{}: {}: missing", where, key);
+  return *it;
+}
+
 template <class T>
 T need(const json& object, const char* key, const std::string& where) {
   const auto it = object.find(key);
@@ -89,10 +95,12 @@ AdapterHead read_adapter_head(const std::string& directory) {
     throw_input("{}: no object \"perigee\", which says which model the adapters belong to", path);
   const json& own = head["perigee"];
   AdapterHead out;
-  const json lora = {{"rank", need<int64_t>(head, "r", path)},
-                     {"alpha", need<double>(head, "lora_alpha", path)},
-                     {"targets", need<std::vector<std::string>>(head, "target_modules", path)},
-                     {"seed", need<uint64_t>(own, "seed", path)}};
+  // As they stand: what is no whole number, no list of names, is refused where a run's are.
+  json lora;
+  lora["rank"] = given(head, "r", path);
+  lora["alpha"] = given(head, "lora_alpha", path);
+  lora["targets"] = given(head, "target_modules", path);
+  lora["seed"] = given(own, "seed", path);
   out.lora = parse_lora_config(lora, path, "");
   out.base.model = need<json>(own, "base", path);
   out.base.dtype = need<std::string>(own, "dtype", path);

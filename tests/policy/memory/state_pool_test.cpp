@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <limits>
+
 #include "kernels/mla/mla.h"
 #include "tests/policy/small_model.h"
 
@@ -40,6 +42,30 @@ TEST(StatePool, ForkSharesFullBlocksAndCopiesTheOpenOne) {
   EXPECT_NE(floats(sa.blocks[1])[100 - 64], floats(sb.blocks[1])[100 - 64]);
   a.release();
   EXPECT_EQ(floats(sb.blocks[0])[5], 6.0f) << "a shared block outlives the parent";
+}
+
+// A position whose bytes do not fit in 64 bits is that of no snapshot, though its product may wrap to any size.
+TEST(StatePool, APositionThatNoMemoryHoldsIsRefused) {
+  SmallModel model(3);
+  StatePool pool(model.layout, int64_t{1} << 30);
+  SequenceState a = pool.create();
+  write_rows(a.extend(0, 1), 1);
+  a.advance(1);
+  Snapshot s = pool.save(a);
+  const int64_t block = pool.layout().block_bytes(), two = block & -block;  // the largest power of two in it
+  // So many blocks more are 2^64 bytes, or none.
+  const int64_t around = (int64_t{1} << 62) / two * 4;
+  for (const int64_t blocks : {around / 2, around, 3 * (around / 2)}) {
+    if (blocks <= 0 || blocks > std::numeric_limits<int64_t>::max() / kernels::kLatentPage - 1) continue;
+    s.position = 1 + blocks * kernels::kLatentPage;
+    EXPECT_THROW(pool.restore(s), Error) << s.position;
+  }
+  for (const int64_t position : {int64_t{-1}, std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max()}) {
+    s.position = position;
+    EXPECT_THROW(pool.restore(s), Error) << s.position;
+  }
+  s.position = 1;
+  EXPECT_EQ(pool.restore(s).position(), 1);
 }
 
 // Of attention alone: no recurrent part, and an empty sequence is no bytes at all.

@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <nlohmann/json.hpp>
+
 #include "base/error.h"
 #include "base/file.h"
 #include "policy/weights/safetensors.h"
@@ -43,6 +45,39 @@ TEST(AdapterCheckpoint, HoldsEveryAdapterUnderTheNameOfItsModule) {
   // Fewer targets are other adapters.
   const AdapterLayout without(base, testing::lora_config(8, {"q_proj", "w1"}));
   EXPECT_THROW(load_adapter(directory, without), Error);
+}
+
+TEST(AdapterCheckpoint, WhatItsHeadSaysIsReadAsItStands) {
+  const ParamLayout base(testing::adapter_config(), Dtype::kF32);
+  testing::SmallAdapters adapters(base, 0.1);
+  TempDirectory place;
+  const std::string directory = place / "adapters", head = directory + "/adapter_config.json";
+  save_adapter(directory, adapters.layout, adapters.flat.data(), {{{"seed", 3}}, "float32", std::string(32, '0')});
+  const nlohmann::json good = nlohmann::json::parse(read_file(head));
+  const auto refusal = [&](auto change) -> std::string {
+    nlohmann::json j = good;
+    change(j);
+    write_file_atomic(head, j.dump());
+    try {
+      read_adapter_head(directory);
+    } catch (const Error& e) {
+      EXPECT_EQ(e.exit_code(), 2);
+      return e.what();
+    }
+    return "";
+  };
+  EXPECT_EQ(refusal([](nlohmann::json&) {}), "");
+  using Json = nlohmann::json;
+  for (const auto& [key, value] : {std::pair<const char*, Json>{"r", 8.5}, {"r", true}, {"r", "8"}, {"r", 0}, {"r", nullptr},
+                                   {"lora_alpha", true}, {"lora_alpha", nullptr}, {"target_modules", Json::array()},
+                                   {"target_modules", "q_proj"}, {"target_modules", {"q_proj", "q_proj"}}}) {
+    const std::string why = refusal([&](Json& j) { j[key] = value; });
+    EXPECT_NE(why.find(head), std::string::npos) << key << " " << value << ": " << why;
+  }
+  for (const Json& seed : {Json(-1), Json(1.5), Json(true), Json(nullptr)})
+    EXPECT_NE(refusal([&](Json& j) { j["perigee"]["seed"] = seed; }), "") << seed;
+  for (const char* key : {"r", "lora_alpha", "target_modules", "perigee"})
+    EXPECT_NE(refusal([&](Json& j) { j.erase(key); }), "") << key;
 }
 
 }  // namespace
