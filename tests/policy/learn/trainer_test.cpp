@@ -9,7 +9,7 @@
 
 #include "base/random.h"
 #include "policy/model/forward.h"
-#include "tests/policy/small_model.h"
+#include "tests/policy/adapter_model.h"
 
 namespace perigee::policy {
 namespace {
@@ -176,6 +176,83 @@ TEST(Trainer, NanIsLocatedAndLeavesTheStateAsItWas) {
   EXPECT_EQ(before, after);
 }
 
+// The loss is a number, and what it is the gradient of overflows.
+TEST(Trainer, AGradientThatIsNoNumberIsNamedAndLeavesTheStateAsItWas) {
+  SmallModel model(23);
+  kernels::Context ctx(2);
+  Trainer trainer(ctx, model.layout, config_of(kernels::LossKind::kDapo));
+  auto batch = random_batch(24, 6, false);
+  Arena a(model.layout), b(model.layout);
+  trainer.step(model.weights(), a.data(), batch);
+  std::vector<std::byte> before(static_cast<size_t>(trainer.state_bytes())), after(before);
+  trainer.save_state(before.data());
+  for (TrainSequence& q : batch) q.advantage = std::numeric_limits<float>::max();
+  try {
+    trainer.step(a.data(), b.data(), batch);
+    FAIL() << "an infinite gradient passed";
+  } catch (const Error& e) {
+    EXPECT_NE(std::string(e.what()).find("in the gradient of "), std::string::npos) << e.what();
+  }
+  trainer.save_state(after.data());
+  EXPECT_EQ(before, after);
+}
+
+// What precedes a sequence's first token nobody knows.
+TEST(Trainer, LogprobsOfFirstTokensAreZero) {
+  SmallModel model(25);
+  kernels::Context ctx(2);
+  TrainerConfig config = config_of(kernels::LossKind::kGrpo);
+  config.micro_batch_tokens = 60;
+  Trainer trainer(ctx, model.layout, config);
+  const auto batch = random_batch(26, 5, false);
+  std::vector<float> entropy(3, 7);
+  const std::vector<float> logprob = trainer.logprobs(model.weights(), batch, &entropy);
+  size_t at = 0;
+  for (const TrainSequence& q : batch)
+    for (size_t t = 0; t < q.tokens.size(); ++t, ++at) {
+      ASSERT_LT(at, logprob.size());
+      EXPECT_EQ(logprob[at] == 0, t == 0);
+      EXPECT_EQ(entropy[at] == 0, t == 0);
+    }
+  EXPECT_EQ(at, logprob.size());
+  EXPECT_EQ(at, entropy.size());
+}
+
+// The first of two optimiser steps on a batch was done when the second failed.
+TEST(Trainer, AFailureInTheSecondMinibatchUndoesTheFirst) {
+  for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16})
+    for (const auto moments : {kernels::MomentForm::kFloat32, kernels::MomentForm::kByte})
+      for (const bool begun : {false, true}) {
+        SmallModel model(20, dtype);
+        kernels::Context ctx(2);
+        TrainerConfig config = config_of(kernels::LossKind::kGrpo);
+        config.minibatches = 2;
+        config.moments = moments;
+        Trainer failing(ctx, model.layout, config), spared(ctx, model.layout, config);
+        const auto bytes = static_cast<size_t>(model.layout.weight_bytes());
+        Arena start(model.layout), a(model.layout), b(model.layout);
+        std::memcpy(start.data(), model.weights(), bytes);
+        if (begun)
+          for (Trainer* t : {&failing, &spared}) t->step(model.weights(), start.data(), random_batch(21, 4, false));
+        auto batch = random_batch(22, 4, false);
+        batch[3].mu.back() = std::numeric_limits<float>::quiet_NaN();
+        std::vector<std::byte> before(static_cast<size_t>(failing.state_bytes())), after(before);
+        failing.save_state(before.data());
+        EXPECT_THROW(failing.step(start.data(), a.data(), batch), Error);
+        EXPECT_NE(std::memcmp(start.data(), a.data(), bytes), 0) << "the first half was done";
+        failing.save_state(after.data());
+        EXPECT_EQ(before, after);
+        // And goes on as one that never failed.
+        batch[3].mu.back() = -2;
+        failing.step(start.data(), a.data(), batch);
+        spared.step(start.data(), b.data(), batch);
+        EXPECT_EQ(std::memcmp(a.data(), b.data(), bytes), 0);
+        failing.save_state(after.data());
+        spared.save_state(before.data());
+        EXPECT_EQ(before, after);
+      }
+}
+
 TEST(Trainer, KlTermNeedsAndUsesTheReference) {
   SmallModel model(7), other(8);
   kernels::Context ctx(2);
@@ -280,7 +357,10 @@ TEST(Trainer, RecordedLogprobsHaveToBeNumbers) {
 // By the rate, in every layer of experts and for each of them, by the tokens of all micro-batches.
 TEST(Trainer, RouterBiasMovesTowardsTheUnderused) {
   for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16}) {
-    SmallModel model(9, dtype);
+    ModelConfig everywhere = testing::small_config();
+    everywhere.first_k_dense_replace = 0;
+    everywhere.moe.assign(everywhere.moe.size(), true);
+    testing::AdapterModel model(9, dtype, everywhere);
     const ModelConfig& c = model.layout.config();
     const auto experts = static_cast<size_t>(c.num_experts);
     kernels::Context ctx(2);
