@@ -97,6 +97,41 @@ TEST(MoeRouter, NanInNanOut) {
   EXPECT_EQ(all.chosen, (Ints{0, 1, 2}));
 }
 
+// Scores about as small as the 1e-20 that keeps their sum from zero, and zero itself.
+TEST(MoeRouter, TinyScoresAreHeldByTheEpsilon) {
+  Context ctx(1);
+  const RouterShape s{4, 2, 1, 1, true, 2.0f};
+  const reference::Router ref{4, 2, 1, 1, true, 2.0};
+  const Floats none(4, 0.0f), dweights = {1.0f, -0.5f};
+  for (const float top : {-44.0f, -46.0f, -48.0f}) {
+    const Floats logits = {top - 1, top, top - 5, top - 6};
+    const Routed got = route(ctx, s, logits, none);
+    EXPECT_EQ(got.chosen, (Ints{0, 1}));
+    Doubles row = testing::widened(logits);
+    const auto want = reference::weights(ref, row, {0, 1});
+    for (size_t j = 0; j < 2; ++j) EXPECT_NEAR(got.weights[j], want[j], 2e-6 * want[j]) << top;
+    Floats dlogits(4, 77.0f);
+    kernels::route_backward(ctx, s, 1, logits.data(), got.chosen.data(), dweights.data(), dlogits.data());
+    for (size_t e = 0; e < 4; ++e) {
+      const auto value = [&] {
+        const auto w = reference::weights(ref, row, {0, 1});
+        return w[0] * dweights[0] + w[1] * dweights[1];
+      };
+      const double keep = row[e], step = 1e-5;
+      row[e] = keep + step;
+      const double up = value();
+      row[e] = keep - step;
+      EXPECT_NEAR(dlogits[e], (up - value()) / (2 * step), 3e-6) << top << ", " << e;
+      row[e] = keep;
+    }
+  }
+  const Routed zero = route(ctx, s, Floats(4, -200.0f), none);
+  EXPECT_EQ(zero.weights, (Floats{0, 0}));
+  Floats dlogits(4, 77.0f);
+  kernels::route_backward(ctx, s, 1, Floats(4, -200.0f).data(), zero.chosen.data(), dweights.data(), dlogits.data());
+  EXPECT_EQ(dlogits, Floats(4, 0.0f));
+}
+
 // Against central differences of the double reference, the choice held fixed.
 TEST(MoeRouter, BackwardIsTheSlopeOfTheForward) {
   Context ctx(2);

@@ -23,6 +23,9 @@ void run(Context& ctx, const KdaShape& shape, std::span<const Slice> slices, int
   const Scratch::Mark mark(ctx.scratch);
   const kda::Batch batch = kda::count_batch(ctx, shape, slices, true);
   kda::for_heads(ctx, shape, batch, flops, kFloats, [&](float* memory) {
+    // What is taken next lies behind the memory of every range.
+    const std::lock_guard lock(seen.mutex);
+    EXPECT_GE(ctx.scratch.take<float>(16), memory + 32);
     return [&seen, memory](int64_t slice, int64_t head, int64_t first_chunk) {
       const std::lock_guard lock(seen.mutex);
       EXPECT_TRUE(seen.items.try_emplace({slice, head}, first_chunk).second) << slice << ", " << head;
