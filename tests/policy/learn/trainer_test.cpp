@@ -176,6 +176,73 @@ TEST(Trainer, NanIsLocatedAndLeavesTheStateAsItWas) {
   EXPECT_EQ(before, after);
 }
 
+class Gradients : public StepObserver {
+ public:
+  void on_gradient(int64_t, std::span<const float> gradient, const StepMetrics& m, double scale) override {
+    flat.assign(gradient.begin(), gradient.end());
+    norm = m.grad_norm;
+    grad_scale = scale;
+  }
+  std::vector<float> flat;
+  double norm = 0, grad_scale = 0;
+};
+
+// Three steps against AdamW as it is published, in double: of the gradient cut to its norm, with decay, at the schedule's
+// learning rates. eps is large, as without it the size of a first gradient would make no difference.
+TEST(Trainer, AStepIsAdamWOfTheClippedGradient) {
+  for (const Dtype dtype : {Dtype::kF32, Dtype::kBf16})
+    for (const double clip : {0.0, 0.5, 2.0, 1e9}) {
+      SmallModel model(27, dtype);
+      kernels::Context ctx(2);
+      TrainerConfig config = config_of(kernels::LossKind::kRloo);
+      config.grad_clip = clip;
+      config.weight_decay = 0.1;
+      config.beta1 = 0.8;
+      config.beta2 = 0.9;
+      config.eps = 1e-3;
+      config.schedule.warmup_steps = 2;
+      config.schedule.lr = 0.02;
+      Trainer trainer(ctx, model.layout, config);
+      Gradients seen;
+      trainer.observe(&seen);
+      const auto n = static_cast<size_t>(model.layout.elements());
+      std::vector<float> start(n), flat(n);
+      model.layout.weights_to_flat(model.weights(), start.data());
+      std::vector<double> w(start.begin(), start.end()), m(n, 0), v(n, 0);
+      Arena a(model.layout), b(model.layout);
+      std::memcpy(a.data(), model.weights(), static_cast<size_t>(model.layout.weight_bytes()));
+      bool clipped = false;
+      for (int step = 1; step <= 3; ++step) {
+        auto batch = random_batch(27 + static_cast<uint64_t>(step), 6, false);
+        for (TrainSequence& q : batch) q.advantage *= 8;
+        const double lr = trainer.step(a.data(), b.data(), batch).lr;
+        EXPECT_DOUBLE_EQ(lr, step == 1 ? 0.01 : 0.02);
+        double squares = 0;
+        for (const float g : seen.flat) squares += static_cast<double>(g) * g;
+        const double norm = std::sqrt(squares), scale = clip > 0 && norm > clip ? clip / norm : 1;
+        EXPECT_NEAR(seen.norm, norm, 1e-9 * norm);
+        EXPECT_NEAR(seen.grad_scale, scale, 1e-9);
+        clipped |= scale < 1;
+        for (const ParamSpec& t : model.layout.tensors())
+          for (int64_t i = t.element_offset; t.trained && i < t.element_offset + t.elements; ++i) {
+            const auto e = static_cast<size_t>(i);
+            const double g = scale * seen.flat[e];
+            m[e] = config.beta1 * m[e] + (1 - config.beta1) * g;
+            v[e] = config.beta2 * v[e] + (1 - config.beta2) * g * g;
+            const double direction = m[e] / (1 - std::pow(config.beta1, step)) /
+                                     (std::sqrt(v[e] / (1 - std::pow(config.beta2, step))) + config.eps);
+            w[e] -= lr * (direction + config.weight_decay * w[e]);
+          }
+        std::swap(a, b);
+      }
+      EXPECT_EQ(clipped, clip == 0.5 || clip == 2.0) << clip;
+      // float32 keeps each of them to a few parts in 1e7; bfloat16 rounds the result to 8 bits.
+      const double part = dtype == Dtype::kF32 ? 0 : 1.0 / 256;
+      model.layout.weights_to_flat(a.data(), flat.data());
+      for (size_t i = 0; i < n; ++i) ASSERT_NEAR(flat[i], w[i], 1e-6 * (std::abs(w[i]) + 0.05) + part * std::abs(w[i])) << i;
+    }
+}
+
 // The loss is a number, and what it is the gradient of overflows.
 TEST(Trainer, AGradientThatIsNoNumberIsNamedAndLeavesTheStateAsItWas) {
   SmallModel model(23);
