@@ -28,6 +28,12 @@ struct Operands {
   float *dq, *dk, *dv, *dg, *dbeta;
 };
 
+#if defined(PERIGEE_SIMD_AVX512)
+constexpr int kGradientVectors = 8;
+#else
+constexpr int kGradientVectors = 2;
+#endif
+
 class HeadBackward {
  public:
   static int64_t floats(const KdaShape& s) {
@@ -90,44 +96,63 @@ class HeadBackward {
     const int64_t ldk = heads_ * dk_, ldv = heads_ * dv_, at_k = row * ldk + head * dk_;
     kda::prepare_rows(0, n, dk_, x_.q + at_k, x_.k + at_k, x_.g + at_k, ldk, gamma_, rows_);
     kda::inner_products(0, n, dk_, k_decayed_, rows_);
-    kda::multiply(n, dk_, dv_, rows_.gkq, 2 * dkp_, 1, s, dv_, rows_.s_kq, 2 * dvp_);
-    for (int64_t i = 0; i < n; ++i) {
-      const float* v = x_.v + (row + i) * ldv + head * dv_;
-      const F16 beta = simd::set1(x_.beta[(row + i) * heads_ + head]);
-      for (int64_t x = 0; x < dvp_; x += 16) {
-        F16 t = simd::sub(kda::load_at(v, x, dv_), simd::load(rows_.s_kq + 2 * i * dvp_ + x));
-        for (int64_t j = 0; j < i; ++j)
-          t = simd::fnma(simd::set1(rows_.a[16 * i + j]), simd::load(u_ + j * dvp_ + x), t);
-        simd::store(residual_ + i * dvp_ + x, t);
-        simd::store(u_ + i * dvp_ + x, simd::mul(beta, t));
-      }
-    }
+    kda::multiply(n, dk_, dv_, rows_.gkq, 2 * dkp_, 1, s, dv_, rows_.s_kq, 2 * dvp_);  // of k only
+    kda::solve_residuals(n, dv_, rows_,
+                         {x_.v + row * ldv + head * dv_, x_.beta + row * heads_ + head, ldv, heads_, u_, dvp_,
+                          residual_, dvp_});
   }
 
   // dv, dbeta; w_do_ with -w_i in row 2i and do_i in row 2i+1.
   void value_gradients(int64_t row, int64_t n, int64_t head, bool last) {
     const int64_t ldv = heads_ * dv_;
     if (!last) kda::multiply(n, dk_, dvp_, k_decayed_, 1, 16, ds_, dvp_, k_ds_, dvp_);
+    F16 dbeta[16];
+    std::fill_n(dbeta, n, simd::zero());
+    const int64_t at = row * ldv + head * dv_;
+    int64_t x = 0;
+    for (; x + 16 * kGradientVectors <= dv_; x += 16 * kGradientVectors)
+      value_columns<kGradientVectors>(x, n, at + x, row * heads_ + head, last, dbeta);
+    for (; x < dvp_; x += 16) value_columns<1>(x, n, at + x, row * heads_ + head, last, dbeta);
+    for (int64_t i = 0; i < n; ++i) x_.dbeta[(row + i) * heads_ + head] = simd::reduce_add(dbeta[i]);
+  }
+
+  // V registers of columns from x: the first row behind i comes first in its sum, so rows cannot share what they read;
+  // columns side by side fill the time in which a sum waits for itself. at, at_beta: of the chunk's first row.
+  template <int V>
+  void value_columns(int64_t x, int64_t n, int64_t at, int64_t at_beta, bool last, F16* dbeta) {
+    using kda::unrolled;
     for (int64_t i = n - 1; i >= 0; --i) {
-      const float* dout = x_.dout + (row + i) * ldv + head * dv_;
-      float* dv = x_.dv + (row + i) * ldv + head * dv_;
-      const F16 beta = simd::set1(x_.beta[(row + i) * heads_ + head]);
-      F16 dbeta = simd::zero();
-      for (int64_t x = 0; x < dvp_; x += 16) {
-        const F16 d = kda::load_at(dout, x, dv_);
-        F16 du = last ? simd::zero() : simd::load(k_ds_ + i * dvp_ + x);
-        du = simd::fma(simd::set1(rows_.b[16 * i + i]), d, du);
-        for (int64_t m = i + 1; m < n; ++m) {
-          du = simd::fma(simd::set1(rows_.b[16 * m + i]), simd::load(w_do_ + (2 * m + 1) * dvp_ + x), du);
-          du = simd::fma(simd::set1(rows_.a[16 * m + i]), simd::load(w_do_ + 2 * m * dvp_ + x), du);
-        }
-        const F16 w = simd::mul(beta, du);
-        kda::store_at(dv, w, x, dv_);
-        dbeta = simd::fma(du, simd::load(residual_ + i * dvp_ + x), dbeta);
-        simd::store(w_do_ + 2 * i * dvp_ + x, simd::neg(w));
-        simd::store(w_do_ + (2 * i + 1) * dvp_ + x, d);
+      const float* const dout = x_.dout + at + i * heads_ * dv_;
+      float* const dv = x_.dv + at + i * heads_ * dv_;
+      F16 d[V], du[V];
+      const F16 b_ii = simd::set1(rows_.b[16 * i + i]);
+      unrolled<V>([&](auto v) PERIGEE_INLINE {
+        d[v] = V > 1 ? simd::load(dout + 16 * v) : kda::load_at(dout, 0, dv_ - x);
+        du[v] = last ? simd::zero() : simd::load(k_ds_ + i * dvp_ + x + 16 * v);
+        du[v] = simd::fma(b_ii, d[v], du[v]);
+      });
+      const float* w_do = w_do_ + 2 * (i + 1) * dvp_ + x;
+      for (int64_t m = i + 1; m < n; ++m, w_do += 2 * dvp_) {
+        const F16 b_mi = simd::set1(rows_.b[16 * m + i]), a_mi = simd::set1(rows_.a[16 * m + i]);
+        unrolled<V>([&](auto v)
+                        PERIGEE_INLINE { du[v] = simd::fma(b_mi, simd::load(w_do + dvp_ + 16 * v), du[v]); });
+        unrolled<V>([&](auto v)
+                        PERIGEE_INLINE { du[v] = simd::fma(a_mi, simd::load(w_do + 16 * v), du[v]); });
       }
-      x_.dbeta[(row + i) * heads_ + head] = simd::reduce_add(dbeta);
+      float* const out = w_do_ + 2 * i * dvp_ + x;
+      const F16 beta = simd::set1(x_.beta[at_beta + i * heads_]);
+      F16 sum = dbeta[i];
+      unrolled<V>([&](auto v) PERIGEE_INLINE {
+        const F16 w = simd::mul(beta, du[v]);
+        if (V > 1)
+          simd::store(dv + 16 * v, w);
+        else
+          kda::store_at(dv, w, 0, dv_ - x);
+        sum = simd::fma(du[v], simd::load(residual_ + i * dvp_ + x + 16 * v), sum);
+        simd::store(out + 16 * v, simd::neg(w));
+        simd::store(out + dvp_ + 16 * v, d[v]);
+      });
+      dbeta[i] = sum;
     }
   }
 

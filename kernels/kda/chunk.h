@@ -91,6 +91,8 @@ struct Solve {
 // Rows [first, first + n) of the chunk in order, from the u of the rows before them; v, beta and out begin at row first.
 //   u_i = beta_i (v_i - s_k_i - sum_{j<i} a_ij u_j),  out_i = s_q_i + sum_{j<=i} b_ij u_j, every sum in ascending j.
 void solve_rows(int64_t first, int64_t n, int64_t dv, const Rows& rows, const Solve& at);
+// Of a chunk from its first row: u as above, out = u before its factor beta. Rows of u and out are padded to 16s.
+void solve_residuals(int64_t n, int64_t dv, const Rows& rows, const Solve& at);
 
 // c[i][:] = sum_x a[i*lda + x*step] b[x][:] for i < m, x < depth; every element one chain, x ascending.
 // Writes n columns rounded up to 16, zeros past n.
