@@ -9,7 +9,7 @@
 #include "policy/tokenizer/chat.h"
 #include "rollout/setup/environment.h"
 #include "storage/store.h"
-#include "tests/rollout/cluster.h"
+#include "tests/rollout/hub/cluster.h"
 
 namespace perigee::rollout {
 namespace {

@@ -3,7 +3,6 @@
 // hashes of what made them, so the final hash says whether anything was different.
 #pragma once
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
 #include <deque>
 #include <filesystem>
@@ -14,23 +13,9 @@
 #include "base/hash.h"
 #include "base/random.h"
 #include "rollout/hub/hub.h"
+#include "tests/rollout/temp_dir.h"
 
 namespace perigee::rollout {
-
-// In memory where there is such a file system: what these tests are about is order and loss, not the disk.
-struct TempDir {
-  std::filesystem::path path;
-  TempDir() {
-    const std::filesystem::path memory = "/dev/shm";
-    const auto base = std::filesystem::is_directory(memory) ? memory : std::filesystem::temp_directory_path();
-    std::string pattern = (base / "perigee-rollout-XXXXXX").string();
-    path = ::mkdtemp(pattern.data());
-  }
-  ~TempDir() {
-    std::error_code ec;
-    std::filesystem::remove_all(path, ec);
-  }
-};
 
 inline Json cluster_config() {
   return {{"model", {{"config", {{"none", 0}}}}},

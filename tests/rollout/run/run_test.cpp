@@ -15,7 +15,7 @@
 #include "base/shm.h"
 #include "rollout/weights/weights_channel.h"
 #include "storage/store.h"
-#include "tests/rollout/cluster.h"
+#include "tests/rollout/temp_dir.h"
 
 namespace perigee::rollout {
 namespace {

@@ -6,7 +6,7 @@
 #include <map>
 #include <set>
 
-#include "tests/rollout/cluster.h"
+#include "tests/rollout/hub/cluster.h"
 
 namespace perigee::rollout {
 namespace {

@@ -15,6 +15,7 @@
 #include "base/process.h"
 #include "base/random.h"
 #include "base/shm.h"
+#include "rollout/roles/roles.h"
 #include "rollout/run/run.h"
 #include "rollout/setup/run_model.h"
 #include "rollout/weights/base_weights.h"
@@ -22,7 +23,7 @@
 #include "rollout/weights/host_model.h"
 #include "rollout/weights/weights_channel.h"
 #include "storage/store.h"
-#include "tests/rollout/cluster.h"
+#include "tests/rollout/temp_dir.h"
 
 namespace perigee::rollout {
 namespace {

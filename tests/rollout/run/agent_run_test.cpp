@@ -13,7 +13,7 @@
 #include "rollout/setup/run_model.h"
 #include "rollout/setup/run_tasks.h"
 #include "storage/store.h"
-#include "tests/rollout/cluster.h"
+#include "tests/rollout/temp_dir.h"
 
 namespace perigee::rollout {
 namespace {

@@ -12,7 +12,7 @@
 #include "rollout/setup/environment.h"
 #include "rollout/setup/workspace.h"
 #include "rollout/tasks/tasks.h"
-#include "tests/rollout/cluster.h"
+#include "tests/rollout/temp_dir.h"
 
 namespace perigee::rollout {
 namespace {
