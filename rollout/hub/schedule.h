@@ -66,7 +66,6 @@ class Schedule {
   std::string phase() const { return warmup_over_ ? "rl" : "warmup"; }
 
  private:
-  void prune();  // of tokens (storage.keep)
   struct RunningEvaluation {
     std::string phase;
     int64_t step = 0;
@@ -81,18 +80,20 @@ class Schedule {
     std::map<std::string, Level> levels;  // by the tasks' difficulty
   };
 
-  // schedule.cpp
+  void finish(std::vector<Outgoing>& out, std::vector<Json>& events);
+  // schedule_learner.cpp
+  void announce(std::vector<Outgoing>& out);
+  bool checkpoint_due() const;
+  void command_learner(std::vector<Outgoing>& out);
+  BusMessage train_message(const TrainBatch& batch, bool publish);
+  void prune();  // of tokens (storage.keep)
+  // schedule_evaluation.cpp
   bool evaluation_due(std::string* phase, int64_t* step) const;
   void start_evaluation(const std::string& phase, int64_t step);
   void end_evaluation(std::vector<Json>& events);
   void take_completed(std::vector<Json>& events);
-  void command_learner(std::vector<Outgoing>& out);
-  bool checkpoint_due() const;
-  void announce(std::vector<Outgoing>& out);
   // An evaluation of weights that nobody has and nobody can get any more is dropped, to be begun again of newer ones.
   void abandon_hopeless_evaluation(std::vector<Outgoing>& out);
-  void finish(std::vector<Outgoing>& out, std::vector<Json>& events);
-  BusMessage train_message(const TrainBatch& batch, bool publish);
   // schedule_groups.cpp
   void open_groups(int64_t count, int64_t step, int32_t round, int64_t version);
   void advance_sync(std::vector<Outgoing>& out, std::vector<Json>& events);
