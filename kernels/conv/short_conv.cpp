@@ -11,9 +11,12 @@ namespace {
 
 using simd::F16;
 
-// Channels that one range works on: wide enough to read whole cache lines, narrow enough to stay in the
+// Channels that one range works on at most: wide enough to read whole cache lines, narrow enough to stay in the
 // nearest cache.
 constexpr int64_t kBlock = 128;
+// Windows lie anywhere in memory, and in decoding each is read and written once: they are asked for so many slices before
+// their turn.
+constexpr size_t kWindowsAhead = 4;
 constexpr int64_t kBefore = kConvWidth - 1;
 
 // Taps of n channels, one row of kBlock per tap, zeros past n.
@@ -26,7 +29,7 @@ struct Taps {
 };
 
 // The taps applied to the four rows, oldest first, in channels [c, c + 16) of n.
-F16 convolve(const Taps& taps, const float* const rows[kConvWidth], int64_t c, int64_t n) {
+inline F16 convolve(const Taps& taps, const float* const rows[kConvWidth], int64_t c, int64_t n) {
   F16 z = simd::mul(simd::load(taps.rows[0] + c), load_at(rows[0], c, n));
   for (int64_t i = 1; i < kConvWidth; ++i)
     z = simd::fma(simd::load(taps.rows[i] + c), load_at(rows[i], c, n), z);
@@ -38,9 +41,15 @@ void check_slice(const Slice& s) {
                 s.count, s.position);
 }
 
+// Channels of a block: fewer where there are few, so that every thread has some.
+int64_t block_width(const Context& ctx, int64_t channels) {
+  const int64_t share = (channels + ctx.pool.size() - 1) / ctx.pool.size();
+  return std::clamp<int64_t>((share + 15) / 16 * 16, 16, kBlock);
+}
+
 // Blocks of channels to hand out at a time.
-int64_t block_grain(int64_t rows, int64_t operations) {
-  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, rows * kBlock * operations));
+int64_t block_grain(int64_t values, int64_t operations) {
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, values * operations));
 }
 
 }  // namespace
@@ -53,11 +62,18 @@ void short_conv_forward(Context& ctx, int64_t channels, const float* x, int64_t 
     rows_total += s.slice.count;
   }
   if (rows_total == 0) return;
+  const int64_t width = block_width(ctx, channels);
   const auto body = [&](int64_t first_block, int64_t end_block) {
     for (int64_t block = first_block; block < end_block; ++block) {
-      const int64_t base = block * kBlock, n = std::min(kBlock, channels - base);
+      const int64_t base = block * width, n = std::min(width, channels - base);
       const Taps taps(w + base * kConvWidth, n);
-      for (const auto& s : slices) {
+      for (size_t i = 0; i < slices.size(); ++i) {
+        const ConvSlice& s = slices[i];
+        if (i + kWindowsAhead < slices.size()) {
+          const ConvSlice& later = slices[i + kWindowsAhead];
+          for (int64_t before = 0; before < kBefore; ++before)
+            for (int64_t c = 0; c < n; c += 16) __builtin_prefetch(later.window + before * later.ldwindow + base + c, 1);
+        }
         const int64_t count = s.slice.count;
         const float* in = x + s.slice.begin * ldx + base;
         float* out = y + s.slice.begin * ldy + base;
@@ -76,7 +92,7 @@ void short_conv_forward(Context& ctx, int64_t channels, const float* x, int64_t 
       }
     }
   };
-  ctx.parallel_for((channels + kBlock - 1) / kBlock, block_grain(rows_total, 4), std::ref(body));
+  ctx.parallel_for((channels + width - 1) / width, block_grain(rows_total * width, 4), std::ref(body));
 }
 
 void short_conv_backward(Context& ctx, int64_t channels, const float* x, int64_t ldx, const float* w,
@@ -89,9 +105,10 @@ void short_conv_backward(Context& ctx, int64_t channels, const float* x, int64_t
     rows_total += s.count;
   }
   if (rows_total == 0) return;
+  const int64_t width = block_width(ctx, channels);
   const auto body = [&](int64_t first_block, int64_t end_block) {
     for (int64_t block = first_block; block < end_block; ++block) {
-      const int64_t base = block * kBlock, n = std::min(kBlock, channels - base);
+      const int64_t base = block * width, n = std::min(width, channels - base);
       const Taps taps(w + base * kConvWidth, n);
       Taps dtaps(dw + base * kConvWidth, n);
       alignas(64) static constexpr float kZeros[kBlock] = {};
@@ -133,7 +150,7 @@ void short_conv_backward(Context& ctx, int64_t channels, const float* x, int64_t
         for (int64_t i = 0; i < kConvWidth; ++i) dw[(base + c) * kConvWidth + i] = dtaps.rows[i][c];
     }
   };
-  ctx.parallel_for((channels + kBlock - 1) / kBlock, block_grain(rows_total, 8), std::ref(body));
+  ctx.parallel_for((channels + width - 1) / width, block_grain(rows_total * width, 8), std::ref(body));
 }
 
 }  // namespace perigee::kernels

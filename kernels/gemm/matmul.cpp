@@ -11,21 +11,31 @@ using namespace gemm;
 // The most steps of a chain at a time: a group of panels stays in the L2 cache beside the rows while these pass by.
 constexpr int64_t kDeepest = 2048;
 
-// Panels of a group: what the tallest tile of so many rows takes.
-int64_t group_panels(int64_t rows) {
-  const int64_t tiles = (rows + kFewRows - 1) / kFewRows;
-  return rows == 0 ? 1 : kFewRowsPanels[(rows + tiles - 1) / tiles - 1];
-}
+// A matrix of so many bytes is in the caches, or soon will be: asking for it costs more than it brings.
+constexpr int64_t kSmall = 32 << 10;
+
+// How a product is cut: into tiles of at most this many rows, over groups of this many panels.
+struct Cut {
+  int64_t rows, panels;
+  Cut(const MatmulTask& t, int64_t rows_of_piece) : rows(kFewRows), panels(1) {
+    // Four panels are one group of the lower tile, and two of the taller one, of which one panel alone is slow.
+    if (rows_of_piece > kTileRows && panels_of(t.w.n) == kTilePanels) rows = kTileRows;
+    const int64_t tiles = (rows_of_piece + rows - 1) / rows;
+    if (tiles > 0) panels = max_panels(static_cast<int>((rows_of_piece + tiles - 1) / tiles));
+  }
+};
 
 // Rows [row, row + rows) by panels [panel, panel_end), a group of panels at a time, each read from memory once. bfloat16 is
 // widened on the way. The next group lies behind this one (behind the last one the next matrix, or nothing: asking for
 // memory does not read it), and each tile asks for its share, so that memory and multiply-adds are both busy.
 template <class T>
 void piece(const MatmulTask& t, int64_t panel, int64_t panel_end, int64_t row, int64_t rows) {
-  const int64_t k = t.w.k, group = group_panels(rows);
-  const EvenSplit tiles(rows, kFewRows), depths(k, kDeepest);
-  for (; panel < panel_end; panel += group) {
-    const int64_t end = std::min(panel + group, panel_end), panels = end - panel;
+  const int64_t k = t.w.k;
+  const Cut cut(t, rows);
+  const EvenSplit tiles(rows, cut.rows), depths(k, kDeepest);
+  const bool small = panels_of(t.w.n) * kPanel * k * static_cast<int64_t>(sizeof(T)) <= kSmall;
+  for (; panel < panel_end; panel += cut.panels) {
+    const int64_t end = std::min(panel + cut.panels, panel_end), panels = end - panel;
     const T* w = static_cast<const T*>(t.w.panels) + panel * k * kPanel;
     const int64_t share = panels * k * kPanel * static_cast<int64_t>(sizeof(T)) /
                           (tiles.pieces * std::max<int64_t>(depths.pieces, 1));
@@ -50,7 +60,9 @@ void piece(const MatmulTask& t, int64_t panel, int64_t panel_end, int64_t row, i
                                share / std::max<int64_t>(depth, 1)};
         const int of_rows = static_cast<int>(tiles.end(i) - tiles.begin(i)),
                   of_panels = static_cast<int>(panels);
-        if (tiles.pieces == 1) {
+        if (small) {
+          run_tile<Layout::kRowsApart, T>(of_rows, of_panels, args);
+        } else if (tiles.pieces == 1) {
           run_tile<Layout::kRowsApartOnce, T>(of_rows, of_panels, args);
         } else {
           run_tile<Layout::kRowsApartAgain, T>(of_rows, of_panels, args);
@@ -72,12 +84,12 @@ void matmul(Context& ctx, std::span<const MatmulTask> tasks) {
       ctx, static_cast<int64_t>(tasks.size()),
       [&](int64_t i) {
         const MatmulTask& t = tasks[i];
-        const int64_t panels = panels_of(t.w.n), group = group_panels(t.rows);
+        const int64_t panels = panels_of(t.w.n), group = Cut(t, t.rows).panels;
         return Extent{(panels + group - 1) / group, t.rows, 256, 48, panels * kPanel * t.w.k * t.rows};
       },
       [&](int64_t i, const Piece& p) {
         const MatmulTask& t = tasks[i];
-        const int64_t group = group_panels(t.rows), begin = p.across_begin * group;
+        const int64_t group = Cut(t, t.rows).panels, begin = p.across_begin * group;
         const int64_t end = std::min(p.across_end * group, panels_of(t.w.n));
         if (t.w.dtype == Dtype::kF32) {
           piece<float>(t, begin, end, p.along_begin, p.along_end - p.along_begin);
