@@ -44,7 +44,7 @@ const std::map<std::string, std::set<std::string>> kTable = {
     {"apps/replay", {"apps/command_line", "apps/output", "apps/runs"}},
     {"apps/model", {"apps/command_line", "apps/output", "apps/replay"}},
     {"apps/serve", {"apps/command_line", "apps/output", "apps/model"}},
-    {"apps/train", {"apps/command_line", "apps/output", "apps/model"}},
+    {"apps/train", {"apps/command_line", "apps/output", "apps/runs", "apps/model"}},
     {"apps/compare", {"apps/command_line", "apps/output", "apps/model"}},
 };
 
@@ -168,6 +168,8 @@ TEST(IncludeTable, WouldSeeAViolation) {
   EXPECT_EQ(fault("rollout/hub", "#include \"rollout/roles/roles.h\""), "rollout/hub may not include rollout/roles");
   EXPECT_EQ(fault("rollout/hub", "#include \"kernels/context.h\""), "rollout/hub may not include kernels");
   EXPECT_EQ(fault("apps", "#include \"rollout/roles/roles.h\""), "");
+  EXPECT_EQ(fault("apps/serve", "#include \"rollout/run/run.h\""), "");
+  EXPECT_EQ(fault("apps/runs", "#include \"apps/model/model_files.h\""), "apps/runs may not include apps/model");
   EXPECT_EQ(fault("base", "#include \"storage/store.h\""), "base may not include storage");
   EXPECT_EQ(fault("policy", "#include <base/error.h>"), "ours, and yet in angle brackets");
   EXPECT_EQ(fault("policy", "#include \"params.h\""), "no such file from the root of the tree");
