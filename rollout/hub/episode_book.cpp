@@ -110,14 +110,19 @@ void EpisodeBook::policy_worker_has(const std::string& peer, int64_t version) {
 
 void EpisodeBook::reward_worker_joined(const std::string& peer) {
   // What was sent to it before it said hello (again) may be lost: score those groups anew.
-  for (auto& [id, g] : groups_)
+  for (auto& [id, g] : groups_) {
     if (g.scorer == peer) g.scorer.clear();
+    g.slow_scorers.erase(peer);
+  }
   reward_workers_[peer] = 0;
 }
 
 void EpisodeBook::worker_left(const std::string& peer) {
   for (auto& [id, g] : groups_) {
-    if (g.scorer == peer) g.scorer.clear();
+    if (g.scorer == peer) {
+      g.scorer.clear();
+      g.slow_scorers.clear();  // or none might be left
+    }
     for (auto& m : g.members)
       if (m.state == LiveEpisode::State::kLeased && m.owner == peer) {
         give_back(g, m);
@@ -281,18 +286,26 @@ void EpisodeBook::lease_group(LiveGroup& group, const std::string& peer, PolicyW
   if (!lease.members.empty()) out.push_back({peer, encode(lease)});
 }
 
-void EpisodeBook::assign(int64_t now_ms, std::vector<Outgoing>& out) {
+void EpisodeBook::score_elsewhere(LiveGroup& g, int64_t now_ms) {
+  const auto other = [&](const auto& worker) { return worker.first != g.scorer && !g.slow_scorers.contains(worker.first); };
+  const auto scorer = reward_workers_.find(g.scorer);
+  if (scorer != reward_workers_.end() && std::none_of(reward_workers_.begin(), reward_workers_.end(), other)) {
+    // Whoever has it is at it: once more it would only queue up behind itself. What the bus lost shows otherwise (H5).
+    g.score_deadline_ms = now_ms + options_.score_ms;
+    return;
+  }
+  if (scorer != reward_workers_.end()) --scorer->second;
+  g.slow_scorers.insert(std::exchange(g.scorer, {}));
+}
+
+void EpisodeBook::assign(int64_t now_ms, int64_t least_version, std::vector<Outgoing>& out) {
   for (auto& [id, g] : groups_) {
     for (auto& m : g.members)
       if (m.state == LiveEpisode::State::kLeased && m.deadline_ms < now_ms) {
         take_away(g, m);
         ++counts_.leases_expired;
       }
-    if (!g.scorer.empty() && g.score_deadline_ms < now_ms) {
-      const auto scorer = reward_workers_.find(g.scorer);
-      if (scorer != reward_workers_.end()) --scorer->second;
-      g.scorer.clear();
-    }
+    if (!g.scorer.empty() && g.score_deadline_ms < now_ms) score_elsewhere(g, now_ms);
   }
   for (auto& [peer, keys] : std::exchange(cancelled_, {}))
     if (policy_workers_.contains(peer)) out.push_back({peer, BusMessage("cancel", {{"episodes", std::move(keys)}})});
@@ -310,7 +323,9 @@ void EpisodeBook::assign(int64_t now_ms, std::vector<Outgoing>& out) {
       if (!g->scorer.empty()) continue;
       auto best = reward_workers_.end();
       for (auto it = reward_workers_.begin(); it != reward_workers_.end(); ++it)
-        if (it->second < kScoresInFlight && (best == reward_workers_.end() || it->second < best->second)) best = it;
+        if (it->second < kScoresInFlight && !g->slow_scorers.contains(it->first) &&
+            (best == reward_workers_.end() || it->second < best->second))
+          best = it;
       if (best == reward_workers_.end()) continue;
       ScoreRequest request{g->record.group_id, g->task, g->members.front().spec.max_new_tokens, {}};
       for (const auto& m : g->members) request.members.push_back({m.spec.episode_id, m.tokens, m.mask, m.finish});
@@ -328,6 +343,7 @@ void EpisodeBook::assign(int64_t now_ms, std::vector<Outgoing>& out) {
     const std::string* peer = nullptr;
     for (auto& [name, w] : policy_workers_) {
       if (w.version < 0 || (g->version >= 0 && w.version != g->version)) continue;
+      if (!g->evaluation && w.version < least_version) continue;
       if (w.leased > 0 && w.leased + want > w.capacity) continue;
       if (best == nullptr || w.leased < best->leased) {
         best = &w;

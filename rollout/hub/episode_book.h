@@ -50,6 +50,7 @@ struct LiveGroup {
   std::vector<bool> correct;    // likewise; empty when the group comes from the store, which does not keep it
   std::string scorer;  // peer
   int64_t score_deadline_ms = 0;
+  std::set<std::string> slow_scorers;  // peers that were late with it; they may be at it still
 
   bool generated() const;
   // The lowest version among its tokens; `none` when it has none.
@@ -96,7 +97,8 @@ class EpisodeBook {
   Append take_scores(const ScoredGroup& scored);
 
   // Takes away leases and scores whose time is over, then hands out what is open to workers that have room.
-  void assign(int64_t now_ms, std::vector<Outgoing>& out);
+  // least_version: what weights older than this made of a training group would be dropped, so none of it is begun.
+  void assign(int64_t now_ms, int64_t least_version, std::vector<Outgoing>& out);
 
   // Takes the group out of the book: it was trained, evaluated, or (with a reason) is dropped, which cancels what of it
   // is being generated.
@@ -116,6 +118,8 @@ class EpisodeBook {
   struct PolicyWorker {
     int64_t capacity = 0, version = -1, leased = 0;
   };
+  // When the time for scoring is over: to a worker that is not at it already, if there is one.
+  void score_elsewhere(LiveGroup& group, int64_t now_ms);
   LiveEpisode* episode(int64_t episode_id, LiveGroup** group = nullptr);
   void give_back(const LiveGroup& group, LiveEpisode& episode);
   void take_away(const LiveGroup& group, LiveEpisode& episode);  // gives back, and the owner is told

@@ -76,7 +76,8 @@ void Schedule::advance(int64_t now_ms, std::vector<Outgoing>& out, std::vector<J
     }
   }
   command_learner(out);
-  book_.assign(now_ms, out);
+  const int64_t next_version = version_ + (pending_ ? 1 : 0);
+  book_.assign(now_ms, asynchronous ? next_version - config_.rollout.max_policy_lag : -1, out);
 }
 
 void Schedule::finish(std::vector<Outgoing>& out, std::vector<Json>& events) {
