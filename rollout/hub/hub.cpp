@@ -134,6 +134,8 @@ void Hub::apply(const std::string& peer_id, Peer& peer, const BusMessage& messag
     if (field<int64_t>(message.header, "upto").value_or(0) > peer.last_seq) {
       ++counts_.gaps;
       out_.push_back({peer_id, BusMessage(net::kWho), true});
+    } else if (const auto got = field<int64_t>(message.header, "got")) {
+      look_for_lost(peer_id, peer, *got, now_ms);
     }
   } else if (type == "segment" && peer.role == "policy") {
     if (const auto segment = decode_segment(message))
@@ -167,6 +169,20 @@ void Hub::apply(const std::string& peer_id, Peer& peer, const BusMessage& messag
   } else {
     ++counts_.unreadable;
   }
+}
+
+void Hub::look_for_lost(const std::string& peer_id, Peer& peer, int64_t got, int64_t now_ms) {
+  if (got >= peer.sent || got != std::exchange(peer.got, got)) {
+    peer.behind_beats = 0;
+    peer.behind_since_ms = now_ms;
+    return;
+  }
+  // Several heartbeats: a worker that was busy for long says one before it looks at what came meanwhile.
+  if (++peer.behind_beats < kLostBeats || now_ms - peer.behind_since_ms < kLostMs) return;
+  peer.behind_beats = 0;
+  peer.behind_since_ms = now_ms;
+  ++counts_.lost_messages;
+  out_.push_back({peer_id, BusMessage(net::kWho), true});
 }
 
 void Hub::apply_learner(const BusMessage& message) {
@@ -275,7 +291,9 @@ std::vector<Outgoing> Hub::commit(int64_t now_ms) {
       if (peer.role != "supervisor") out.push_back({id, BusMessage("stop")});
   for (auto& o : out) {
     o.message.header["run"] = run_id_;
-    if (!o.uncredited) o.message.header["epoch"] = epoch_;
+    if (o.uncredited) continue;
+    o.message.header["epoch"] = epoch_;
+    if (const auto it = peers_.find(o.peer); it != peers_.end()) o.message.header["no"] = ++it->second.sent;
   }
   return out;
 }

@@ -11,6 +11,8 @@
 //      asked who it is.
 //  H4  A message of a worker is applied only after all it sent before: one that comes too early is refused, and its
 //      sender is asked who it is and sends again what was not acknowledged.
+//  H5  Messages to a peer are numbered. One that lives and for kLostMs gets nothing of what was sent to it has lost it, or
+//      the bus has lost its credits: it is asked who it is, and what it then does not hold goes back or is said again.
 //
 // Not thread safe. Hub knows no sockets: run_hub connects it to a Router; tests talk to it directly.
 #pragma once
@@ -25,7 +27,7 @@
 namespace perigee::rollout {
 
 struct HubCounts {
-  int64_t messages = 0, duplicates = 0, gaps = 0, lost_peers = 0, strangers = 0, wrong_run = 0, unreadable = 0, commits = 0;
+  int64_t messages = 0, duplicates = 0, gaps = 0, lost_peers = 0, strangers = 0, wrong_run = 0, unreadable = 0, commits = 0, lost_messages = 0;
 };
 
 class Hub {
@@ -59,10 +61,16 @@ class Hub {
   struct Peer {
     std::string role, name;
     int64_t last_seq = 0, acked_seq = 0;
+    int64_t sent = 0;               // number of the last message to it
+    int64_t got = 0;                // the last one that it says it has
+    int64_t behind_since_ms = 0;    // when it was seen to be below sent and has not moved since
+    int64_t behind_beats = 0;       // how many heartbeats have said so
   };
+  static constexpr int64_t kLostMs = 10000, kLostBeats = 5;
   void hello(const net::Inbound& in, int64_t now_ms);
   void forget_peer(const std::string& id);
   void apply(const std::string& peer_id, Peer& peer, const BusMessage& message, int64_t now_ms);
+  void look_for_lost(const std::string& peer_id, Peer& peer, int64_t got, int64_t now_ms);
   void apply_learner(const BusMessage& message);
   void end(const std::string& state, const Json& event);
   void report_rate(int64_t now_ms);

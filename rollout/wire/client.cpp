@@ -49,7 +49,7 @@ void HubClient::on_time() {
         upto = kept.seq - 1;
         break;
       }
-    dealer_.send(BusMessage("heartbeat", {{"epoch", epoch_}, {"upto", upto}}));
+    dealer_.send(BusMessage("heartbeat", {{"epoch", epoch_}, {"upto", upto}, {"got", got_}}));
   }
   pump();
 }
@@ -73,6 +73,7 @@ bool HubClient::handle(const BusMessage& message) {
     const auto epoch = field<uint64_t>(message.header, "epoch");
     if (!epoch) return false;
     epoch_ = *epoch;
+    got_ = field<int64_t>(message.header, "no").value_or(0);
     joined_ = true;
     last_heartbeat_ = Clock::now();
     // The pump waits until the role has seen which work was taken away.
@@ -80,6 +81,13 @@ bool HubClient::handle(const BusMessage& message) {
     return true;
   }
   if (field<uint64_t>(message.header, "epoch").value_or(epoch_) != epoch_ || !joined_) return false;
+  if (const auto no = field<int64_t>(message.header, "no")) {
+    if (*no != got_ + 1) {  // what came between is lost, and this one comes again if it is needed
+      say_hello();
+      return false;
+    }
+    got_ = *no;
+  }
   if (type == "ack") {
     const int64_t upto = field<int64_t>(message.header, "upto").value_or(0);
     while (!kept_.empty() && kept_.front().sent && kept_.front().seq <= upto) {

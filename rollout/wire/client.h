@@ -4,6 +4,8 @@
 // States: unknown --hello--> greeting --welcome--> joined; a "who" or a hub epoch that is not ours leads back to
 // greeting. Durable messages carry a sequence number and are kept until acknowledged; what the hub acknowledged is
 // committed in the store.
+// The other way each message of a hub has a number ("no"): a gap means that the bus lost some, and the client says hello so
+// that the hub sees what it holds; heartbeats say the last one ("got"), so that the hub notices when nothing follows.
 #pragma once
 #include <chrono>
 #include <cstdint>
@@ -69,6 +71,7 @@ class HubClient {
   uint64_t epoch_ = 0;
   bool joined_ = false;
   int64_t next_seq_ = 1, kept_bytes_ = 0, hellos_ = 0;
+  int64_t got_ = 0;  // number of the last message of this hub
   std::deque<Kept> kept_;
   Clock::time_point last_hello_, last_heartbeat_;
 };

@@ -36,6 +36,7 @@ struct Script {
   uint64_t epoch = 0;
   bool joined = false;
   int64_t seq = 1;
+  int64_t got = 0;  // number of the last message of the hub
   std::deque<BusMessage> kept, outbox;  // outbox: on the way to the hub, in order
 
   void send(BusMessage m) {
@@ -81,6 +82,7 @@ class Cluster {
     fresh.id = name + "#" + std::to_string(++serial_);
     s = fresh;
     running_.erase(name);
+    std::erase_if(waiting_scores_, [&](const auto& waiting) { return waiting.first == name; });
     if (s.role == "learner") learner_ = {};
     versions_.erase(name);
     hello(s);
@@ -126,18 +128,31 @@ class Cluster {
           if (losses_to_workers > 0 && !o.uncredited && random_.next_int(0, 19) == 0) {
             --losses_to_workers;
             hub_->unreachable(w->id);
+          } else if (name == lost_) {
+            continue;
+          } else if (silent_losses_to_workers > 0 && !o.uncredited && random_.next_int(0, 19) == 0) {
+            --silent_losses_to_workers;
           } else {
             receive(*w, o.message);
           }
         }
+    if (!scores_wait)
+      for (const auto& [name, m] : std::exchange(waiting_scores_, {})) score(*workers_.at(name), *decode_score(m));
     for (auto& [name, w] : workers_) {
       if (w->role == "policy") generate(*w);
       if (random_.next_int(0, 20) > 0) continue;
       if (w->joined)
-        w->post(BusMessage("heartbeat", {{"upto", w->seq - 1}}));
+        w->post(BusMessage("heartbeat", {{"upto", w->seq - 1}, {"got", w->got}}));
       else if (w->outbox.empty())
         hello(*w);  // a greeting that was not answered
     }
+  }
+
+  // The next `turns` of them with nothing arriving at this worker, as if its connection had come back without what was on it.
+  void lose_all_to(const std::string& name, int turns) {
+    lost_ = name;
+    for (int i = 0; i < turns && !hub_->done(); ++i) turn();
+    lost_.clear();
   }
 
   // Until the run is over. Returns the final hash.
@@ -154,9 +169,13 @@ class Cluster {
   const RunConfig& config() const { return config_; }
   Script& worker(const std::string& name) { return *workers_.at(name); }
   void repeat_messages(bool on) { repeat_ = on; }
-  // Messages still to be lost on the way; the bus notices those to workers.
-  int losses_to_hub = 0, losses_to_workers = 0;
+  // Messages still to be lost on the way; the bus notices those to workers, but for the silent ones.
+  int losses_to_hub = 0, losses_to_workers = 0, silent_losses_to_workers = 0;
+  // Reward workers only take requests while this is set, and score all of them afterwards.
+  bool scores_wait = false;
+  std::map<int64_t, int> score_requests;  // by group
   bool weights_vanish = false;
+  int64_t capacity = 4;  // of a policy worker that says hello from now on
   std::set<std::string> damaged;  // paths of checkpoints that cannot be loaded
   // Rewards of every group are equal where this says so.
   std::function<bool(int64_t task_index)> dull = [](int64_t) { return false; };
@@ -184,7 +203,7 @@ class Cluster {
   void hello(Script& s) {
     Json h{{"role", s.role}, {"name", s.name}, {"run", "run"}};
     if (s.role == "policy") {
-      h["capacity"] = 4;
+      h["capacity"] = capacity;
       if (versions_.contains(s.name)) h["version"] = versions_[s.name];
       Json holds = Json::array();
       for (const auto& g : running_[s.name]) holds.push_back({g.member.key.episode_id, g.member.key.attempt});
@@ -208,12 +227,15 @@ class Cluster {
       hello(s);
     } else if (type == "welcome") {
       s.epoch = m.header["epoch"];
+      s.got = m.header["no"];
       s.joined = true;
       for (const auto& k : m.header["drop"]) drop(s, k);
       for (const auto& k : s.kept) s.post(k);
     } else if (!s.joined || m.header["epoch"] != s.epoch) {
       return;
-    } else if (type == "ack") {
+    } else if (m.header["no"] != s.got + 1) {
+      hello(s);
+    } else if (s.got = m.header["no"]; type == "ack") {
       while (!s.kept.empty() && s.kept.front().header["seq"] <= m.header["upto"]) s.kept.pop_front();
     } else if (type == "cancel") {
       for (const auto& k : m.header["episodes"]) drop(s, k);
@@ -230,7 +252,8 @@ class Cluster {
       versions_[s.name] = m.header["version"];
       s.send(BusMessage("weights_ready", {{"version", m.header["version"]}}));
     } else if (type == "score") {
-      score(s, *decode_score(m));
+      ++score_requests[m.header["group"]];
+      waiting_scores_.emplace_back(s.name, m);
     } else if (s.role == "learner") {
       learn(s, m);
     }
@@ -341,12 +364,14 @@ class Cluster {
   std::map<std::string, std::unique_ptr<Script>> workers_;
   std::map<std::string, std::vector<Generating>> running_;
   std::map<std::string, int64_t> versions_;
+  std::vector<std::pair<std::string, BusMessage>> waiting_scores_;  // by worker
   std::map<std::string, std::string> saved_;
   FakeLearner learner_;
   uint64_t epoch_ = 0;
   int64_t now_ms_ = 1000;
   int serial_ = 0;
   bool repeat_ = false;
+  std::string lost_;
 };
 
 }  // namespace perigee::rollout
