@@ -50,11 +50,36 @@ bool receive_parts(zmq::socket_t& socket, int timeout_ms, std::vector<zmq::messa
   return true;
 }
 
+// Goes through a header without keeping any of it; stops where it is nested deeper than any message of a run. (What makes
+// a value of it calls itself for each level.)
+class Depth : public nlohmann::json_sax<Json> {
+ public:
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool number_integer(number_integer_t) override { return true; }
+  bool number_unsigned(number_unsigned_t) override { return true; }
+  bool number_float(number_float_t, const string_t&) override { return true; }
+  bool string(string_t&) override { return true; }
+  bool binary(binary_t&) override { return true; }
+  bool key(string_t&) override { return true; }
+  bool start_object(size_t) override { return ++depth_ <= kMost; }
+  bool start_array(size_t) override { return ++depth_ <= kMost; }
+  bool end_object() override { return --depth_ >= 0; }
+  bool end_array() override { return --depth_ >= 0; }
+  bool parse_error(size_t, const std::string&, const nlohmann::detail::exception&) override { return false; }
+
+ private:
+  static constexpr int kMost = 100;
+  int depth_ = 0;
+};
+
 // parts[first] is the header.
 std::optional<Message> parse(const std::vector<zmq::message_t>& parts, size_t first) {
   if (parts.size() <= first || parts.size() >= kMaxFrames) return std::nullopt;
   const auto* data = static_cast<const uint8_t*>(parts[first].data());
   Message message;
+  Depth depth;
+  if (!Json::sax_parse(data, data + parts[first].size(), &depth, Json::input_format_t::cbor)) return std::nullopt;
   message.header = Json::from_cbor(data, data + parts[first].size(), true, false);
   if (!message.header.is_object()) return std::nullopt;
   const auto type = message.header.find("type");

@@ -145,6 +145,10 @@ TEST(Bus, WhatCannotBeParsedIsCountedAndIgnored) {
                                cbor({{"type", "hello"}, {"window", int64_t{1} << 40}})};
   const std::string good = cbor({{"type", "segment"}, {"tokens", std::vector<int>(50, 1)}});
   for (size_t n = 1; n < good.size(); n += 7) bad.push_back(good.substr(0, n));
+  // Nested without end: lists in lists, and maps in maps.
+  bad.push_back(std::string(4 << 20, '\x81'));
+  bad.emplace_back();
+  for (int i = 0; i < 1 << 20; ++i) bad.back() += "\xa1\x61" "a";
   for (const auto& b : bad) raw.send(zmq::buffer(b));
   raw.send(zmq::buffer(cbor({{"type", "end"}})));
   EXPECT_EQ(next(router).message.type(), "end");
