@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <set>
+#include <thread>
 
 #include "base/error.h"
 #include "base/text.h"
@@ -187,7 +188,13 @@ void McpClient::list_tools(Connection& c, const McpWait& wait) {
 }
 
 std::shared_ptr<McpClient::Connection> McpClient::connection(const McpWait& wait, bool anew) {
-  const std::lock_guard one(connecting_);
+  std::unique_lock one(connecting_, std::try_to_lock);
+  while (!one.owns_lock()) {  // another call starts the server: this one has its own time, and its own stop
+    if (wait.stop.stop_requested()) throw_environment("{}: the call was stopped", where_);
+    if (Clock::now() >= wait.until) throw_environment("{}: the server did not start in time", where_);
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    one.try_lock();
+  }
   std::shared_ptr<Connection> c;
   {
     const std::lock_guard lock(mutex_);

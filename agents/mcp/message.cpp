@@ -33,9 +33,10 @@ std::string text_of(const json& object, const char* key) {
 }
 
 size_t base64_bytes(const std::string& text) {
-  return text.size() / 4 * 3 -
-         static_cast<size_t>(std::count(
-             text.end() - std::min<ptrdiff_t>(2, static_cast<ptrdiff_t>(text.size())), text.end(), '='));
+  const size_t bytes = text.size() / 4 * 3;
+  const auto padding = static_cast<size_t>(std::count(
+      text.end() - std::min<ptrdiff_t>(2, static_cast<ptrdiff_t>(text.size())), text.end(), '='));
+  return bytes - std::min(bytes, padding);  // "==" alone is no base64, but may be sent
 }
 
 std::string describe(const json& item) {
