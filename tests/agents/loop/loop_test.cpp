@@ -216,7 +216,7 @@ TEST(Loop, TheCallersStopEndsATurnAndATool) {
     });
     const auto start = std::chrono::steady_clock::now();
     EXPECT_EQ(run(script, {.max_tokens = 1 << 20, .tool_wall_s = 100}, stop.get_token()).finish, FinishReason::kCancelled);
-    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(60));
   }
 }
 

@@ -4,7 +4,7 @@
 
 #include <fmt/format.h>
 
-#include <chrono>
+#include <ctime>
 #include <random>
 #include <string>
 #include <vector>
@@ -140,7 +140,7 @@ TEST(Calculator, HostileTextsEndSoonAndNeverThrow) {
   const std::vector<std::string> words = {"1",    "7",      "(",  ")",    "+", "-",   "*",   "/",
                                           "%",    "^",      "**", ".",    "e", "e9",  "1/3", "99999",
                                           "^999", "2^9000", " ",  "\xFF", "a", "e-3", "0",   "\0"};
-  const auto start = std::chrono::steady_clock::now();
+  const std::clock_t start = std::clock();
   for (int i = 0; i < 20000; ++i) {
     std::string text;
     const size_t n = random() % 40;
@@ -154,7 +154,7 @@ TEST(Calculator, HostileTextsEndSoonAndNeverThrow) {
   for (int k = 1009; heavy.size() < 4080; k += 2) heavy += fmt::format("+1/{}", k);
   EXPECT_EQ(value(heavy), "! a value on the way has more than 3,000 digits");
   EXPECT_LT(value(heavy.substr(0, 3000)).size(), 8000u);
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
+  EXPECT_LT(std::clock() - start, 10 * CLOCKS_PER_SEC);
 }
 
 TEST(Calculator, ToolAnswersWithinItsRoom) {

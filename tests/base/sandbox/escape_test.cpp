@@ -276,7 +276,7 @@ print('gone')
   EXPECT_EQ(r.output, "gone\n") << r.error;
   // At once: the daemon still held the output streams open.
   EXPECT_EQ(processes_with(marker), 0);
-  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(5));
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(50)) << "it slept for a minute";
 }
 
 // A process with much memory takes tens of milliseconds to end. It has let go of the output streams, so their end does not

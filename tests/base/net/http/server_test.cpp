@@ -254,9 +254,9 @@ TEST(HttpServer, SlowSendersLoseTheConnection) {
       if (!slowly.empty()) c.send(slowly.substr(static_cast<size_t>(i) % slowly.size(), 1));
       c.receive(0.01);
     }
-    c.rest(4);
+    c.rest(30);
     EXPECT_TRUE(c.ended()) << at_once << slowly;
-    EXPECT_LT(std::chrono::steady_clock::now() - began, std::chrono::seconds(4));
+    EXPECT_LT(std::chrono::steady_clock::now() - began, std::chrono::seconds(30));
     if (!at_once.empty()) {
       EXPECT_EQ(take_answer(c.received()).status, 408) << at_once;
     }
