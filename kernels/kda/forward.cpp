@@ -32,6 +32,10 @@ struct Operands {
   float *out, *chunk_states;
 };
 
+// With few rows S comes from memory faster than they can be multiplied with it: its beginning is asked for while they are
+// prepared. More of it would crowd out what the rows need first.
+constexpr int64_t kFewRows = 4, kPrefetched = 16 * 128;
+
 // Rows of one head lie far apart and are read once: no hardware stream finds them in time.
 template <int kWrite>
 void prefetch_rows(int64_t n, int64_t d, const float* p, int64_t ld) {
@@ -55,6 +59,8 @@ void run_head(const KdaShape& shape, const Operands& x, const KdaSlice& item, in
     const int64_t at_k = row * ldk + head * dk, at_v = row * ldv + head * dv;
     prefetch_rows<0>(n, dv, x.v + at_v, ldv);
     prefetch_rows<1>(n, dv, x.out + at_v, ldv);
+    if (n < kFewRows)
+      for (int64_t at = 0; at < std::min(kPrefetched, dk * dv); at += 16) __builtin_prefetch(state.s + at);
     kda::prepare_rows(filled, n, dk, x.q + at_k, x.k + at_k, x.g + at_k, ldk, state.gamma, rows);
     kda::inner_products(filled, n, dk, state.k_decayed, rows);
     const int64_t next = std::min(kKdaChunk, item.slice.count - done - n);
