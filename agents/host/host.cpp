@@ -325,7 +325,7 @@ void Host::open_session(SessionInfo info) {
   s->last_used_us = info.created_us;
   h.add_session(s);
   try {
-    h.in_log([&] { h.log->opened(info); });
+    h.in_log([&] { h.log->opened(info, {}); });
   } catch (...) {
     h.remove_session(info.name);
     throw;
@@ -385,13 +385,7 @@ void Host::fork_session(const std::string& from_name, int64_t at_token, const st
         }
         left -= length;
       }
-      h.log->opened(to->info);
-      try {
-        h.log->append(turns);
-      } catch (...) {
-        h.log->closed(name);
-        throw;
-      }
+      h.log->opened(to->info, turns);
     });
   } catch (...) {
     h.remove_session(name);

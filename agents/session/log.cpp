@@ -4,10 +4,10 @@
 
 namespace perigee::agents {
 
-void MemoryLog::opened(const SessionInfo& info) {
+void MemoryLog::opened(const SessionInfo& info, std::span<const SessionTurn> turns) {
   const std::lock_guard lock(mutex_);
-  PERIGEE_CHECK(sessions_.emplace(info.name, SessionRecord{info, {}}).second, "session {} is open",
-                info.name);
+  PERIGEE_CHECK(sessions_.emplace(info.name, SessionRecord{info, {turns.begin(), turns.end()}}).second,
+                "session {} is open", info.name);
 }
 
 void MemoryLog::append(std::span<const SessionTurn> turns) {

@@ -57,7 +57,8 @@ class LogBroken : public Error {
 class SessionLog {
  public:
   virtual ~SessionLog() = default;
-  virtual void opened(const SessionInfo& info) = 0;  // durable on return
+  // With its first turns, where it was forked: durable on return, all or nothing.
+  virtual void opened(const SessionInfo& info, std::span<const SessionTurn> turns) = 0;
   // All on return, or none. REQUIRES the sessions opened; a turn's index is the number of turns before it.
   virtual void append(std::span<const SessionTurn> turns) = 0;
   // Marks it as ended: it is not open any more. What was recorded stays.
@@ -71,7 +72,7 @@ class SessionLog {
 // Keeps everything in memory. Thread safe.
 class MemoryLog : public SessionLog {
  public:
-  void opened(const SessionInfo& info) override;
+  void opened(const SessionInfo& info, std::span<const SessionTurn> turns) override;
   void append(std::span<const SessionTurn> turns) override;
   void closed(const std::string& name) override;
   void load(const std::function<void(SessionRecord)>& each) override;

@@ -133,11 +133,14 @@ void SessionStore::open_group(Open& s, std::vector<int32_t> prompt, const Sessio
   s.attempt = 0;
 }
 
-void SessionStore::opened(const SessionInfo& info) {
+void SessionStore::opened(const SessionInfo& info, std::span<const SessionTurn> turns) {
   PERIGEE_CHECK(!open_.contains(info.name), "session {} is open", info.name);
   Open s;
   s.info = info;
-  commit([&] { open_group(s, {}, nullptr); });
+  commit([&] {
+    open_group(s, {}, nullptr);
+    for (const SessionTurn& turn : turns) append_turn(s, turn);
+  });
   open_[info.name] = std::move(s);
 }
 

@@ -29,7 +29,7 @@ class SessionStore : public agents::SessionLog {
   explicit SessionStore(const std::filesystem::path& file, std::string run = "sessions",
                         const StoreOptions& options = {}, const std::string& model = {});
 
-  void opened(const agents::SessionInfo& info) override;
+  void opened(const agents::SessionInfo& info, std::span<const agents::SessionTurn> turns) override;
   void append(std::span<const agents::SessionTurn> turns) override;
   void closed(const std::string& name) override;
   void load(const std::function<void(agents::SessionRecord)>& each) override;

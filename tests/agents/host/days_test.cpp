@@ -7,6 +7,7 @@
 #include <future>
 #include <thread>
 
+#include "apps/serve/session_store.h"
 #include "tests/agents/host/helpers.h"
 #include "tests/base/temp_directory.h"
 
@@ -107,6 +108,56 @@ TEST(HostOfDays, NothingIsKeptOfWhatWasCancelledWhilePaused) {
     for (const auto& weak : gone) EXPECT_TRUE(weak.expired());
     host.resume();
     EXPECT_EQ(turn(host, "s", {40}, 1).error, "");
+  }
+}
+
+// A process that is killed at its n-th commit: what is on the disk before that commit stays, and nothing is undone.
+class KilledStore : public SessionStore {
+ public:
+  using SessionStore::SessionStore;
+  int commits_left = 1 << 20;
+  void opened(const SessionInfo& info, std::span<const SessionTurn> turns) override {
+    live();
+    SessionStore::opened(info, turns);
+  }
+  void append(std::span<const SessionTurn> turns) override {
+    live();
+    SessionStore::append(turns);
+  }
+  void closed(const std::string& name) override {
+    live();
+    SessionStore::closed(name);
+  }
+
+ private:
+  void live() {
+    if (commits_left-- <= 0) throw LogBroken("killed");
+  }
+};
+
+// A fork that was not acknowledged is there whole or not at all: asked for again, its name is free or it is the fork.
+TEST(HostOfDays, AForkIsThereWholeOrNotAtAll) {
+  SmallModel model(34);
+  for (int commits = 0; commits < 3; ++commits) {
+    TempDirectory dir;
+    {
+      KilledStore store(dir / "store.sqlite");
+      Host host(model.layout, plain_config(), engine_of(model), &store);
+      host.open_session({"s"});
+      for (int i = 0; i < 3; ++i) turn(host, "s", {30 + i, 31}, 1);
+      store.commits_left = commits;
+      try {
+        host.fork_session("s", -1, "fork");
+      } catch (const Error&) {
+      }
+    }
+    SessionStore store(dir / "store.sqlite");
+    Host host(model.layout, plain_config(), engine_of(model), &store);
+    try {
+      EXPECT_EQ(host.session_tokens("fork"), host.session_tokens("s")) << commits;
+    } catch (const NotFound&) {
+      EXPECT_EQ(commits, 0);
+    }
   }
 }
 

@@ -400,9 +400,9 @@ TEST(Sessions, SnapshotsThatCanNotBeWrittenCostAPrefillAndNoMore) {
 class FailingLog : public MemoryLog {
  public:
   enum Failure { kNone, kFull, kBroken };
-  void opened(const SessionInfo& info) override {
+  void opened(const SessionInfo& info, std::span<const SessionTurn> turns) override {
     fail();
-    MemoryLog::opened(info);
+    MemoryLog::opened(info, turns);
   }
   void append(std::span<const SessionTurn> turns) override {
     fail();
