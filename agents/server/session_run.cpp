@@ -133,8 +133,13 @@ ordered_json parsed_json(const ParsedOutput& p) {
 // What the loop does, as events; without a stream, the tool events are kept for the end.
 class Events : public LoopSink {
  public:
-  Events(Service& service, net::http::Exchange& exchange, bool stream)
-      : service_(service), exchange_(exchange), stream_(stream) {}
+  // wall_s: of the run. A reader that is slow may take so long, and no longer.
+  Events(Service& service, net::http::Exchange& exchange, bool stream, double wall_s)
+      : service_(service), exchange_(exchange), stream_(stream) {
+    constexpr double kYear_s = 366.0 * 86400;
+    patience_ = std::chrono::duration_cast<Clock::duration>(
+        std::chrono::duration<double>(wall_s > 0 && wall_s < kYear_s ? wall_s : kYear_s));
+  }
 
   void on_turn(int32_t turn) override {
     parser_.emplace(service_.tokenizer(), OutputParser::Options{.thinking = service_.config().thinking});
@@ -174,7 +179,7 @@ class Events : public LoopSink {
     exchange_.write(
         net::http::sse_event(event, data.dump(-1, ' ', false, ordered_json::error_handler_t::replace)));
     // The loop has a thread of its own: it may wait for a slow reader.
-    while (exchange_.buffered_bytes() > (256 << 10) && !exchange_.gone())
+    while (exchange_.buffered_bytes() > (256 << 10) && !exchange_.gone() && Clock::now() - begun_ < patience_)
       std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
   const ParsedOutput& parsed() const { return parsed_; }
@@ -190,9 +195,12 @@ class Events : public LoopSink {
         tell("delta", {{"turn", turn}, {"reasoning_content", e.text}});
     }
   }
+  using Clock = std::chrono::steady_clock;
   Service& service_;
   net::http::Exchange& exchange_;
   const bool stream_;
+  const Clock::time_point begun_ = Clock::now();
+  Clock::duration patience_;
   std::optional<OutputParser> parser_;
   ParsedOutput parsed_;
   std::vector<int32_t> ids_;
@@ -250,7 +258,7 @@ void session_run(Service& service, std::shared_ptr<net::http::Exchange> exchange
     const std::stop_callback service_stops(service.run_stop(), [&] { stop->request_stop(); });
     try {
       SessionTurns source(service, session, drawing, tools, turn.position, turn.calls);
-      Events events(service, *exchange, drawing.stream);
+      Events events(service, *exchange, drawing.stream, limits.wall_s);
       if (drawing.stream)
         exchange->begin({200, "", "text/event-stream; charset=utf-8", {{"X-Accel-Buffering", "no"}}});
       ToolContext context;
