@@ -58,6 +58,12 @@ void OpenModel::open_adapters(const std::string& directory, const std::string& d
   adapters_->flat_to_weights(policy::load_adapter(directory, *adapters_).data(), adapter_arena_.writable());
 }
 
+std::string OpenModel::fingerprint() const {
+  std::string word = policy::weights_fingerprint(weights_.data(), weights_.bytes());
+  if (adapters_) word += "+" + policy::weights_fingerprint(adapter_arena_.data(), adapter_arena_.bytes());
+  return word;
+}
+
 std::unique_ptr<policy::Backend> OpenModel::engine_backend(kernels::Context& ctx, int64_t memory_bytes) const {
   return adapters_ ? policy::host_backend(ctx, *adapters_, weights_.data(), memory_bytes)
                    : policy::host_backend(ctx, *layout_, memory_bytes);

@@ -27,6 +27,8 @@ class OpenModel {
   // What an engine or a trainer is handed: the arena of the weights, or of the adapters.
   bool has_adapters() const { return adapters_ != nullptr; }
   const std::byte* arena() const { return adapters_ ? adapter_arena_.data() : weights_.data(); }
+  // A word that other weights, or the same in another type, do not have: a hash of all of them.
+  std::string fingerprint() const;
   std::unique_ptr<policy::Backend> engine_backend(kernels::Context& ctx, int64_t memory_bytes) const;
   std::unique_ptr<policy::Trainer> trainer(kernels::Context& ctx) const;
   const policy::Tokenizer& tokenizer() const { return *tokenizer_; }

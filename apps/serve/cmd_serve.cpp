@@ -48,6 +48,15 @@ void on_signal(int) {
   if (++g_signals >= 2) _exit(130);
 }
 
+// To standard error, where somebody may read it: a server does not end for want of a reader or of room in a log.
+template <class... A>
+void tell(fmt::format_string<A...> format, A&&... a) {
+  try {
+    fmt::print(stderr, format, std::forward<A>(a)...);
+  } catch (const std::exception&) {
+  }
+}
+
 void within(const char* option, int64_t value, int64_t lo, int64_t hi) {
   if (value < lo || value > hi) throw_input("{} {}: {} to {} is expected", option, value, lo, hi);
 }
@@ -65,7 +74,7 @@ std::string read_key(const std::string& path) {
   return key;
 }
 
-// Weights that the host computes with, and those it computed with before: an engine may refer to both while it changes.
+// Weights that the host computes with. Beside them there are others only while it changes.
 class Weights {
  public:
   explicit Weights(const Options& o) : dtype_(o.dtype), now_(std::make_unique<OpenModel>(o.model, o.dtype)) {}
@@ -79,9 +88,8 @@ class Weights {
           "{}: another architecture than that of the model being served, or adapters in place of a model",
           directory);
     const uint32_t number = version ? static_cast<uint32_t>(*version) : version_ + 1;
-    host.set_weights(next->arena(), number);
+    host.set_weights(next->arena(), number);  // nothing refers to those before when it returns
     version_ = number;
-    before_ = std::move(now_);
     now_ = std::move(next);
     return number;
   }
@@ -89,7 +97,7 @@ class Weights {
  private:
   const std::string dtype_;
   std::mutex mutex_;
-  std::unique_ptr<OpenModel> now_, before_;
+  std::unique_ptr<OpenModel> now_;
   uint32_t version_ = 0;  // as the engine was given them first
 };
 
@@ -135,8 +143,9 @@ int serve(const Options& o) {
   config.engine.memory_bytes = o.memory_mib << 20;
   config.engine.prefix_cache_bytes = o.prefix_cache_mib << 20;
   if (o.idle_mib) config.idle_bytes = *o.idle_mib << 20;
-  config.model = fs::weakly_canonical(o.model).string();
-  config.warn = [](const std::string& line) { fmt::print(stderr, "perigee: warning: {}\n", line); };
+  // A directory may hold other weights than when its sessions were suspended.
+  config.model = model.fingerprint();
+  config.warn = [](const std::string& line) { tell("perigee: warning: {}\n", line); };
 
   std::unique_ptr<agents::SessionLog> log;
   agents::ServiceConfig service;
@@ -144,7 +153,8 @@ int serve(const Options& o) {
     log = std::make_unique<agents::MemoryLog>();
   } else {
     make_directories(o.directory);
-    log = std::make_unique<SessionStore>(fs::path(o.directory) / "store.sqlite", "sessions", StoreOptions{}, config.model);
+    log = std::make_unique<SessionStore>(fs::path(o.directory) / "store.sqlite", "sessions", StoreOptions{},
+                                         fs::weakly_canonical(o.model).string());
     config.state_folder = fs::path(o.directory) / "states";
     make_directories(config.state_folder.string());
     service.work_folder = fs::path(o.directory) / "work";
@@ -191,6 +201,7 @@ int serve(const Options& o) {
   sigemptyset(&action.sa_mask);
   ::sigaction(SIGINT, &action, nullptr);
   ::sigaction(SIGTERM, &action, nullptr);
+  ::signal(SIGPIPE, SIG_IGN);  // standard error may be a pipe whose reader has gone
   const bool v6 = listen.address.find(':') != std::string::npos;
   fmt::print("serving {} at http://{}{}{}:{}/v1", server.service().config().model, v6 ? "[" : "",
              listen.address, v6 ? "]" : "", server.port());
@@ -200,8 +211,8 @@ int serve(const Options& o) {
 
   while (g_signals == 0 && host.broken().empty()) std::this_thread::sleep_for(std::chrono::milliseconds(50));
   if (const std::string why = host.broken(); !why.empty()) throw_environment("the server ends: {}", why);
-  fmt::print(stderr, "perigee: stopping: {} requests to {} (again: now)\n",
-             server.service().open_generations(), o.stop == "finish" ? "finish" : "set down");
+  tell("perigee: stopping: {} requests to {} (again: now)\n", server.service().open_generations(),
+       o.stop == "finish" ? "finish" : "set down");
   server.drain();
   host.stop(o.stop == "finish" ? agents::PauseMode::kWait : agents::PauseMode::kKeep,
             std::chrono::seconds(o.patience_s));
