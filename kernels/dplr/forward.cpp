@@ -30,28 +30,76 @@ struct HeadState {
   }
 };
 
-// w_i and o_i for rows [first, first + n) of the chunk, in order: row i needs the w of the rows before it.
-void solve_rows(int64_t first, int64_t n, int64_t dv, const float* v, int64_t ldv, const dplr::Rows& rows,
-                float* vw, float* out) {
+#if defined(PERIGEE_SIMD_AVX512)
+constexpr int kSolveRows = 8;
+#else
+constexpr int kSolveRows = 2;
+#endif
+
+// What solve_rows reads and writes; v and out begin at the first row at hand, vw at the chunk's.
+struct Solve {
+  const float* v;
+  int64_t ldv;
+  float *vw, *out;
+};
+
+// R rows behind `before` rows of the chunk in sixteen columns from x (in the first `width` of them), as KDA's: the rows in
+// front are read once for all R; among themselves a row, once known, goes into those after it.
+template <int R>
+void solve_tile(int64_t row, int64_t before, int64_t x, int width, int64_t dv, const dplr::Rows& rows,
+                const Solve& at) {
+  using kda::unrolled;
+  const auto read = [&](const float* p)
+                        PERIGEE_INLINE { return width == 16 ? simd::load(p) : simd::load_partial(p, width); };
+  const auto write = [&](float* p, F16 value) PERIGEE_INLINE {
+    if (width == 16)
+      simd::store(p, value);
+    else
+      simd::store_partial(p, value, width);
+  };
   const int64_t dvp = kda::round_up16(dv);
-  for (int64_t i = 0; i < n; ++i) {
-    const float *ce = rows.ce + 32 * i, *fh = rows.fh + 32 * i;
-    const int64_t before = first + i;
-    for (int64_t x = 0; x < dv; x += 16) {
-      const F16 v_i = kda::load_at(v + i * ldv, x, dv);
-      const F16 w_i = dplr::removed(ce, simd::load(rows.s_bq + 2 * i * dvp + x), before, vw + x, dv, dv - x);
-      F16 o = simd::load(rows.s_bq + (2 * i + 1) * dvp + x);
-      for (int64_t j = 0; j < before; ++j) {
-        o = simd::fma(simd::set1(fh[j]), kda::load_at(vw + j * dv, x, dv), o);
-        o = simd::fma(simd::set1(fh[16 + j]), kda::load_at(vw + (16 + j) * dv, x, dv), o);
-      }
-      o = simd::fma(simd::set1(fh[before]), v_i, o);
-      o = simd::fma(simd::set1(fh[16 + before]), w_i, o);
-      kda::store_at(vw + before * dv, v_i, x, dv);
-      kda::store_at(vw + (16 + before) * dv, w_i, x, dv);
-      kda::store_at(out + i * ldv, o, x, dv);
-    }
+  const float *const ce = rows.ce + 32 * row, *const fh = rows.fh + 32 * row;
+  F16 t[R], o[R];
+  unrolled<R>([&](auto r) PERIGEE_INLINE {
+    t[r] = simd::load(rows.s_bq + 2 * (row + r) * dvp + x);
+    o[r] = simd::load(rows.s_bq + (2 * (row + r) + 1) * dvp + x);
+  });
+  const float *v_j = at.vw + x, *w_j = v_j + 16 * dv;
+  for (int64_t j = 0; j < before; ++j, v_j += dv, w_j += dv) {
+    const F16 v = read(v_j), w = read(w_j);
+    unrolled<R>([&](auto r) PERIGEE_INLINE {
+      t[r] = simd::fma(simd::set1(ce[32 * r + 16 + j]), w, simd::fma(simd::set1(ce[32 * r + j]), v, t[r]));
+      o[r] = simd::fma(simd::set1(fh[32 * r + 16 + j]), w, simd::fma(simd::set1(fh[32 * r + j]), v, o[r]));
+    });
   }
+  float *v_to = at.vw + before * dv + x, *w_to = v_to + 16 * dv;
+  unrolled<R>([&](auto j) PERIGEE_INLINE {
+    const F16 v = read(at.v + (row + j) * at.ldv + x), w = simd::neg(t[j]);
+    write(v_to, v);
+    write(w_to, w);
+    v_to += dv;
+    w_to += dv;
+    unrolled<R - j>([&](auto after) PERIGEE_INLINE {
+      constexpr int r = j + after;
+      const float *const c_r = ce + 32 * r + before + j, *const f_r = fh + 32 * r + before + j;
+      o[r] = simd::fma(simd::set1(f_r[16]), w, simd::fma(simd::set1(f_r[0]), v, o[r]));
+      if (r > j) t[r] = simd::fma(simd::set1(c_r[16]), w, simd::fma(simd::set1(c_r[0]), v, t[r]));
+    });
+    write(at.out + (row + j) * at.ldv + x, o[j]);
+  });
+}
+
+template <int R>
+void solve_columns(int64_t row, int64_t first, int64_t n, int64_t x, int64_t dv, const dplr::Rows& rows,
+                   const Solve& at) {
+  const int width = static_cast<int>(std::min<int64_t>(16, dv - x));
+  for (; row + R <= n; row += R) solve_tile<R>(row, first + row, x, width, dv, rows, at);
+  if constexpr (R > 1) solve_columns<R / 2>(row, first, n, x, dv, rows, at);
+}
+
+// w_i and o_i for rows [first, first + n) of the chunk, in order: row i needs the w of the rows before it.
+void solve_rows(int64_t first, int64_t n, int64_t dv, const dplr::Rows& rows, const Solve& at) {
+  for (int64_t x = 0; x < dv; x += 16) solve_columns<kSolveRows>(0, first, n, x, dv, rows, at);
 }
 
 DplrInputs at(const DplrInputs& in, int64_t k_offset, int64_t v_offset) {
@@ -73,11 +121,17 @@ void run_head(const DplrShape& shape, const DplrInputs& in, float* out, float* c
                   sizeof(float) * static_cast<size_t>(dk * dv));
     if (filled == 0) state.fill_open(shape, 1.0f);
     const DplrInputs here = at(in, row * ldk + head * dk, row * ldv + head * dv);
+    float* const out_rows = out + row * ldv + head * dv;
+    kda::prefetch_rows<0>(n, dv, here.v, ldv);
+    kda::prefetch_rows<1>(n, dv, out_rows, ldv);
     dplr::prepare_rows(n, dk, here, ldk, state.gamma, rows);
     dplr::inner_products(filled, n, dk, state.ka_decayed, rows);
+    const int64_t next = std::min(kKdaChunk, item.slice.count - done - n);
+    for (const float* p : {here.q, here.k, here.a, here.b, here.g})
+      kda::prefetch_rows<0>(next, dk, p + n * ldk, ldk);
     kda::multiply(2 * n, dk, dv, rows.gbq, kda::round_up16(dk), 1, state.s, dv, rows.s_bq,
                   kda::round_up16(dv));
-    solve_rows(filled, n, dv, here.v, ldv, rows, state.vw, out + row * ldv + head * dv);
+    solve_rows(filled, n, dv, rows, {here.v, ldv, state.vw, out_rows});
     done += n;
     filled += n;
     if (filled == kKdaChunk) {

@@ -39,6 +39,13 @@ inline void store_at(float* p, simd::F16 a, int64_t at, int64_t n) {
     simd::store_partial(p + at, a, static_cast<int>(n - at));
 }
 
+// Asks for n rows of d floats. Rows of one head lie far apart and are read once: no hardware stream finds them in time.
+template <int kWrite>
+void prefetch_rows(int64_t n, int64_t d, const float* p, int64_t ld) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t x = 0; x < d; x += 16) __builtin_prefetch(p + i * ld + x, kWrite);
+}
+
 // One 1 in lane i of row i.
 struct Unit {
   alignas(64) float rows[16][16];

@@ -32,16 +32,8 @@ struct Operands {
   float *out, *chunk_states;
 };
 
-// With few rows S comes from memory faster than they can be multiplied with it: its beginning is asked for while they are
-// prepared. More of it would crowd out what the rows need first.
+// Few rows wait for S: its beginning is asked for while they are prepared. All of it would crowd out what they need first.
 constexpr int64_t kFewRows = 4, kPrefetched = 16 * 128;
-
-// Rows of one head lie far apart and are read once: no hardware stream finds them in time.
-template <int kWrite>
-void prefetch_rows(int64_t n, int64_t d, const float* p, int64_t ld) {
-  for (int64_t i = 0; i < n; ++i)
-    for (int64_t x = 0; x < d; x += 16) __builtin_prefetch(p + i * ld + x, kWrite);
-}
 
 // All rows of a slice for one head.
 void run_head(const KdaShape& shape, const Operands& x, const KdaSlice& item, int64_t head,
@@ -57,14 +49,14 @@ void run_head(const KdaShape& shape, const Operands& x, const KdaSlice& item, in
       std::memcpy(x.chunk_states + (chunk++ * shape.heads + head) * dk * dv, state.s,
                   sizeof(float) * static_cast<size_t>(dk * dv));
     const int64_t at_k = row * ldk + head * dk, at_v = row * ldv + head * dv;
-    prefetch_rows<0>(n, dv, x.v + at_v, ldv);
-    prefetch_rows<1>(n, dv, x.out + at_v, ldv);
+    kda::prefetch_rows<0>(n, dv, x.v + at_v, ldv);
+    kda::prefetch_rows<1>(n, dv, x.out + at_v, ldv);
     if (n < kFewRows)
       for (int64_t at = 0; at < std::min(kPrefetched, dk * dv); at += 16) __builtin_prefetch(state.s + at);
     kda::prepare_rows(filled, n, dk, x.q + at_k, x.k + at_k, x.g + at_k, ldk, state.gamma, rows);
     kda::inner_products(filled, n, dk, state.k_decayed, rows);
     const int64_t next = std::min(kKdaChunk, item.slice.count - done - n);
-    for (const float* p : {x.q, x.k, x.g}) prefetch_rows<0>(next, dk, p + at_k + n * ldk, ldk);
+    for (const float* p : {x.q, x.k, x.g}) kda::prefetch_rows<0>(next, dk, p + at_k + n * ldk, ldk);
     kda::multiply(2 * n, dk, dv, rows.gkq, kda::round_up16(dk), 1, state.s, dv, rows.s_kq,
                   kda::round_up16(dv));
     if (filled == 0 && n < kKdaChunk) std::fill_n(state.u + n * dv, (kKdaChunk - n) * dv, 0.0f);
