@@ -102,6 +102,7 @@ class StoreQueries {
   std::vector<PolicyVersion> versions(std::string_view run_id);  // by version
   std::optional<PolicyVersion> version(std::string_view run_id, uint32_t version);
   std::vector<Checkpoint> checkpoints(std::string_view run_id);  // kept ones, by version
+  std::vector<std::string> forgotten_checkpoints(std::string_view run_id);  // paths: those whose files may go
   std::optional<TrainBatch> train_batch(std::string_view run_id, int64_t step);
   std::vector<int64_t> train_steps(std::string_view run_id);  // ascending
 

@@ -286,6 +286,18 @@ std::vector<Checkpoint> StoreQueries::checkpoints(std::string_view run_id) {
   return out;
 }
 
+std::vector<std::string> StoreQueries::forgotten_checkpoints(std::string_view run_id) {
+  ReadScope scope(*db_);
+  const int64_t run = run_number(run_id);
+  Query q = db_->query(
+      "SELECT path FROM checkpoints c WHERE run = ?1 AND kept = 0 AND NOT EXISTS "
+      "(SELECT 1 FROM checkpoints k WHERE k.run = ?1 AND k.path = c.path AND k.kept = 1) ORDER BY version");
+  q.bind(run);
+  std::vector<std::string> out;
+  while (q.step()) out.push_back(q.str(0));
+  return out;
+}
+
 std::optional<TrainBatch> StoreQueries::train_batch(std::string_view run_id, int64_t step) {
   ReadScope scope(*db_);
   const int64_t run = run_number(run_id);

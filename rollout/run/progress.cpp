@@ -126,8 +126,18 @@ std::vector<std::string> Progress::view() const {
   return lines;
 }
 
+// A terminal that closed, a pipe without a reader, a log on a full disk: nobody sees it any more, and the run goes on.
+void Progress::write(const std::string& text) {
+  if (style_ == Style::kSilent) return;
+  if (std::fwrite(text.data(), 1, text.size(), out_) != text.size() || std::ferror(out_) != 0) style_ = Style::kSilent;
+}
+
+void Progress::flush() {
+  if (style_ != Style::kSilent && std::fflush(out_) != 0) style_ = Style::kSilent;
+}
+
 void Progress::erase() {
-  if (drawn_lines_ > 0) fmt::print(out_, "\x1b[{}F\x1b[J", drawn_lines_);
+  if (drawn_lines_ > 0) write(fmt::format("\x1b[{}F\x1b[J", drawn_lines_));
   drawn_lines_ = 0;
 }
 
@@ -139,17 +149,17 @@ void Progress::draw() {
   // A line that wraps would take two rows, and erase() counts lines.
   const size_t columns = window_columns(out_);
   for (const auto& line : view()) {
-    fmt::print(out_, "{}\n", std::string_view(line).substr(0, columns));
+    write(line.substr(0, columns) + "\n");
     ++drawn_lines_;
   }
-  std::fflush(out_);
+  flush();
 }
 
 void Progress::note(const std::string& line) {
   if (style_ == Style::kSilent) return;
   if (style_ == Style::kLive) erase();
-  fmt::print(out_, "{}\n", line);
-  std::fflush(out_);
+  write(line + "\n");
+  flush();
 }
 
 void Progress::close() {

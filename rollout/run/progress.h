@@ -31,6 +31,8 @@ class Progress {
  private:
   void draw();
   void erase();
+  void write(const std::string& text);
+  void flush();
   std::string time_left() const;
   std::string kl_text() const;  // "-" where no reference is measured
 

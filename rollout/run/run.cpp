@@ -9,7 +9,6 @@
 #include <cstring>
 #include <ctime>
 #include <filesystem>
-#include <set>
 #include <thread>
 
 #include "base/error.h"
@@ -17,6 +16,7 @@
 #include "base/json.h"
 #include "reward/rubric.h"
 #include "rollout/roles/roles.h"
+#include "rollout/run/resume_check.h"
 #include "rollout/run/run_memory.h"
 #include "rollout/run/supervisor.h"
 #include "rollout/setup/run_model.h"
@@ -76,7 +76,7 @@ std::string new_run_dir(const RunConfig& config) {
 }
 
 // Everything that can be wrong with a configuration is found here, before anything is written.
-void check_everything(const RunConfig& config) {
+void check_everything(const RunConfig& config, const TrainOptions& options) {
   const RunModel model = make_run_model(config);
   const auto& layout = model.layout;
   check_device(config, *layout);
@@ -84,7 +84,8 @@ void check_everything(const RunConfig& config) {
   const auto tokenizer = make_tokenizer(config, layout->config());
   const RunTasks tasks(config, layout->config(), *tokenizer);
   const auto rubric = reward::Rubric::parse(config.reward, "reward");
-  tasks.check(config, layout->config().max_length);
+  const std::string warning = tasks.check(config, layout->config().max_length);
+  if (!warning.empty() && !options.quiet) fmt::print(options.out, "warning: {}\n", warning);
 }
 
 // Nothing there, or only what a run left that was killed before its configuration was written.
@@ -141,10 +142,8 @@ void look_at_memory(const RunConfig& config, const TrainOptions& options) {
 RunOutcome supervised(const RunConfig& config, const std::string& run_dir, const std::string& run_id,
                       const TrainOptions& options) {
   {
-    std::set<std::string> kept;
     StoreReader reader(join(run_dir, kStore));
-    for (const auto& c : reader.checkpoints(run_id)) kept.insert(c.path);
-    sweep_checkpoints(run_dir, kept);
+    sweep_checkpoints(run_dir, reader.forgotten_checkpoints(run_id));
   }
   const SupervisedEnd end = supervise(config, run_dir, run_id, options);
   RunOutcome outcome = read_outcome(run_dir);
@@ -170,7 +169,7 @@ RunOutcome train(RunConfig config, const TrainOptions& options) {
     if (run) throw_input("{} holds another run; choose another run.dir, or go on with it: perigee resume {}", run_dir, run_dir);
     throw_input("{} is there already and is no empty directory; choose another run.dir", run_dir);
   }
-  check_everything(config);
+  check_everything(config, options);
   look_at_memory(config, options);
   if (config.model.config.is_string()) {
     // The run keeps what it was made from: the file may change.
@@ -184,6 +183,8 @@ RunOutcome train(RunConfig config, const TrainOptions& options) {
 
   make_directories(config.run.dir);
   RunLock lock(config.run.dir);
+  // Another program may have had it between the look and the lock.
+  if (!is_unused(config.run.dir)) throw_input("{} holds another run; choose another run.dir", run_dir);
   // The configuration first: a run that was killed between the two can be gone on with.
   write_file_atomic(join(config.run.dir, kConfig), config.effective.dump(2) + "\n");
   open_run(config, config.run.dir, options.code_version);
@@ -195,6 +196,7 @@ RunOutcome resume(const std::string& run_dir, const TrainOptions& options) {
   RunLock lock(run_dir);
   const std::string dir = fs::absolute(run_dir).lexically_normal().string();
   wait_for_former_hub(dir);
+  check_resumable(config, dir);
   if (open_run(config, dir, options.code_version) == "finished") return read_outcome(dir);
   look_at_memory(config, options);
   return supervised(config, dir, config.run.name, options);
@@ -225,11 +227,12 @@ RunOutcome read_outcome(const std::string& run_dir) {
 }
 
 int role_main(const std::string& role, const std::vector<std::string>& args) {
-  // Ctrl-C in a terminal reaches every process of the run: the supervisor decides what it means.
+  // Ctrl-C in a terminal, and its end, reach every process of the run: the supervisor decides what they mean.
   ::signal(SIGINT, SIG_IGN);
+  ::signal(SIGHUP, SIG_IGN);
   ::signal(SIGPIPE, SIG_IGN);
   try {
-    std::string run_dir, name, endpoint;
+    std::string run_dir, name, endpoint, config_hash;
     bool keep_leases = false;
     for (size_t i = 0; i < args.size(); ++i) {
       const auto value = [&]() -> std::string {
@@ -242,6 +245,8 @@ int role_main(const std::string& role, const std::vector<std::string>& args) {
         name = value();
       else if (args[i] == "--endpoint")
         endpoint = value();
+      else if (args[i] == "--config-hash")
+        config_hash = value();
       else if (args[i] == "--keep-leases")
         keep_leases = true;
       else
@@ -249,6 +254,8 @@ int role_main(const std::string& role, const std::vector<std::string>& args) {
     }
     if (run_dir.empty() || name.empty() || endpoint.empty())
       throw_input("role {}: --run, --name and --endpoint are needed; the supervisor of a run starts its roles", role);
+    if (!config_hash.empty() && config_file_hash(run_dir) != config_hash)
+      throw_input("{}: it was changed while the run goes on: put it back, then resume the run", join(run_dir, kConfig));
     const RunConfig config = run_config_of(run_dir);
     zmq::context_t zmq(1);
     const RoleContext context{config, run_dir, config.run.name, endpoint, name, zmq, {}};

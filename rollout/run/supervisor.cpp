@@ -15,6 +15,7 @@
 #include "base/process.h"
 #include "rollout/roles/roles.h"
 #include "rollout/run/progress.h"
+#include "rollout/run/resume_check.h"
 #include "rollout/weights/base_weights.h"
 #include "rollout/weights/weights_channel.h"
 
@@ -27,7 +28,7 @@ namespace fs = std::filesystem;
 std::atomic<int> g_signals{0};
 void on_signal(int) { ++g_signals; }
 
-// Counts SIGINT and SIGTERM while it lives.
+// Counts SIGINT, SIGTERM and SIGHUP (a terminal that closes) while it lives.
 class SignalScope {
  public:
   explicit SignalScope(bool active) : active_(active) {
@@ -38,17 +39,24 @@ class SignalScope {
     sigemptyset(&action.sa_mask);
     ::sigaction(SIGINT, &action, &former_int_);
     ::sigaction(SIGTERM, &action, &former_term_);
+    former_pipe_ = ::signal(SIGPIPE, SIG_IGN);  // whoever read the progress may go
+    // Ignored where nohup started it: then it goes on without its terminal.
+    ::sigaction(SIGHUP, nullptr, &former_hup_);
+    if (former_hup_.sa_handler != SIG_IGN) ::sigaction(SIGHUP, &action, nullptr);
   }
   ~SignalScope() {
     if (!active_) return;
     ::sigaction(SIGINT, &former_int_, nullptr);
     ::sigaction(SIGTERM, &former_term_, nullptr);
+    ::sigaction(SIGHUP, &former_hup_, nullptr);
+    ::signal(SIGPIPE, former_pipe_);
   }
   int count() const { return active_ ? g_signals.load() : 0; }
 
  private:
   bool active_;
-  struct sigaction former_int_ {}, former_term_ {};
+  struct sigaction former_int_ {}, former_term_ {}, former_hup_ {};
+  void (*former_pipe_)(int) = SIG_DFL;
 };
 
 struct Role {
@@ -85,7 +93,9 @@ class Supervisor {
         progress_(config, options.out, options.quiet ? Progress::Style::kSilent : Progress::style_for(options.out)) {
     make_directories(log_dir());
     endpoint_ = options.in_process ? fmt::format("inproc://hub-{}", ::getpid()) : net::ipc_endpoint(run_dir + "/sockets", "hub");
-    program_ = options.program.empty() && !options.in_process ? current_program() : options.program;
+    config_hash_ = config_file_hash(run_dir);
+    // Roles are this very program: its file may be replaced while the run goes on, and a role of another version must not join.
+    program_ = options.program.empty() ? "/proc/self/exe" : options.program;
     if (config.learn.lora) {
       keeper_.emplace(run_dir);
       add("base", "base");
@@ -99,6 +109,12 @@ class Supervisor {
   ~Supervisor() {
     for (auto& r : roles_)
       if (r.thread.joinable()) r.thread.request_stop();
+    if (over_) return;
+    // Left by an exception: what the learner had in shared memory must not outlast it.
+    for (auto& r : roles_) r.child = Child();
+    for (auto& r : roles_)
+      if (r.thread.joinable()) r.thread.join();
+    remove_leftovers(run_dir_);
   }
 
   SupervisedEnd run() {
@@ -135,6 +151,7 @@ class Supervisor {
       fs::remove_all(fs::path(net::ipc_endpoint(run_dir_ + "/sockets", "hub").substr(6)).parent_path(), ec);
     }
     remove_leftovers(run_dir_);
+    over_ = true;
     if (end_.state.empty()) end_.state = "failed";
     return end_;
   }
@@ -162,7 +179,7 @@ class Supervisor {
       return;
     }
     if (r.role == "learner") remove_leftovers(run_dir_);  // those of the one that died
-    std::vector<std::string> args{"role", r.role, "--run", run_dir_, "--name", r.name, "--endpoint", endpoint_};
+    std::vector<std::string> args{"role", r.role, "--run", run_dir_, "--name", r.name, "--endpoint", endpoint_, "--config-hash", config_hash_};
     if (again && r.role == "hub") args.push_back("--keep-leases");
     r.child = Child::start(program_, args, log_file(r));
     if (options_.on_start) options_.on_start(r.name, r.child.pid());
@@ -272,11 +289,12 @@ class Supervisor {
   const TrainOptions& options_;
   std::optional<BaseKeeper> keeper_;  // before the roles, which ask it
   zmq::context_t zmq_;
-  std::string endpoint_, program_;
+  std::string endpoint_, program_, config_hash_;
   std::vector<Role> roles_;
   Progress progress_;
   std::string trouble_;  // what the hub said when it had to give up, since the last step
   SupervisedEnd end_;
+  bool over_ = false;
 };
 
 }  // namespace

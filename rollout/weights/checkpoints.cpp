@@ -51,6 +51,14 @@ SavedCheckpoint save_checkpoint(const std::string& directory, const RunConfig& c
   const fs::path temporary = parent / fmt::format(".{}-{}", target.filename().string(), ::getpid());
   std::error_code ec;
   fs::remove_all(temporary, ec);
+  // On a full disk what was written would keep it full.
+  struct Remove {
+    const fs::path& path;
+    ~Remove() {
+      std::error_code ignored;
+      fs::remove_all(path, ignored);
+    }
+  } remove{temporary};
   SavedCheckpoint saved;
   std::vector<float> flat(static_cast<size_t>(trained.elements()));
   trained.weights_to_flat(weights, flat.data());
@@ -70,10 +78,7 @@ SavedCheckpoint save_checkpoint(const std::string& directory, const RunConfig& c
   for (const auto& entry : fs::directory_iterator(temporary)) saved.bytes += static_cast<int64_t>(entry.file_size());
   // One of that name is from a learner that died before the store knew of it, or it was damaged.
   const bool replaces = fs::exists(target, ec);
-  if (replaces && same_files(temporary, target)) {
-    fs::remove_all(temporary, ec);
-    return saved;
-  }
+  if (replaces && same_files(temporary, target)) return saved;
   const fs::path former = parent / fmt::format(".{}-{}-former", target.filename().string(), ::getpid());
   fs::remove_all(former, ec);
   if (replaces) {
@@ -87,14 +92,14 @@ SavedCheckpoint save_checkpoint(const std::string& directory, const RunConfig& c
   return saved;
 }
 
-void sweep_checkpoints(const std::string& run_dir, const std::set<std::string>& kept) {
+void sweep_checkpoints(const std::string& run_dir, const std::vector<std::string>& forgotten) {
   std::error_code ec;
   std::vector<fs::path> obsolete;
-  for (const auto& entry : fs::directory_iterator(fs::path(run_dir) / "checkpoints", ec)) {
-    const std::string name = entry.path().filename().string();
-    const bool leftover = name.starts_with(".v");
-    if (leftover || (is_checkpoint_name(name) && !kept.contains("checkpoints/" + name))) obsolete.push_back(entry.path());
-  }
+  for (const auto& entry : fs::directory_iterator(fs::path(run_dir) / "checkpoints", ec))
+    if (entry.path().filename().string().starts_with(".v")) obsolete.push_back(entry.path());
+  for (const std::string& path : forgotten)
+    if (const fs::path name = fs::path(path).filename(); is_checkpoint_name(name.string()))
+      obsolete.push_back(fs::path(run_dir) / "checkpoints" / name);
   for (const auto& path : obsolete) fs::remove_all(path, ec);  // what stays costs space and nothing else
 }
 

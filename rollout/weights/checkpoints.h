@@ -1,8 +1,8 @@
 // A checkpoint of a run: a directory with the model (config.json and safetensors in float32, as any other program reads
 // it), or with adapters alone (policy/weights/adapter_checkpoint.h), and optimizer.bin, the trainer's state. It appears complete or not at all.
 #pragma once
-#include <set>
 #include <string>
+#include <vector>
 
 #include "policy/learn/trainer.h"
 #include "policy/weights/adapter_checkpoint.h"
@@ -23,9 +23,10 @@ SavedCheckpoint save_checkpoint(const std::string& directory, const RunConfig& c
                                 const std::string& base_fingerprint, const std::byte* weights,
                                 const policy::Trainer& trainer);
 
-// Removes from the run's directory of checkpoints what no run needs: what a killed learner began, and checkpoints that
-// are not in `kept` (paths in the run directory). Only while no learner runs.
-void sweep_checkpoints(const std::string& run_dir, const std::set<std::string>& kept);
+// Removes from the run's directory of checkpoints what no run needs: what a killed learner began, and those of these paths
+// (the store has forgotten them) that a killed hub left. One that the store does not know stays: the store may be an older
+// copy, or what was saved of a damaged one. Only while no learner runs.
+void sweep_checkpoints(const std::string& run_dir, const std::vector<std::string>& forgotten);
 
 // The weights into an arena; with a trainer also its state, which must have the hash given.
 // ERRORS: Error(kEnvironment) naming the file that is missing or damaged; adapters of another model.

@@ -213,6 +213,7 @@ TEST(Store, ARestartGetsBackWhatIsPending) {
   EXPECT_EQ(state.run.config, R"({"seed":1})");
   EXPECT_EQ(state.last_version.value().weights_hash, "b");
   EXPECT_EQ(state.last_checkpoint.value().path, "c0");
+  EXPECT_EQ(store.forgotten_checkpoints("r"), std::vector<std::string>{"c1"});
   EXPECT_EQ(store.version("r", 0).value().checkpoint, "c0");
   EXPECT_EQ(store.version("r", 1).value().checkpoint, "") << "it is not kept any more";
   EXPECT_FALSE(state.last_batch);
