@@ -164,7 +164,8 @@ BranchResult generate_branch(kernels::Context& ctx, const HostModel& model, cons
                      .committed = committed,
                      .mask = mask,
                      .max_new_tokens = plan.members[i].max_new_tokens,
-                     .files = files});
+                     .files = files,
+                     .prepared = environment->has_folder() && turns > 0});
     }
   }
 

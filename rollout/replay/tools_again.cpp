@@ -1,10 +1,6 @@
 #include "rollout/replay/tools_again.h"
 
-#include <stdlib.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstring>
 
 #include "base/error.h"
 #include "base/hash.h"
@@ -27,18 +23,6 @@ policy::ParsedMessage calls_of(const policy::Tokenizer& tokenizer, const WholeEp
 }
 
 }  // namespace
-
-TemporaryFolder::TemporaryFolder(const char* purpose) {
-  std::string pattern =
-      (std::filesystem::temp_directory_path() / fmt::format("perigee-{}-XXXXXX", purpose)).string();
-  if (::mkdtemp(pattern.data()) == nullptr)
-    throw_environment("{}: cannot be made: {}", pattern, std::strerror(errno));
-  path_ = pattern;
-}
-
-TemporaryFolder::~TemporaryFolder() {
-  remove_workspace(path_);
-}
 
 std::vector<ToolEvent> run_turns(const Environment& environment, const policy::Tokenizer& tokenizer,
                                  const WholeEpisode& e, size_t turns, const std::filesystem::path& folder,

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "base/leftovers.h"
 #include "policy/tokenizer/tokenizer.h"
 #include "rollout/replay/whole.h"
 #include "rollout/roles/agent_episodes.h"
@@ -42,19 +43,6 @@ struct ToolTally {
   int64_t calls = 0;                        // looked at
   int64_t run = 0;                          // of them run again
   std::vector<ToolDifference> differences;  // by episode, turn and call, once finish() returned
-};
-
-// A folder that is removed with the object. ERRORS (environment): it cannot be made.
-class TemporaryFolder {
- public:
-  explicit TemporaryFolder(const char* purpose);
-  ~TemporaryFolder();
-  TemporaryFolder(const TemporaryFolder&) = delete;
-  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
-  const std::filesystem::path& path() const { return path_; }
-
- private:
-  std::filesystem::path path_;
 };
 
 // Makes the folder (where the environment has any) and runs in it the calls of the first `turns` turns. The events of all of

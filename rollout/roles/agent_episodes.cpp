@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <utility>
 
 #include "base/error.h"
 
@@ -88,11 +89,13 @@ void AgentEpisodes::begin(const Begin& b) {
   const auto ids = last_turn(b.committed, b.mask);
   e.ids.assign(ids.begin(), ids.end());
   // Every turn but the last is followed by tokens that were fed.
-  for (size_t i = 1; i <= b.mask.size(); ++i)
-    e.turn += b.mask[i - 1] == 0 && (i == b.mask.size() || b.mask[i] != 0);
-  // What the tools of a former attempt left in the folder is there still, when it was on this machine.
-  std::error_code ec;
-  e.prepared = e.turn > 0 && std::filesystem::is_directory(folder_of(e), ec);
+  std::vector<int32_t> turn;
+  for (size_t i = 0; i < b.mask.size(); ++i) {
+    if (b.mask[i] != 0) turn.push_back(b.committed[i]);
+    if (b.mask[i] == 0 && (i + 1 == b.mask.size() || b.mask[i + 1] != 0)) e.former.push_back(std::exchange(turn, {}));
+  }
+  e.turn = static_cast<int64_t>(e.former.size());
+  e.prepared = b.prepared;
   e.began = Clock::now();
   episodes_[b.id] = std::move(e);
 }
@@ -135,17 +138,24 @@ void AgentEpisodes::run_tools(uint64_t id, Episode& e) {
   }
   const bool prepare = !e.prepared && environment_.has_folder();
   e.prepared = true;
+  auto former = std::exchange(e.former, {});
+  if (!prepare) former.clear();
   e.ticket = pool_.submit(
-      id, [this, context, prepare, files = prepare ? e.files : std::vector<TaskFile>(), message = e.message,
-           turn = static_cast<int32_t>(e.turn), dropped = e.stop.get_token()](std::stop_token stop) mutable {
+      id, [this, context, prepare, files = prepare ? e.files : std::vector<TaskFile>(), former = std::move(former),
+           message = e.message, turn = static_cast<int32_t>(e.turn), dropped = e.stop.get_token()](std::stop_token stop) mutable {
         std::stop_source both;
         const auto end = [&both] { both.request_stop(); };
         const std::stop_callback by_drop(dropped, end);
         const std::stop_callback by_end(stop, end);
-        if (prepare) prepare_workspace(context.work, files);
         context.stop = both.get_token();
-        auto events =
-            agents::run_calls(environment_.tools(), message, turn, context, environment_.config().limits);
+        const auto& limits = environment_.config().limits;
+        if (prepare) prepare_workspace(context.work, files);
+        for (size_t i = 0; i < former.size() && !both.stop_requested(); ++i) {
+          // A turn that was answered is not the last: the limit of turns does not matter.
+          const auto calls = agents::end_turn(tokenizer_, former[i], FinishReason::kStop, 0, {.max_turns = 2}).message;
+          agents::run_calls(environment_.tools(), calls, static_cast<int32_t>(i), context, limits);
+        }
+        auto events = agents::run_calls(environment_.tools(), message, turn, context, limits);
         if (both.stop_requested() && !context.work.empty()) remove_workspace(context.work);
         return events;
       });

@@ -70,11 +70,12 @@ class AgentEpisodes {
 
   struct Begin {
     uint64_t id = 0;
-    std::string folder;                       // name of its folder
+    std::string folder;                       // name of its folder: of this attempt alone
     std::span<const int32_t> committed = {};  // by earlier attempts: tokens and which of them were sampled
     std::span<const uint8_t> mask = {};       // empty: all
     int64_t max_new_tokens = 0;
     std::vector<TaskFile> files = {};  // put into the folder before the first call
+    bool prepared = false;             // the folder is there, as the committed turns left it
   };
   // Before the engine is given the request, which is to hold and to reserve its max_new_tokens. A second call for the
   // same id begins anew.
@@ -104,6 +105,9 @@ class AgentEpisodes {
     std::string folder;
     std::vector<TaskFile> files;
     bool prepared = false;
+    // Of turns that earlier attempts committed, what was sampled: their calls run again before the first one of this attempt,
+    // so that the folder holds what they left and nothing that a lost turn did.
+    std::vector<std::vector<int32_t>> former;
     int64_t turn = 0;    // the one that is being sampled
     int64_t tokens = 0;  // after the prompt, committed ones included
     int64_t max_new_tokens = 0;

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <filesystem>
 #include <map>
 #include <optional>
@@ -12,6 +13,7 @@
 #include "rollout/roles/roles.h"
 #include "rollout/setup/run_model.h"
 #include "rollout/setup/run_tasks.h"
+#include "rollout/setup/workspace.h"
 #include "rollout/weights/compute.h"
 #include "rollout/weights/weights_channel.h"
 
@@ -35,7 +37,10 @@ class PolicyWorker {
                 client_options(role.config)) {
     if (!environment_config(role.config)) return;
     tasks_.emplace(role.config, layout_->config(), *tokenizer_);
-    agents_.emplace(engine_, *tokenizer_, *tasks_->environment(), std::filesystem::path(role.run_dir) / "work");
+    // Of this worker alone: what one of its name left that was killed goes.
+    const std::filesystem::path work = std::filesystem::path(role.run_dir) / "work" / role.name;
+    remove_workspace(work);
+    agents_.emplace(engine_, *tokenizer_, *tasks_->environment(), work);
   }
 
   RoleResult run() {
@@ -148,7 +153,7 @@ class PolicyWorker {
   void begin_agent(const Lease& lease, const LeaseMember& m) {
     AgentEpisodes::Begin begin;
     begin.id = static_cast<uint64_t>(m.key.episode_id);
-    begin.folder = m.key.episode_id < 0 ? fmt::format("evaluation-{}", -m.key.episode_id) : std::to_string(m.key.episode_id);
+    begin.folder = fmt::format("{}{}.{}", m.key.episode_id < 0 ? "evaluation-" : "", std::abs(m.key.episode_id), m.key.attempt);
     begin.committed = m.committed;
     begin.mask = m.mask;
     begin.max_new_tokens = lease.max_new_tokens;

@@ -1,12 +1,10 @@
 #include "rollout/setup/run_tasks.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <atomic>
-#include <filesystem>
+#include <optional>
 
 #include "base/error.h"
+#include "base/leftovers.h"
 #include "base/random.h"
 #include "policy/tokenizer/chat.h"
 #include "rollout/setup/workspace.h"
@@ -103,14 +101,17 @@ std::vector<int32_t> RunTasks::prompt_pieces(const Task& task, std::vector<uint8
   return policy::render_chat(tokenizer_, task.messages, task.tools, true);
 }
 
-void RunTasks::check(const RunConfig& config, int64_t max_length) const {
+std::string RunTasks::check(const RunConfig& config, int64_t max_length) const {
   if (const int64_t held_out = held_out_count(); held_out > 0 && config.eval.tasks > held_out)
     throw_input("eval.tasks: {} is more than the {} held-out tasks there are", config.eval.tasks, held_out);
   const bool worked = config.warmup.steps > 0 || config.learn.ptx_batch > 0;
+  std::string warning;
   const auto check_one = [&](const Task& task, bool is_train) {
     const std::string where = task.where.empty() ? "" : task.where + ": ";
     if (is_train && worked && task.worked_example.empty() && task.worked_turns.empty()) refuse_worked_example(task);
     const auto prompt = static_cast<int64_t>(prompt_tokens(task).size());
+    if (is_train && worked)
+      if (std::string said = check_worked_example(config, task, max_length); warning.empty()) warning = std::move(said);
     if (prompt + config.rollout.max_new_tokens > max_length)
       throw_input("{}rollout.max_new_tokens: {} after a prompt of {} tokens exceed the model's {}", where,
                   config.rollout.max_new_tokens, prompt, max_length);
@@ -120,6 +121,7 @@ void RunTasks::check(const RunConfig& config, int64_t max_length) const {
     if (source_->level_weights()[source_->level_of(i)] > 0) check_one(source_->train(i), true);
   for (uint64_t i = 0; i < std::max(levels, source_->held_out_count()); ++i)
     check_one(source_->held_out(i), false);
+  return warning;
 }
 
 PreparedTask RunTasks::prepare(const Task& task) const {
@@ -141,8 +143,27 @@ PreparedTask RunTasks::train(int64_t ordinal) const {
 
 PreparedTask RunTasks::held_out(int64_t index) const { return prepare(source_->held_out(static_cast<uint64_t>(index))); }
 
+std::string RunTasks::check_worked_example(const RunConfig& config, const Task& task, int64_t max_length) const {
+  // Turns whose calls the environment's tools answer are as long as these answers: known when they are learnt from.
+  if (std::any_of(task.worked_turns.begin(), task.worked_turns.end(),
+                  [](const policy::Message& m) { return !m.tool_calls.empty(); }))
+    return {};
+  const auto prompt = static_cast<int64_t>(prompt_tokens(task).size());
+  const int64_t said = static_cast<int64_t>(worked_example(task).tokens.size()) - prompt;
+  const std::string where = task.where.empty() ? "tasks" : task.where;
+  if (prompt + said > max_length)
+    throw_input("{}: worked_example: {} tokens after a prompt of {} exceed the model's {}", where, said, prompt, max_length);
+  if (said - 1 <= config.rollout.max_new_tokens) return {};  // without what ends it
+  return fmt::format("{}: a worked example has {} tokens, and rollout.max_new_tokens is {}: what is learnt from it is cut off when "
+                     "the policy says it",
+                     where, said, config.rollout.max_new_tokens);
+}
+
 policy::TrainSequence RunTasks::worked_example(int64_t index) const {
-  const Task task = source_->train(source_->train_index(static_cast<uint64_t>(kWorkedOffset + index)));
+  return worked_example(source_->train(source_->train_index(static_cast<uint64_t>(kWorkedOffset + index))));
+}
+
+policy::TrainSequence RunTasks::worked_example(const Task& task) const {
   if (task.worked_example.empty() && task.worked_turns.empty()) refuse_worked_example(task);
   policy::TrainSequence s;
   s.tokens = prompt_tokens(task, &s.mask);
@@ -166,7 +187,7 @@ void RunTasks::append_worked_turns(const Task& task, policy::TrainSequence& s) c
   const auto& turns = task.worked_turns;
   int64_t calls = 0;
   int32_t number = 0;
-  std::filesystem::path folder;
+  std::optional<TemporaryFolder> folder;
   for (size_t i = 0; i < turns.size(); ++number) {
     if (turns[i].role != policy::Role::kAssistant) throw_input("{}: a worked turn is of the role {}", where, policy::role_name(turns[i].role));
     std::vector<int32_t> message;
@@ -184,13 +205,12 @@ void RunTasks::append_worked_turns(const Task& task, policy::TrainSequence& s) c
       fed.insert(fed.end(), opening.begin(), opening.end());
     } else {
       if (!environment_) throw_input("{}: a worked turn calls tools, and the run has no environment", where);
-      if (folder.empty() && environment_->has_folder()) {
-        static std::atomic<int64_t> serial{0};
-        folder = std::filesystem::temp_directory_path() / fmt::format("perigee-worked-{}-{}", ::getpid(), ++serial);
-        prepare_workspace(folder, task.files);
+      if (!folder && environment_->has_folder()) {
+        folder.emplace("worked");
+        prepare_workspace(folder->path(), task.files);
       }
       agents::ToolContext context;
-      context.work = folder;
+      if (folder) context.work = folder->path();
       const auto parsed = policy::parse_assistant(tokenizer_, turn);
       const auto events = agents::run_calls(environment_->tools(), parsed, number, context, environment_->config().limits);
       fed = agents::answer_tokens(tokenizer_, parsed, events);
@@ -198,7 +218,6 @@ void RunTasks::append_worked_turns(const Task& task, policy::TrainSequence& s) c
     s.tokens.insert(s.tokens.end(), fed.begin(), fed.end());
     s.mask.resize(s.tokens.size(), 0);
   }
-  if (!folder.empty()) remove_workspace(folder);
 }
 
 std::vector<TaskFile> RunTasks::files(int64_t task_index, bool held_out) const {

@@ -21,9 +21,10 @@ class RunTasks {
   RunTasks(const RunTasks&) = delete;  // generators count tokens with it
 
   // Every task of a file, and one of each level of a generator, fits the run. max_length: the model's.
-  // ERRORS (input): with FILE:LINE, a prompt too long, a worked example missing where the run learns from them; more
-  // tasks for an evaluation than are held out.
-  void check(const RunConfig& config, int64_t max_length) const;
+  // ERRORS (input): with FILE:LINE, a prompt too long, a worked example missing where the run learns from them or longer than
+  // the model holds; more tasks for an evaluation than are held out.
+  // Returns a warning, or "": a worked example that is longer than what the policy may say.
+  std::string check(const RunConfig& config, int64_t max_length) const;
   // Distinct held-out tasks; 0: no such number.
   int64_t held_out_count() const { return static_cast<int64_t>(source_->held_out_count()); }
   PreparedTask train(int64_t ordinal) const;
@@ -47,6 +48,8 @@ class RunTasks {
   // answered, of each token: it is an answer too; null: nobody asks.
   std::vector<int32_t> prompt_tokens(const Task& task, std::vector<uint8_t>* answered = nullptr) const;
   std::vector<int32_t> prompt_pieces(const Task& task, std::vector<uint8_t>* answered) const;
+  std::string check_worked_example(const RunConfig& config, const Task& task, int64_t max_length) const;
+  policy::TrainSequence worked_example(const Task& task) const;
   void append_worked_turns(const Task& task, policy::TrainSequence& s) const;
 
   const policy::Tokenizer& tokenizer_;
