@@ -1,10 +1,15 @@
 #include "apps/command_line/command.h"
 
+#include <fmt/format.h>
+
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <new>
 
+#include "apps/command_line/commit.h"
 #include "apps/command_line/environment_variables.h"
 #include "base/error.h"
 #include "base/text.h"
@@ -23,6 +28,24 @@ struct Program::Impl {
       "perigee"};
   std::vector<std::shared_ptr<Command::Impl>> commands;
 };
+
+namespace {
+
+// Before CLI11 converts: it takes a number that is too large as the largest there is, and says "Could not convert".
+std::string whole_number(const std::string& text) {
+  int64_t value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error == std::errc::result_out_of_range) return fmt::format("{} is too large a number", text);
+  return error == std::errc{} && end == text.data() + text.size() ? "" : "a whole number is expected, not " + quote(text);
+}
+
+std::string number(const std::string& text) {
+  char* end = nullptr;
+  std::strtod(text.c_str(), &end);
+  return !text.empty() && end == text.c_str() + text.size() ? "" : "a number is expected, not " + quote(text);
+}
+
+}  // namespace
 
 Command& Command::positional(const std::string& name, std::string& value, const std::string& help,
                              bool required) {
@@ -43,13 +66,13 @@ Command& Command::option(const std::string& names, std::string& value, const std
 
 Command& Command::option(const std::string& names, int64_t& value, const std::string& label,
                          const std::string& help) {
-  impl_->app->add_option(names, value, help)->type_name(label)->capture_default_str();
+  impl_->app->add_option(names, value, help)->type_name(label)->capture_default_str()->check(whole_number);
   return *this;
 }
 
 Command& Command::option(const std::string& names, double& value, const std::string& label,
                          const std::string& help) {
-  impl_->app->add_option(names, value, help)->type_name(label)->capture_default_str();
+  impl_->app->add_option(names, value, help)->type_name(label)->capture_default_str()->check(number);
   return *this;
 }
 
@@ -61,13 +84,13 @@ Command& Command::option(const std::string& names, std::optional<std::string>& v
 
 Command& Command::option(const std::string& names, std::optional<int64_t>& value, const std::string& label,
                          const std::string& help) {
-  impl_->app->add_option(names, value, help)->type_name(label);
+  impl_->app->add_option(names, value, help)->type_name(label)->check(whole_number);
   return *this;
 }
 
 Command& Command::option(const std::string& names, std::optional<double>& value, const std::string& label,
                          const std::string& help) {
-  impl_->app->add_option(names, value, help)->type_name(label);
+  impl_->app->add_option(names, value, help)->type_name(label)->check(number);
   return *this;
 }
 
@@ -141,48 +164,76 @@ std::vector<std::string> long_options(const CLI::App& app) {
   return names;
 }
 
+// What CLI11 found wrong with a command's arguments, in our words: where, what, what to do.
+// command: its name, empty for the program itself.
+[[noreturn]] void refuse(const CLI::App& app, const std::string& command, const CLI::ParseError& e) {
+  const std::string name = command.empty() ? "" : command + ": ";
+  // A word that nothing takes comes first: an argument may be missing only because its option is misspelt.
+  const std::vector<std::string> rest = app.remaining(true);
+  if (!rest.empty() && (e.get_exit_code() == static_cast<int>(CLI::ExitCodes::ExtrasError) ||
+                        (e.get_exit_code() == static_cast<int>(CLI::ExitCodes::RequiredError) && rest.front()[0] == '-'))) {
+    const std::string& word = rest.front();
+    if (word[0] == '-')
+      throw_input("{}unknown option {}{}", name, quote(word),
+                  did_you_mean(word.substr(0, word.find('=')), long_options(app)));
+    throw_input("{}unexpected argument {}", name, quote(word));
+  }
+  const std::string what = one_line(e.what());
+  for (const CLI::Option* option : app.get_options()) {
+    if (!what.starts_with(option->get_name() + ": ")) continue;
+    if (what.find(" required ") != what.npos && what.ends_with(" missing"))
+      throw_input("{}{} needs a value: {} {}", name, option->get_name(), option->get_name(), option->get_type_name());
+    if (what.find("At Most 1 required") != what.npos)
+      throw_input("{}{} is given more than once: give it one value", name, option->get_name());
+  }
+  throw_input("{}{}; perigee {}--help", name, what, command.empty() ? "" : command + " ");
+}
+
 }  // namespace
 
 int Program::parse_and_run(int argc, char** argv) {
   CLI::App& app = impl_->app;
-  if (argc < 2) {
-    std::fputs(app.help().c_str(), stdout);
+  std::vector<std::string> args(argv + 1, argv + argc);
+  if (!args.empty() && args.front() == "--version") {
+    if (args.size() > 1) throw_input("unexpected argument {}", quote(args[1]));
+    std::printf("perigee, built from commit %s\n", kCommit);
     return 0;
   }
-  if (argv[1][0] != '-') {
-    std::vector<std::string> listed;
-    bool known = false;
-    for (const auto& command : impl_->commands) {
-      known = known || command->app->get_name() == argv[1];
-      if (!command->app->get_group().empty()) listed.push_back(command->app->get_name());
-    }
-    if (!known)
-      throw_input("unknown command {}{}; perigee --help lists the commands", quote(argv[1]),
-                  did_you_mean(argv[1], listed));
+  // perigee help COMMAND: as other programs have it.
+  if (!args.empty() && args.front() == "help") {
+    args.erase(args.begin());
+    args.emplace_back("--help");
   }
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::CallForHelp&) {
-    std::fputs(app.help().c_str(), stdout);  // of the subcommand, when one was named
-    return 0;
-  } catch (const CLI::ParseError& e) {
-    const auto chosen = app.get_subcommands();
-    const CLI::App& where = chosen.empty() ? app : *chosen.front();
-    const std::string name = chosen.empty() ? "" : where.get_name() + ": ";
-    const std::vector<std::string> rest = app.remaining(true);
-    if (dynamic_cast<const CLI::ExtrasError*>(&e) != nullptr && !rest.empty()) {
-      const std::string& word = rest.front();
-      if (word[0] == '-')
-        throw_input("{}unknown option {}{}", name, quote(word),
-                    did_you_mean(word.substr(0, word.find('=')), long_options(where)));
-      throw_input("{}unexpected argument {}", name, quote(word));
+  if (args.empty()) args.emplace_back("--help");
+  const std::string name = args.front();
+  if (name.starts_with('-')) {
+    try {
+      app.parse(std::vector<std::string>(args.rbegin(), args.rend()));
+    } catch (const CLI::CallForHelp&) {
+      std::fputs(app.help().c_str(), stdout);
+      return 0;
+    } catch (const CLI::ParseError& e) {
+      refuse(app, "", e);
     }
-    throw_input("{}{}; perigee {}--help", name, one_line(e.what()),
-                chosen.empty() ? "" : where.get_name() + " ");
+    throw_input("options of a command stand behind its name; perigee --help lists the commands");
   }
-  for (const auto& command : impl_->commands)
-    if (command->app->parsed()) return command->run();
-  throw_input("no command given; perigee --help lists the commands");
+  std::vector<std::string> listed;
+  for (const auto& command : impl_->commands) {
+    if (command->app->get_name() == name) {
+      // Parsed as a program of its own: within the whole one, a run called "serve" would be taken for the command.
+      try {
+        command->app->parse(std::vector<std::string>(args.rbegin(), args.rend() - 1));
+      } catch (const CLI::CallForHelp&) {
+        std::fputs(command->app->help("perigee").c_str(), stdout);
+        return 0;
+      } catch (const CLI::ParseError& e) {
+        refuse(*command->app, name, e);
+      }
+      return command->run();
+    }
+    if (!command->app->get_group().empty()) listed.push_back(command->app->get_name());
+  }
+  throw_input("unknown command {}{}; perigee --help lists the commands", quote(name), did_you_mean(name, listed));
 }
 
 int Program::main(int argc, char** argv) {
