@@ -110,7 +110,8 @@ void add_bench(Program& program) {
   command
       .positional(
           "what", o->what,
-          "figures or their families, commas between them: decode, prefill, train, tiny, kda, store, bus, gpu "
+          "figures or their families, commas between them: decode, prefill, train, tiny, kda, store, bus, grammar, "
+          "sessions, http, gpu "
           "(gpu-kda, gpu-mla, gpu-train, gpu-exact, gpu-decode, gpu-prefill, gpu-context); "
           "all without it",
           false)

@@ -1,6 +1,9 @@
 // perigee config: what a configuration comes to, and the page that documents all keys.
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <string>
+
 #include "apps/command_line/commands.h"
 #include "apps/command_line/environment_variables.h"
 #include "apps/command_line/shipped.h"
@@ -12,6 +15,14 @@
 namespace perigee::apps {
 namespace {
 
+// The sections of all keys; the heading and the variables stand on the page once.
+std::string key_tables() {
+  std::string text = rollout::run_config_markdown();
+  text.erase(0, std::min(text.size(), text.find("## ")));
+  if (const size_t end = text.find("\n## Environment variables"); end != text.npos) text.resize(end);
+  return text;
+}
+
 // docs/configuration.md is this text; a test compares them.
 void print_page() {
   fmt::print(
@@ -22,13 +33,16 @@ void print_page() {
       "key on the\n"
       "command line, and `tasks.max_digits=3` or `reward.0.weight=2` what is inside of a key of type JSON;\n"
       "`perigee config FILE` prints the whole configuration with defaults filled in.\n\n"
+      "The paths `model.path`, `model.config`, `tokenizer.path`, `tasks.path` and `tasks.held_out_path` count from here, or, "
+      "where nothing\n"
+      "is there, from the directory of the file; `run.dir` from here.\n\n"
       "This page is printed by `perigee config --markdown`: change the declaration in "
       "rollout/setup/run_config.cpp, not the page.\n\n"
       "{}\n"
       "## Environment variables\n\n"
       "A variable that starts with `PERIGEE_` and is not in this table is refused.\n\n"
       "| variable | meaning |\n|---|---|\n",
-      rollout::run_config_markdown());
+      key_tables());
   for (const EnvironmentVariable& v : environment_table()) fmt::print("| `{}` | {} |\n", v.name, v.meaning);
 }
 

@@ -259,7 +259,9 @@ std::vector<Finding> check_configuration(const std::string& path,
     }
     return findings;
   } catch (const Error& e) {
-    return {{"configuration", path, Verdict::kFailure, e.what()}};
+    std::string what = e.what();
+    if (what.starts_with(path + ": ")) what.erase(0, path.size() + 2);  // it stands beside
+    return {{"configuration", path, Verdict::kFailure, what}};
   }
 }
 

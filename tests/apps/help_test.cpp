@@ -45,6 +45,15 @@ TEST(Help, ConfigurationPageIsUpToDate) {
       << "run: ./perigee config --markdown > docs/configuration.md";
 }
 
+TEST(Help, ConfigurationPageSaysThingsOnce) {
+  const std::string page = run_perigee({"config", "--markdown"}).out;
+  for (const char* heading : {"# Configuration\n", "## Environment variables\n", "## run\n", "## bus\n"}) {
+    const size_t first = ("\n" + page).find(std::string("\n") + heading);
+    ASSERT_NE(first, std::string::npos) << heading;
+    EXPECT_EQ(("\n" + page).find(std::string("\n") + heading, first + 1), std::string::npos) << heading;
+  }
+}
+
 TEST(Doctor, FindsTheMachineFit) {
   const Said said = run_perigee({"doctor", "--json"});
   const nlohmann::json report = said.json();
