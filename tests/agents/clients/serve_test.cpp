@@ -318,6 +318,33 @@ TEST_F(ServeProgram, TermSetsSessionsDownWhereTheyAre) {
   EXPECT_EQ(server.post("/v1/chat/completions", turn_of("long", 1, messages))["choices"].size(), 1u);
 }
 
+// A path says nothing of what stands there: a checkpoint may have been replaced between two starts.
+TEST_F(ServeProgram, OtherWeightsInTheSameDirectoryDoNotGoOnFromStates) {
+  json messages = json::array({user("one")});
+  const auto refused = [](const Program& server) {
+    const std::string m = ask(server.port(), "GET", "/metrics").body;
+    const std::string name = "\nperigee_snapshots_refused_total ";
+    const size_t at = m.find(name);
+    return at == std::string::npos ? -1 : std::stoi(m.substr(at + name.size()));
+  };
+  for (int start = 0; start < 3; ++start) {
+    if (start == 2) {  // the same architecture, in the same place
+      const Said made = run_perigee(
+          {"init", "--config", golden("tiny/config.json"), "--out", place_ / "next", "--seed", "4"});
+      ASSERT_EQ(made.code, 0) << made.err;
+      std::filesystem::rename(place_ / "tiny", place_ / "before");
+      std::filesystem::rename(place_ / "next", place_ / "tiny");
+    }
+    Program server = serve_kept();
+    const json answer = server.post("/v1/chat/completions", turn_of("s", start, messages));
+    messages.push_back(answer["choices"][0]["message"]);
+    messages.push_back(user("more"));
+    EXPECT_EQ(refused(server) > 0, start == 2) << start << ": " << refused(server);
+    server.signal(SIGTERM);
+    EXPECT_EQ(server.wait(60), 0) << server.said();
+  }
+}
+
 TEST_F(ServeProgram, ASecondTermEndsItAtOnce) {
   std::vector<int32_t> acknowledged;
   {
