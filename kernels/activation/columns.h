@@ -5,19 +5,9 @@
 #include <functional>
 
 #include "kernels/context.h"
-#include "kernels/simd/simd.h"
+#include "kernels/rows.h"
 
 namespace perigee::kernels::activation {
-
-inline simd::F16 load_at(const float* p, int64_t at, int64_t n) {
-  return at + 16 <= n ? simd::load(p + at) : simd::load_partial(p + at, static_cast<int>(n - at));
-}
-inline void store_at(float* p, simd::F16 a, int64_t at, int64_t n) {
-  if (at + 16 <= n)
-    simd::store(p + at, a);
-  else
-    simd::store_partial(p + at, a, static_cast<int>(n - at));
-}
 
 // The slope of silu.
 inline simd::F16 silu_slope(simd::F16 x) {

@@ -90,7 +90,7 @@ class HeadBackward {
       for (int64_t x = 0; x < dvp_; x += 16) {
         const F16 w =
             dplr::removed(rows_.ce + 32 * i, simd::load(rows_.s_bq + 2 * i * dvp_ + x), i, vw_ + x, dvp_, 16);
-        simd::store(vw_ + i * dvp_ + x, kda::load_at(v, x, dv_));
+        simd::store(vw_ + i * dvp_ + x, load_at(v, x, dv_));
         simd::store(vw_ + (16 + i) * dvp_ + x, w);
       }
     }
@@ -104,7 +104,7 @@ class HeadBackward {
       const float* dout = dout_ + (row + i) * ldv + head * dv_;
       float* dv = out_.dv + (row + i) * ldv + head * dv_;
       for (int64_t x = 0; x < dvp_; x += 16) {
-        const F16 d = kda::load_at(dout, x, dv_);
+        const F16 d = load_at(dout, x, dv_);
         F16 dv_i = last ? simd::zero() : simd::load(ka_ds_ + i * dvp_ + x);
         F16 dw_i = last ? simd::zero() : simd::load(ka_ds_ + (16 + i) * dvp_ + x);
         dv_i = simd::fma(simd::set1(rows_.fh[32 * i + i]), d, dv_i);
@@ -116,7 +116,7 @@ class HeadBackward {
           dv_i = simd::fma(simd::set1(ce[i]), z_m, simd::fma(simd::set1(fh[i]), do_m, dv_i));
           dw_i = simd::fma(simd::set1(ce[16 + i]), z_m, simd::fma(simd::set1(fh[16 + i]), do_m, dw_i));
         }
-        kda::store_at(dv, dv_i, x, dv_);
+        store_at(dv, dv_i, x, dv_);
         simd::store(z_do_ + 2 * i * dvp_ + x, simd::neg(dw_i));
         simd::store(z_do_ + (2 * i + 1) * dvp_ + x, d);
       }
@@ -195,11 +195,11 @@ class HeadBackward {
       }
       dgamma = simd::fma(b, dgb, dgamma);
       const int64_t at = (row + i) * heads_ * dk_ + head * dk_;
-      kda::store_at(out_.dq + at, dq, x, dk_);
-      kda::store_at(out_.dk + at, dk, x, dk_);
-      kda::store_at(out_.da + at, da, x, dk_);
-      kda::store_at(out_.db + at, db, x, dk_);
-      kda::store_at(out_.dg + at, dg, x, dk_);
+      store_at(out_.dq + at, dq, x, dk_);
+      store_at(out_.dk + at, dk, x, dk_);
+      store_at(out_.da + at, da, x, dk_);
+      store_at(out_.db + at, db, x, dk_);
+      store_at(out_.dg + at, dg, x, dk_);
     }
   }
 

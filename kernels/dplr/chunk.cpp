@@ -59,16 +59,16 @@ void prepare_rows(int64_t n, int64_t dk, const DplrInputs& in, int64_t ld, float
   const int64_t dkp = kda::round_up16(dk);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t x = 0; x < dk; x += 16) {
-      const F16 alpha = simd::exp(kda::load_at(in.g + i * ld, x, dk));
-      const F16 before = kda::load_at(gamma, x, dk), after = simd::mul(before, alpha);
-      kda::store_at(gamma, after, x, dk);
-      const F16 b = kda::load_at(in.b + i * ld, x, dk), q = kda::load_at(in.q + i * ld, x, dk);
+      const F16 alpha = simd::exp(load_at(in.g + i * ld, x, dk));
+      const F16 before = load_at(gamma, x, dk), after = simd::mul(before, alpha);
+      store_at(gamma, after, x, dk);
+      const F16 b = load_at(in.b + i * ld, x, dk), q = load_at(in.q + i * ld, x, dk);
       float* const even = rows.bq + 2 * i * dkp + x;
       simd::store(rows.alpha + i * dkp + x, alpha);
       simd::store(even, b);
       simd::store(even + dkp, q);
-      simd::store(rows.ka + 2 * i * dkp + x, kda::load_at(in.k + i * ld, x, dk));
-      simd::store(rows.ka + (2 * i + 1) * dkp + x, kda::load_at(in.a + i * ld, x, dk));
+      simd::store(rows.ka + 2 * i * dkp + x, load_at(in.k + i * ld, x, dk));
+      simd::store(rows.ka + (2 * i + 1) * dkp + x, load_at(in.a + i * ld, x, dk));
       simd::store(rows.gbq + 2 * i * dkp + x, simd::mul(before, b));
       simd::store(rows.gbq + (2 * i + 1) * dkp + x, simd::mul(after, q));
     }

@@ -39,8 +39,8 @@ inline simd::F16 removed(const float* ce, simd::F16 s_b, int64_t before, const f
   using simd::F16;
   F16 t = s_b;
   for (int64_t j = 0; j < before; ++j) {
-    t = simd::fma(simd::set1(ce[j]), kda::load_at(vw + j * ld, 0, n), t);
-    t = simd::fma(simd::set1(ce[16 + j]), kda::load_at(vw + (16 + j) * ld, 0, n), t);
+    t = simd::fma(simd::set1(ce[j]), load_at(vw + j * ld, 0, n), t);
+    t = simd::fma(simd::set1(ce[16 + j]), load_at(vw + (16 + j) * ld, 0, n), t);
   }
   return simd::neg(t);
 }

@@ -12,9 +12,9 @@
 // decay.
 #include <algorithm>
 #include <cstring>
-#include <functional>
 
 #include "kernels/kda/chunk.h"
+#include "kernels/kda/heads.h"
 #include "kernels/kda/kda.h"
 
 namespace perigee::kernels {
@@ -127,7 +127,7 @@ class HeadBackward {
       F16 d[V], du[V];
       const F16 b_ii = simd::set1(rows_.b[16 * i + i]);
       unrolled<V>([&](auto v) PERIGEE_INLINE {
-        d[v] = V > 1 ? simd::load(dout + 16 * v) : kda::load_at(dout, 0, dv_ - x);
+        d[v] = V > 1 ? simd::load(dout + 16 * v) : load_at(dout, 0, dv_ - x);
         du[v] = last ? simd::zero() : simd::load(k_ds_ + i * dvp_ + x + 16 * v);
         du[v] = simd::fma(b_ii, d[v], du[v]);
       });
@@ -147,7 +147,7 @@ class HeadBackward {
         if (V > 1)
           simd::store(dv + 16 * v, w);
         else
-          kda::store_at(dv, w, 0, dv_ - x);
+          store_at(dv, w, 0, dv_ - x);
         sum = simd::fma(du[v], simd::load(residual_ + i * dvp_ + x + 16 * v), sum);
         simd::store(out + 16 * v, simd::neg(w));
         simd::store(out + dvp_ + 16 * v, d[v]);
@@ -211,9 +211,9 @@ class HeadBackward {
         dkey[j] = simd::mul(dkey[j], alpha);
       }
       const int64_t at = (row + i) * heads_ * dk_ + head * dk_;
-      kda::store_at(x_.dq + at, dq, x, dk_);
-      kda::store_at(x_.dk + at, dk, x, dk_);
-      kda::store_at(x_.dg + at, dg, x, dk_);
+      store_at(x_.dq + at, dq, x, dk_);
+      store_at(x_.dk + at, dk, x, dk_);
+      store_at(x_.dg + at, dg, x, dk_);
     }
   }
 
@@ -237,35 +237,16 @@ class HeadBackward {
 void kda_backward(Context& ctx, const KdaShape& shape, const float* q, const float* k, const float* v,
                   const float* g, const float* beta, const float* chunk_states, std::span<const Slice> slices,
                   const float* dout, float* dq, float* dk_, float* dv_, float* dg, float* dbeta) {
-  PERIGEE_CHECK(shape.heads > 0 && shape.dk > 0 && shape.dv > 0, "heads {} dk {} dv {}", shape.heads,
-                shape.dk, shape.dv);
   const Scratch::Mark mark(ctx.scratch);
-  int64_t* first_chunk = ctx.scratch.take<int64_t>(static_cast<int64_t>(slices.size()) + 1);
-  int64_t chunks = 0, rows_total = 0;
-  for (size_t i = 0; i < slices.size(); ++i) {
-    PERIGEE_CHECK(slices[i].begin >= 0 && slices[i].count >= 0 && slices[i].position == 0,
-                  "slice {}: begin {} count {} position {}", i, slices[i].begin, slices[i].count,
-                  slices[i].position);
-    first_chunk[i] = chunks;
-    chunks += (slices[i].count + kKdaChunk - 1) / kKdaChunk;
-    rows_total += slices[i].count;
-  }
-  if (rows_total == 0) return;
-  const int64_t items = static_cast<int64_t>(slices.size()) * shape.heads;
-  const int64_t flops = rows_total * shape.heads * shape.dk * (8 * shape.dv + 200);
-  const int64_t ranges = flops < 200000 ? 1 : std::min<int64_t>(items, 8 * ctx.pool.size());
-  const int64_t grain = (items + ranges - 1) / ranges;
-  const int64_t floats = HeadBackward::floats(shape);
-  float* memory = ctx.scratch.take<float>(((items + grain - 1) / grain) * floats);
+  const kda::Batch batch = kda::count_batch(ctx, shape, slices, true);
   const Operands operands{q, k, v, g, beta, chunk_states, dout, dq, dk_, dv_, dg, dbeta};
-  const auto body = [&](int64_t begin, int64_t end) {
-    HeadBackward head(shape, operands, memory + begin / grain * floats);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t slice = item / shape.heads;
-      head.run(slices[static_cast<size_t>(slice)], item % shape.heads, first_chunk[slice]);
-    }
-  };
-  ctx.parallel_for(items, grain, std::ref(body));
+  kda::for_heads(ctx, shape, batch, shape.dk * (8 * shape.dv + 200), HeadBackward::floats(shape),
+                 [&](float* memory) {
+                   return [&, backward = HeadBackward(shape, operands, memory)](
+                              int64_t slice, int64_t head, int64_t first_chunk) mutable {
+                     backward.run(slices[static_cast<size_t>(slice)], head, first_chunk);
+                   };
+                 });
 }
 
 }  // namespace perigee::kernels

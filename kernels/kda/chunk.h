@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "kernels/kda/kda.h"
-#include "kernels/simd/simd.h"
+#include "kernels/rows.h"
 
 namespace perigee::kernels::kda {
 
@@ -26,17 +26,6 @@ PERIGEE_INLINE inline void unrolled(const F& f) {
 
 inline int64_t round_up16(int64_t n) {
   return (n + 15) / 16 * 16;
-}
-
-// Lanes [at, at + 16) of an array of n floats, the lanes past its end zero.
-inline simd::F16 load_at(const float* p, int64_t at, int64_t n) {
-  return at + 16 <= n ? simd::load(p + at) : simd::load_partial(p + at, static_cast<int>(n - at));
-}
-inline void store_at(float* p, simd::F16 a, int64_t at, int64_t n) {
-  if (at + 16 <= n)
-    simd::store(p + at, a);
-  else
-    simd::store_partial(p + at, a, static_cast<int>(n - at));
 }
 
 // Asks for n rows of d floats. Rows of one head lie far apart and are read once: no hardware stream finds them in time.

@@ -1,8 +1,8 @@
 #include <algorithm>
 #include <cstring>
-#include <functional>
 
 #include "kernels/kda/chunk.h"
+#include "kernels/kda/heads.h"
 #include "kernels/kda/kda.h"
 
 namespace perigee::kernels {
@@ -87,41 +87,16 @@ int64_t kda_state_floats(const KdaShape& shape) {
 void kda_forward(Context& ctx, const KdaShape& shape, const float* q, const float* k, const float* v,
                  const float* g, const float* beta, std::span<const KdaSlice> slices, float* out,
                  float* chunk_states) {
-  PERIGEE_CHECK(shape.heads > 0 && shape.dk > 0 && shape.dv > 0, "heads {} dk {} dv {}", shape.heads,
-                shape.dk, shape.dv);
   const Scratch::Mark mark(ctx.scratch);
-  const int64_t items = static_cast<int64_t>(slices.size()) * shape.heads;
-  int64_t* first_chunk = ctx.scratch.take<int64_t>(static_cast<int64_t>(slices.size()) + 1);
-  int64_t chunks = 0, rows_total = 0;
-  for (size_t i = 0; i < slices.size(); ++i) {
-    const Slice& s = slices[i].slice;
-    PERIGEE_CHECK(s.begin >= 0 && s.count >= 0 && s.position >= 0, "slice {}: begin {} count {} position {}",
-                  i, s.begin, s.count, s.position);
-    PERIGEE_CHECK(chunk_states == nullptr || s.position == 0,
-                  "slice {} at position {}: chunk states are stored from 0", i, s.position);
-    first_chunk[i] = chunks;
-    chunks += (s.count + kKdaChunk - 1) / kKdaChunk;
-    rows_total += s.count;
-  }
-  if (rows_total == 0) return;
-
-  // An item is a head of a slice. Work too small to share stays on this thread; each range of items has its
-  // buffers.
-  const int64_t flops = rows_total * shape.heads * shape.dk * (3 * shape.dv + 64);
-  const int64_t ranges = flops < 200000 ? 1 : std::min<int64_t>(items, 8 * ctx.pool.size());
-  const int64_t grain = (items + ranges - 1) / ranges;
-  const int64_t floats = kda::round_up16(kda::Rows::floats(shape.dk, shape.dv));
-  float* memory = ctx.scratch.take<float>(((items + grain - 1) / grain) * floats);
+  const kda::Batch batch = kda::count_batch(ctx, shape, slices, chunk_states != nullptr);
   const Operands operands{q, k, v, g, beta, out, chunk_states};
-  const auto body = [&](int64_t begin, int64_t end) {
-    kda::Rows rows(memory + begin / grain * floats, shape.dk, shape.dv);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t slice = item / shape.heads;
-      run_head(shape, operands, slices[static_cast<size_t>(slice)], item % shape.heads, first_chunk[slice],
-               rows);
-    }
-  };
-  ctx.parallel_for(items, grain, std::ref(body));
+  kda::for_heads(ctx, shape, batch, shape.dk * (3 * shape.dv + 64), kda::Rows::floats(shape.dk, shape.dv),
+                 [&](float* memory) {
+                   return [&, rows = kda::Rows(memory, shape.dk, shape.dv)](int64_t slice, int64_t head,
+                                                                            int64_t first_chunk) mutable {
+                     run_head(shape, operands, slices[static_cast<size_t>(slice)], head, first_chunk, rows);
+                   };
+                 });
 }
 
 }  // namespace perigee::kernels

@@ -1,23 +1,12 @@
 #include <algorithm>
 #include <functional>
 
-#include "kernels/kda/chunk.h"
 #include "kernels/kda/kda.h"
+#include "kernels/rows.h"
 
 namespace perigee::kernels {
 
-using kda::load_at;
-using kda::store_at;
 using simd::F16;
-
-namespace {
-
-// Rows to hand out at a time so that a range is worth a thread.
-int64_t row_grain(int64_t operations_per_row) {
-  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, operations_per_row));
-}
-
-}  // namespace
 
 void kda_gate_forward(Context& ctx, const KdaShape& shape, int64_t rows, const float* f, const float* b,
                       const float* a_log, const float* dt_bias, float* g, float* beta) {

@@ -3,20 +3,13 @@
 #include <algorithm>
 #include <functional>
 
-#include "kernels/kda/chunk.h"
+#include "kernels/rows.h"
 
 namespace perigee::kernels {
 
-using kda::load_at;
-using kda::store_at;
 using simd::F16;
 
 namespace {
-
-// Rows to hand out at a time so that a range is worth a thread.
-int64_t row_grain(int64_t operations_per_row) {
-  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, operations_per_row));
-}
 
 // -exp(a_log) of the heads from x on.
 F16 rates(const float* a_log, int64_t x, int64_t heads) {

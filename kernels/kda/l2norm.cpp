@@ -1,22 +1,12 @@
 #include <algorithm>
 #include <functional>
 
-#include "kernels/kda/chunk.h"
 #include "kernels/kda/kda.h"
+#include "kernels/rows.h"
 
 namespace perigee::kernels {
 
-using kda::load_at;
-using kda::store_at;
 using simd::F16;
-
-namespace {
-
-int64_t row_grain(int64_t operations_per_row) {
-  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, operations_per_row));
-}
-
-}  // namespace
 
 void l2norm_forward(Context& ctx, int64_t rows, int64_t heads, int64_t d, float scale, const float* x,
                     float* y) {

@@ -3,15 +3,12 @@
 #include <functional>
 
 #include "kernels/moe/moe.h"
-#include "kernels/simd/simd.h"
+#include "kernels/rows.h"
 
 namespace perigee::kernels {
 namespace {
 
 using simd::F16;
-
-// Rows of d floats that make a piece of work worth handing to a thread.
-int64_t row_grain(int64_t d) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, d)); }
 
 // body(offset, lanes) over a row in vectors, the last one partial.
 template <class Body>

@@ -3,28 +3,13 @@
 #include <algorithm>
 #include <functional>
 
-#include "kernels/simd/simd.h"
+#include "kernels/rows.h"
 
 namespace perigee::kernels {
 
 namespace {
 
 using simd::F16;
-
-F16 load_at(const float* p, int64_t at, int64_t n) {
-  return at + 16 <= n ? simd::load(p + at) : simd::load_partial(p + at, static_cast<int>(n - at));
-}
-void store_at(float* p, F16 a, int64_t at, int64_t n) {
-  if (at + 16 <= n)
-    simd::store(p + at, a);
-  else
-    simd::store_partial(p + at, a, static_cast<int>(n - at));
-}
-
-// Rows to hand out at a time so that a range is worth a thread.
-int64_t row_grain(int64_t operations_per_row) {
-  return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, operations_per_row));
-}
 
 // (mean x^2 + eps)^-1/2
 float inverse_rms(const float* x, int64_t d, float eps) {

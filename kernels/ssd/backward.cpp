@@ -146,7 +146,7 @@ class HeadBackward {
     float sum = 0.0f;
     if (!last) {
       F16 all = simd::zero();
-      for (int64_t x = 0; x < dk_; x += 16) all = simd::add(all, kda::load_at(along_, x, dk_));
+      for (int64_t x = 0; x < dk_; x += 16) all = simd::add(all, load_at(along_, x, dk_));
       sum = gamma_[n - 1] * simd::reduce_add(all);
     }
     alignas(64) float lane[16];
@@ -166,7 +166,7 @@ class HeadBackward {
       const F16 gamma = simd::set1(gamma_[i]);
       for (int64_t x = 0; x < dk_; x += 16)
         simd::store(gamma_q_ + i * dkp_ + x,
-                    simd::mul(gamma, kda::load_at(x_.q + at_k_ + i * ldk(), x, dk_)));
+                    simd::mul(gamma, load_at(x_.q + at_k_ + i * ldk(), x, dk_)));
     }
     std::fill_n(gammas_, dk_, gamma_[n - 1]);
     kda::decay_and_add(dk_, dv_, n, gammas_, gamma_q_, 1, dkp_, x_.dout + at_v_, ldv(), ds_, dvp_);
