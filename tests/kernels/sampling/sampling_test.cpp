@@ -1,6 +1,10 @@
 #include "kernels/sampling/sampling.h"
 
+#include <cfloat>
+
 #include "base/error.h"
+#include "base/random.h"
+#include "kernels/simd/simd.h"
 #include "tests/kernels/mla/testing.h"
 #include "tests/kernels/sampling/sampling_ref.h"
 
@@ -174,6 +178,38 @@ TEST(Sampling, TiesAtTheCutGoToTheLowerToken) {
   for (int i = 0; i < 200; ++i) EXPECT_LT(sample(Floats(40, 1.0f), p, 5, i), 2);
 }
 
+// A draw is u times the total with all 53 bits of u: recorded runs are drawn again exactly. The logits put the boundary
+// between two tokens just above u and just below it, nearer than the low word of Philox moves u.
+TEST(Sampling, EveryBitOfTheDrawCounts) {
+  const uint64_t seed = 77;
+  int tried = 0;
+  for (int64_t position = 0; tried < 20; ++position) {
+    const auto words = philox(seed, static_cast<uint64_t>(position));
+    const double u = static_cast<double>((static_cast<uint64_t>(words[1]) << 32 | words[0]) >> 11) * 0x1p-53;
+    if (u > 0.4 || u < 0.01) continue;
+    ++tried;
+    for (const double side : {-1.0, 1.0}) {
+      // Weights of sum S in blocks of their own, the largest fitting one at a time, then a token of weight 1: the last is
+      // drawn where S <= u (S + 1).
+      const double edge = u + side * 0x1p-37, goal = edge / (1 - edge);
+      Floats z(256 * 64, -INFINITY);
+      double sum = 0;
+      size_t block = 0;
+      for (float x = -0.1f; block < 63 && x > -60.0f; x -= 0.37f)
+        for (; block < 63; ++block) {
+          const double w = simd::exp(x);
+          if (sum + w > goal) break;
+          sum += w;
+          z[256 * block] = x;
+        }
+      z[256 * 63] = 0.0f;
+      ASSERT_LT(std::fabs(sum / (sum + 1) - edge), 0x1p-39) << position;
+      const bool last = sample(z, {}, seed, position) == 256 * 63;
+      EXPECT_EQ(last, side < 0) << position << ", u " << u;
+    }
+  }
+}
+
 TEST(Sampling, NeverDrawsATokenOfWeightZero) {
   // Weights spread over many chunks, most of them zero, and positions enough to come near both ends.
   for (const int64_t vocab : {1, 17, 255, 257, 1000, 5000}) {
@@ -230,6 +266,11 @@ TEST(SamplingParams, ValidateNamesTheField) {
     return refusal(p);
   };
   EXPECT_EQ(refusal({}), "");
+  // The ends of the ranges belong to them.
+  for (const float end : {1e-6f, 1e6f}) EXPECT_EQ(with([&](SamplingParams& p) { p.temperature = end; }), "") << end;
+  EXPECT_EQ(with([](SamplingParams& p) { p.top_p = 1, p.min_p = 0, p.repetition_penalty = FLT_MAX; }), "");
+  EXPECT_EQ(with([](SamplingParams& p) { p.presence_penalty = FLT_MAX, p.frequency_penalty = -FLT_MAX; }), "");
+  EXPECT_EQ(with([](SamplingParams& p) { p.logit_bias = {{0, FLT_MAX}, {9, -FLT_MAX}}; }), "");
   EXPECT_EQ(with([](SamplingParams& p) { p.temperature = 0, p.top_k = 100, p.top_p = 1e-3f, p.min_p = 1, p.logit_bias = {{9, -INFINITY}}; }), "");
   const float nan = NAN;
   for (const float bad : {-1.0f, nan, 1e-9f, static_cast<float>(INFINITY)})
