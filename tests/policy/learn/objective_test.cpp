@@ -172,11 +172,16 @@ Slopes slopes(const TrainerConfig& config, const std::vector<TrainSequence>& bat
 
 // What learns: a model, or adapters beside it.
 struct Learner {
-  Learner(const nlohmann::json& config, bool adapt, uint64_t seed) : model(config, seed) {
-    if (adapt)
-      adapters = std::make_unique<SmallAdapters>(
-          model.layout, 0.1, testing::lora_config(kRank, testing::adaptable(model.layout)));
+  // targets: of adapters; empty: the model itself.
+  Learner(const nlohmann::json& config, const std::vector<std::string>& targets, uint64_t seed)
+      : model(config, seed) {
+    if (!targets.empty())
+      adapters = std::make_unique<SmallAdapters>(model.layout, 0.1, testing::lora_config(kRank, targets));
   }
+  Learner(const nlohmann::json& config, bool adapt, uint64_t seed)
+      : Learner(config,
+                adapt ? testing::adaptable(MixersModel(config, seed).layout) : std::vector<std::string>{},
+                seed) {}
   const ArenaLayout& layout() const {
     return adapters ? static_cast<const ArenaLayout&>(adapters->layout) : model.layout;
   }
@@ -383,7 +388,8 @@ constexpr Case kCases[] = {{"grpo", LossKind::kGrpo, Correction::kTis, KlKind::k
 void expect_first_step(Learner& of, const Case& c, const std::string& title) {
   const TrainerConfig config = trainer_config(c.kind, c.correction, c.kl);
   const auto batch = episodes(of.model.vocab());
-  Learner other(of.model.config, of.adapters != nullptr, 7);
+  Learner other(of.model.config,
+                of.adapters ? of.adapters->layout.config().targets : std::vector<std::string>{}, 7);
   std::byte* const reference = const_cast<std::byte*>(other.weights());
   StepMetrics want;
   const Values truth = by_tape<double>(of, config, batch, of.weights(), of.weights(), reference, &want),
@@ -437,6 +443,23 @@ TEST(Objective, EveryLossHasItsGradientInAdaptersOfExperts) {
   for (const Case& c : kCases) {
     Learner of(experts({"gdn", "attention"}, R"({"hidden_size": 24, "first_k_dense_replace": 0})"), true, 32);
     expect_first_step(of, c, std::string("adapters, ") + c.name);
+  }
+}
+
+// The first adapter of the layout is that of an expert, one half of gate and up has none, or one matrix of all.
+TEST(Objective, HasItsGradientInAnyChoiceOfTargets) {
+  size_t i = 0;
+  for (const std::vector<std::string>& targets :
+       std::vector<std::vector<std::string>>{{"w1"},
+                                             {"w3"},
+                                             {"w2"},
+                                             {"w2", "w3", "w1"},
+                                             {"up_proj"},
+                                             {"gate_proj", "down_proj"},
+                                             {"a_proj"},
+                                             {"o_proj", "w3"}}) {
+    Learner of(experts({"gdn"}, R"({"hidden_size": 24, "first_k_dense_replace": 0})"), targets, 36);
+    expect_first_step(of, kCases[i++ % std::size(kCases)], targets.back() + " alone");
   }
 }
 

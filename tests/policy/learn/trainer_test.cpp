@@ -320,6 +320,37 @@ TEST(Trainer, AFailureInTheSecondMinibatchUndoesTheFirst) {
       }
 }
 
+TEST(Trainer, NanIsFoundInTheSequenceAndAtTheTokenThatSawIt) {
+  SmallModel model(28);
+  kernels::Context ctx(2);
+  Trainer trainer(ctx, model.layout, config_of(kernels::LossKind::kGrpo));
+  Arena a(model.layout), b(model.layout);
+  std::memcpy(a.data(), model.weights(), static_cast<size_t>(model.layout.weight_bytes()));
+  // The embedding of a token that one sequence has once.
+  auto batch = random_batch(29, 5, false);
+  for (TrainSequence& q : batch) {
+    q.tokens.resize(12, 3);
+    q.mask.assign(12, 1);
+    q.mask[0] = 0;
+    q.mu.resize(12, -3);
+    for (int32_t& t : q.tokens)
+      if (t == 50) t = 51;
+  }
+  auto* embedding = reinterpret_cast<float*>(a.data() + model.layout.tensor(model.layout.embed()).byte_offset);
+  embedding[50 * model.layout.config().hidden_size + 7] = std::numeric_limits<float>::quiet_NaN();
+  for (const auto& [sequence, token] : {std::pair{0, 0}, {0, 10}, {3, 4}, {4, 0}}) {
+    auto spoilt = batch;
+    spoilt[static_cast<size_t>(sequence)].tokens[static_cast<size_t>(token)] = 50;
+    try {
+      trainer.step(a.data(), b.data(), spoilt);
+      FAIL() << "a NaN weight passed";
+    } catch (const Error& e) {
+      const std::string want = fmt::format("layer 0 (sequence {} of the micro-batch, token {})", sequence, token + 1);
+      EXPECT_NE(std::string(e.what()).find(want), std::string::npos) << e.what();
+    }
+  }
+}
+
 TEST(Trainer, KlTermNeedsAndUsesTheReference) {
   SmallModel model(7), other(8);
   kernels::Context ctx(2);
