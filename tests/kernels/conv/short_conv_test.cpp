@@ -135,8 +135,8 @@ TEST(ShortConv, BackwardMatchesFiniteDifferences) {
         const auto slope = moved([&](double by) {
           for (size_t c = 0; c < n; ++c) xs[static_cast<size_t>(t) * n + c] += by;
         });
-        for (size_t c = 0; c < n; ++c)
-          EXPECT_NEAR(dx[static_cast<size_t>((slice.begin + t) * lddx) + c], slope[c], 1e-5)
+        for (size_t c = 0; c < n; ++c)  // the worst is 1.8e-6
+          EXPECT_NEAR(dx[static_cast<size_t>((slice.begin + t) * lddx) + c], slope[c], 6e-6)
               << "t " << t << " c " << c;
       }
       for (size_t i = 0; i < 4; ++i) {
@@ -148,7 +148,7 @@ TEST(ShortConv, BackwardMatchesFiniteDifferences) {
       }
     }
     for (size_t i = 0; i < dw.size(); ++i)
-      EXPECT_NEAR(dw[i], dw_expected[i], 1e-5 * (1 + dw_size[i])) << "dw " << i;
+      EXPECT_NEAR(dw[i], dw_expected[i], 3e-6 * (1 + dw_size[i])) << "dw " << i;
 
     Context three(3);
     Floats dx3(dx.size(), -7.0f), dw3(w.size(), 0.5f);
