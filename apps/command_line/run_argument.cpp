@@ -1,7 +1,12 @@
 #include "apps/command_line/run_argument.h"
 
+#include <sys/stat.h>
+
 #include <algorithm>
 #include <charconv>
+#include <fstream>
+#include <optional>
+#include <sstream>
 #include <system_error>
 
 #include "base/error.h"
@@ -31,6 +36,16 @@ bool holds_store(const fs::path& directory) {
   return fs::exists(directory / kStoreFile, ignored);
 }
 
+// DIRECTORY/ID where the store in the directory holds a run of this id.
+std::optional<RunPlace> one_of_several(const fs::path& given) {
+  const fs::path directory = given.parent_path().empty() ? "." : given.parent_path();
+  if (!holds_store(directory)) return {};
+  StoreReader store(directory / kStoreFile);
+  for (const RunRecord& run : store.runs())
+    if (run.id == given.filename()) return RunPlace{directory, run.id, true};
+  return {};
+}
+
 }  // namespace
 
 void declare_run(Command& command, RunArgument& argument) {
@@ -38,18 +53,34 @@ void declare_run(Command& command, RunArgument& argument) {
       .flag("--latest", argument.latest, "the newest run under runs/, instead of RUN");
 }
 
+bool being_written(const fs::path& directory) {
+  struct stat file {};
+  if (::stat((directory / kStoreFile).concat(".lock").c_str(), &file) != 0) return false;
+  std::ifstream locks("/proc/locks");
+  if (!locks) return true;
+  const std::string inode = ":" + std::to_string(file.st_ino);
+  for (std::string line; std::getline(locks, line);) {
+    std::istringstream words(line);
+    std::string number, kind, advisory, mode, pid, place_of_file;
+    words >> number >> kind >> advisory >> mode >> pid >> place_of_file;
+    if (kind == "FLOCK" && mode == "WRITE" && place_of_file.ends_with(inode)) return true;
+  }
+  return false;
+}
+
 std::vector<ListedRun> list_runs(const fs::path& root) {
   std::vector<ListedRun> out;
   std::error_code error;
   for (fs::directory_iterator it(root, error), end; !error && it != end; it.increment(error)) {
     if (!holds_store(it->path())) continue;
-    ListedRun run{it->path(), {}, {}};
     try {
-      run.record = record_in(it->path());
+      record_in(it->path());  // holds one
+      StoreReader store(it->path() / kStoreFile);
+      const std::vector<RunRecord> runs = store.runs();
+      for (const RunRecord& run : runs) out.push_back({it->path(), run, {}, runs.size() > 1});
     } catch (const Error& e) {
-      run.problem = e.what();
+      out.push_back({it->path(), {}, e.what()});
     }
-    out.push_back(std::move(run));
   }
   std::sort(out.begin(), out.end(), [](const ListedRun& a, const ListedRun& b) {
     if (a.record.created_us != b.record.created_us) return a.record.created_us > b.record.created_us;
@@ -65,15 +96,22 @@ RunPlace find_run(const RunArgument& argument) {
     if (runs.empty())
       throw_input("no run under ./{}; start one: perigee train configs/quickstart.json", kRunsDirectory);
     if (!runs.front().problem.empty()) throw_environment("{}", runs.front().problem);
-    return {runs.front().directory, runs.front().record.id};
+    return {runs.front().directory, runs.front().record.id, runs.front().one_of_several};
   }
   if (argument.run.empty())
     throw_input("which run? Give its directory or id, or --latest; perigee runs lists them");
   for (const fs::path& directory : places(argument.run))
     if (holds_store(directory)) return {directory, record_in(directory).id};
+  for (const fs::path& given : {fs::path(argument.run), fs::path(kRunsDirectory) / argument.run})
+    if (const auto place = one_of_several(given)) return *place;
+  std::error_code ignored;
+  if (fs::is_regular_file(argument.run, ignored))
+    throw_input("{} is a file; a run is a directory: make one and move the store to DIRECTORY/{}",
+                quote(argument.run), kStoreFile);
   std::vector<std::string> names;
   for (const ListedRun& run : list_runs()) {
-    if (run.problem.empty() && run.record.id == argument.run) return {run.directory, run.record.id};
+    if (run.problem.empty() && run.record.id == argument.run)
+      return {run.directory, run.record.id, run.one_of_several};
     names.push_back(run.directory.filename().string());
     if (run.problem.empty()) names.push_back(run.record.id);
   }

@@ -47,6 +47,9 @@ class Sink {
     if (path.empty() || path == "-") return;
     std::error_code ec;
     if (std::filesystem::is_directory(path, ec)) throw_input("--out {}: is a directory; name a file in it", path);
+    // A device or a pipe is no file to be replaced: with root's rights /dev/null would become one.
+    if (std::filesystem::exists(path, ec) && !std::filesystem::is_regular_file(path, ec))
+      throw_input("--out {}: is no regular file; leave --out away to write to standard output", path);
     if (!force && std::filesystem::exists(path, ec)) throw_input("--out {}: is there already; --force replaces it", path);
     file_.emplace(path);
   }
@@ -72,10 +75,6 @@ class Sink {
   std::optional<AtomicFile> file_;
   uint64_t bytes_ = 0;
 };
-
-std::string counted(int64_t n, std::string_view one, std::string_view many) {
-  return fmt::format("{} {}", n, n == 1 ? one : many);
-}
 
 // A line on the standard error that counts, where that is a terminal.
 class Counter {

@@ -114,7 +114,8 @@ std::string facts_of(const EpisodePageInput& input, const EpisodeTokens& tokens)
       .add("step, group, member",
            fmt::format("{}, {}, {}", input.group.group.step, e.spec.group_id, e.spec.member))
       .add("state", fmt::format("{}, finish {}", state_name(e.state), finish_name(e.finish)))
-      .add("tokens", fmt::format("{} in {} segments, attempt {}", e.token_count, e.segment_count, e.attempt))
+      .add("tokens", fmt::format("{} in {}, attempt {}", e.token_count,
+                                 counted(e.segment_count, "segment", "segments"), e.attempt))
       .add("sampling", fmt::format("seed {}, temperature {:g}", e.spec.seed, e.spec.temperature));
   if (!tokens.versions.empty()) {
     const auto [low, high] = std::minmax_element(tokens.versions.begin(), tokens.versions.end());

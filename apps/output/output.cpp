@@ -141,6 +141,22 @@ void Table::print() const {
   std::fwrite(out.data(), 1, out.size(), stdout);
 }
 
+std::string shell_word(std::string_view text) {
+  const std::string shown = printable_line(text);
+  const auto plain = [](char c) {
+    return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c & 0x80) != 0 ||
+           std::string_view("@%+=:,./_-").find(c) != std::string_view::npos;
+  };
+  if (!shown.empty() && std::all_of(shown.begin(), shown.end(), plain)) return shown;
+  std::string out = "'";
+  for (const char c : shown) out += c == '\'' ? std::string("'\\''") : std::string(1, c);
+  return out + "'";
+}
+
+std::string counted(int64_t n, std::string_view one, std::string_view many) {
+  return fmt::format("{} {}", n, n == 1 ? one : many);
+}
+
 std::string utc(int64_t us) {
   if (us == 0) return "-";
   const time_t seconds = static_cast<time_t>(us / 1000000);

@@ -39,6 +39,13 @@ class Table {
 // would take for a formula (it begins with = + - @ or a tab) gets ' before it. Text as printable() makes it.
 std::string csv_field(std::string_view text);
 
+// A word of a command line as a shell takes it: in '...' where it holds anything but letters, digits and @%+=:,./_-; control
+// characters as printable_line makes them.
+std::string shell_word(std::string_view text);
+
+// "1 step", "2 steps".
+std::string counted(int64_t n, std::string_view one, std::string_view many);
+
 // "2026-11-21 23:15:02" UTC, from microseconds since 1970; "-" for 0.
 std::string utc(int64_t us);
 // A duration: "0.8 s", "41 s", "3 min 05 s", "2 h 10 min".

@@ -87,6 +87,13 @@ void print_csv(const std::vector<EpisodeRow>& rows) {
 
 void print_table(const Options& o, const Listing& listing, const RunPlace& place) {
   const std::vector<EpisodeRow>& rows = listing.page.rows;
+  if (listing.total == 0) {
+    fmt::print("{}\n",
+               o.filter.any()
+                   ? "no episode matches"
+                   : "no episodes: the run has not got so far, or it learns from worked examples only");
+    return;
+  }
   Table table({"episode", "step", "group", "state", "finish", "tokens", "reward", "prompt"}, {0, 1, 2, 5, 6});
   for (const EpisodeRow& e : rows)
     table.row({std::to_string(e.episode_id), std::to_string(e.step), std::to_string(e.group_id),
@@ -111,7 +118,7 @@ void print_table(const Options& o, const Listing& listing, const RunPlace& place
   if (rows.empty())
     fmt::print("\n");
   else
-    fmt::print(". One of them whole: perigee show {} {}\n", printable_line(place.directory.string()),
+    fmt::print(". One of them whole: perigee show {} {}\n", shell_word(place.name().string()),
                rows.front().episode_id);
 }
 
@@ -120,6 +127,9 @@ int rollouts(const Options& o) {
   const Listing listing = read(o, place);
   if (o.csv) {
     print_csv(listing.page.rows);
+    if (!listing.page.next.empty())
+      fmt::print(stderr, "{} of {}{} episodes; more: --limit N, or --after {}\n", listing.page.rows.size(),
+                 listing.total_is_all ? "" : "more than ", listing.total, listing.page.next);
   } else if (o.json) {
     nlohmann::json list = nlohmann::json::array();
     for (const EpisodeRow& e : listing.page.rows) list.push_back(to_json(e));

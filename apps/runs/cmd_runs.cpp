@@ -11,16 +11,20 @@ namespace {
 
 struct Summary {
   ListedRun run;
+  std::string state;  // the store's, or "killed": it says "running" and no process writes it
   std::string phase;
   int64_t step = 0, episodes = 0;
   std::optional<double> first, last;  // held-out accuracy after the warm-up, and the newest
 };
 
 Summary summarize(ListedRun listed) {
-  Summary s{std::move(listed), {}, 0, 0, {}, {}};
+  Summary s;
+  s.run = std::move(listed);
   if (!s.run.problem.empty()) return s;
   StoreReader store(s.run.directory / kStoreFile);
   const std::string& id = s.run.record.id;
+  s.state =
+      s.run.record.state == "running" && !being_written(s.run.directory) ? "killed" : s.run.record.state;
   const auto versions = store.versions(id);
   if (!versions.empty()) {
     s.phase = versions.back().phase;
@@ -66,7 +70,7 @@ void add_runs(Program& program) {
           row["problem"] = s.run.problem;
         } else {
           row.update({{"id", s.run.record.id},
-                      {"state", s.run.record.state},
+                      {"state", s.state},
                       {"created_us", s.run.record.created_us},
                       {"phase", s.phase},
                       {"step", s.step},
@@ -88,13 +92,19 @@ void add_runs(Program& program) {
         {4, 5, 6, 7});
     for (const Summary& s : runs) {
       if (s.run.problem.empty())
-        table.row({printable_line(s.run.record.id, 40), s.run.record.state, utc(s.run.record.created_us),
+        table.row({printable_line(s.run.record.id, 40), s.state, utc(s.run.record.created_us),
                    s.phase.empty() ? "-" : s.phase, std::to_string(s.step), std::to_string(s.episodes),
-                   percent(s.first), percent(s.last), printable_line(s.run.directory.string())});
+                   percent(s.first), percent(s.last), printable_line(s.run.name().string())});
       else
         table.row({"-", "unreadable", "-", "-", "-", "-", "-", "-", printable_line(s.run.problem)});
     }
     table.print();
+    for (const Summary& s : runs)
+      if (s.state == "killed" && std::filesystem::exists(s.run.directory / kConfigFile)) {
+        fmt::print("killed: no process writes it any more; go on with it: perigee resume {}\n",
+                   shell_word(s.run.name().string()));
+        break;
+      }
     return 0;
   });
 }

@@ -238,8 +238,9 @@ void print_head(const Shown& s, const RunPlace& place) {
   }
   fmt::print("episode    {} of {}: group {}, member {}, step {}\n", s.id, printable_line(place.id), e.spec.group_id,
              e.spec.member, s.group.group.step);
-  fmt::print("state      {}, finish {}, {} tokens in {} segments, attempt {}\n", state_name(e.state),
-             finish_name(e.finish), e.token_count, e.segment_count, e.attempt);
+  fmt::print("state      {}, finish {}, {} in {}, attempt {}\n", state_name(e.state), finish_name(e.finish),
+             counted(e.token_count, "token", "tokens"), counted(e.segment_count, "segment", "segments"),
+             e.attempt);
   fmt::print("sampling   seed {}, temperature {:g}, policy version {}\n", e.spec.seed, e.spec.temperature, versions);
   if (const auto it = s.advantages.find(s.id); it != s.advantages.end())
     fmt::print("advantage  {:+.4f}\n", it->second);

@@ -1,16 +1,13 @@
 // perigee watch RUN: how a run goes, drawn again as it goes on.
 #include <fmt/format.h>
 #include <signal.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <filesystem>
-#include <fstream>
 #include <map>
-#include <sstream>
 #include <thread>
 
 #include "apps/command_line/commands.h"
@@ -31,23 +28,6 @@ struct Options {
   double interval_s = 1;
   bool once = false;
 };
-
-// Some process holds the store's lock: the run is being written. Asked of the kernel's list of locks: trying the lock would keep
-// out a run that starts in that instant. True where there is no such list.
-bool being_written(const RunPlace& place) {
-  struct stat file {};
-  if (::stat((place.store().string() + ".lock").c_str(), &file) != 0) return false;
-  std::ifstream locks("/proc/locks");
-  if (!locks) return true;
-  const std::string inode = ":" + std::to_string(file.st_ino);
-  for (std::string line; std::getline(locks, line);) {
-    std::istringstream words(line);
-    std::string number, kind, advisory, mode, pid, place_of_file;
-    words >> number >> kind >> advisory >> mode >> pid >> place_of_file;
-    if (kind == "FLOCK" && mode == "WRITE" && place_of_file.ends_with(inode)) return true;
-  }
-  return false;
-}
 
 // What the files of the store look like from outside: reading it again is worth it when this changed.
 struct Stamp {
@@ -101,7 +81,7 @@ class Watcher {
       stamp_ = now;
     }
     if (look_at_lock && !view_.progress.over()) {
-      const bool written = being_written(place_);
+      const bool written = being_written(place_.directory);
       changed = changed || written != view_.written;
       view_.written = written;
       last_lock_ = t;
@@ -132,7 +112,7 @@ std::string state_line(const Watcher& w) {
   const RunProgress& p = w.view().progress;
   if (!p.over() && !w.view().written)
     return "no process writes this run: it was killed, or is about to start; perigee resume " +
-           printable_line(w.place().directory.string()) + " goes on with it";
+           shell_word(w.place().directory.string()) + " goes on with it";
   return p.run.state;
 }
 
@@ -141,11 +121,18 @@ std::vector<std::string> draw(const Watcher& w, size_t columns) {
   std::vector<std::string> lines;
   lines.push_back(fmt::format("{}   {}", printable_line(p.run.id, 40), state_line(w)));
   const double share = p.steps > 0 ? std::min(1.0, static_cast<double>(p.step) / static_cast<double>(p.steps)) : 0;
+  const std::string phase = fmt::format("{:<9} ", p.phase == "rl"       ? "learning"
+                                                  : p.phase == "warmup" ? "warm-up"
+                                                                        : p.phase);
+  const std::string numbers = fmt::format("step {}{}   version {}   {} to the newest weights", p.step,
+                                          p.steps > 0 ? fmt::format(" of {}", p.steps) : "", p.version,
+                                          duration(static_cast<double>(p.last_us - p.started_us) / 1e6));
+  // The bar takes what the numbers leave of a narrow window.
+  const size_t taken = phase.size() + numbers.size() + 1;
+  const long cells = columns > taken ? std::min<long>(30, static_cast<long>(columns - taken)) : 0;
   std::string bar;
-  for (int i = 0; i < 30; ++i) bar += i < std::lround(share * 30) ? "█" : "░";
-  lines.push_back(fmt::format("{:<9} {} step {}{}   version {}   {} to the newest weights", p.phase == "rl" ? "learning" : p.phase == "warmup" ? "warm-up" : p.phase,
-                              bar, p.step, p.steps > 0 ? fmt::format(" of {}", p.steps) : "", p.version,
-                              duration(static_cast<double>(p.last_us - p.started_us) / 1e6)));
+  for (long i = 0; i < cells; ++i) bar += i < std::lround(share * static_cast<double>(cells)) ? "█" : "░";
+  lines.push_back(phase + bar + (bar.empty() ? "" : " ") + numbers);
   lines.emplace_back();
   size_t title = 0, value = 0;
   for (const Series& s : w.view().series) {

@@ -57,8 +57,13 @@ void add_accuracy(std::vector<Series>& out, const Known& known, const std::vecto
 std::vector<Series> run_series(StoreQueries& store, const std::string& run_id) {
   const std::vector<StepMetrics> metrics = store.metrics(run_id);
   const std::vector<Evaluation> evaluations = store.evaluations(run_id);
+  // Without a reference the KL is not computed, and recorded as 0.
+  const nlohmann::json config = nlohmann::json::parse(store.run(run_id).config, nullptr, false);
+  const bool reference =
+      !config.is_object() || config.value("learn", nlohmann::json::object()).value("kl_coef", 1.0) != 0;
   std::vector<Series> out;
   for (const Known& known : kCurves) {
+    if (known.key == "kl" && !reference) continue;
     if (known.key == "accuracy") {
       add_accuracy(out, known, evaluations);
       continue;

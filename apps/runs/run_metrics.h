@@ -19,9 +19,9 @@ struct Series {
   std::vector<double> values;   // as many; not necessarily finite
 };
 
-// Those that have a point, in this order: reward, held-out accuracy (its point 0 is the last of the warm-up), KL, mismatch,
-// entropy, length, tokens/s, lag, loss, gradient norm, clipped share, groups without a difference, and of the warm-up loss and
-// held-out accuracy.
+// Those that have a point, in this order: reward, held-out accuracy (its point 0 is the last of the warm-up), KL (where the run
+// has a reference), mismatch, entropy, length, tokens/s, lag, loss, gradient norm, clipped share, groups without a difference, and
+// of the warm-up loss and held-out accuracy.
 std::vector<Series> run_series(StoreQueries& store, const std::string& run_id);
 
 // A number for people: 4 digits that count, percent for shares ("accuracy", "correct").

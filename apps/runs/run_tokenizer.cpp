@@ -1,5 +1,6 @@
 #include "apps/runs/run_tokenizer.h"
 
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "base/error.h"
@@ -18,7 +19,10 @@ std::unique_ptr<policy::Tokenizer> tokenizer_of(const RunPlace& place, StoreQuer
                   place.directory.string());
     return policy::load_tokenizer(model, policy::load_model_config(model));
   }
-  const rollout::RunConfig config = rollout::run_config_of(place.directory.string());
+  // A store that was copied or merged stands in a directory without the run's configuration, and holds it too.
+  const bool alone = !std::filesystem::exists(place.directory / kConfigFile) && record.is_object();
+  const rollout::RunConfig config = alone ? rollout::parse_run_config(record, place.name().string())
+                                          : rollout::run_config_of(place.directory.string());
   return rollout::make_tokenizer(config, rollout::make_layout(config)->config());
 }
 

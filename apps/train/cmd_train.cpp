@@ -6,6 +6,7 @@
 #include "apps/command_line/run_argument.h"
 #include "apps/command_line/shipped.h"
 #include "apps/output/output.h"
+#include "apps/runs/run_metrics.h"
 #include "base/error.h"
 #include "rollout/run/run.h"
 
@@ -43,8 +44,17 @@ std::string from_here(const std::string& path) {
   return error || relative.empty() || *relative.begin() == ".." ? path : relative.string();
 }
 
+// "after step 12": how far a stopped run came.
+std::string how_far(const rollout::RunOutcome& r) {
+  StoreReader store(std::filesystem::path(r.run_dir) / kStoreFile);
+  const RunProgress p = run_progress(store, r.run_id);
+  if (p.step == 0) return "before its first step";
+  return fmt::format("after {}step {}", p.phase == "warmup" ? "warm-up " : "", p.step);
+}
+
 int report(rollout::RunOutcome r, bool json) {
   if (!json) r.run_dir = from_here(r.run_dir);
+  const std::string typed = shell_word(r.run_dir);
   if (json) {
     nlohmann::json out = {{"run", r.run_id},
                           {"directory", r.run_dir},
@@ -60,32 +70,36 @@ int report(rollout::RunOutcome r, bool json) {
     if (!r.failure.empty()) out["failure"] = r.failure;
     print_json(out);
   }
-  if (r.state == "failed")
-    throw_environment("{} (mend it and go on: perigee resume {})", r.failure, r.run_dir);
+  if (r.state == "failed") throw_environment("{} (mend it and go on: perigee resume {})", r.failure, typed);
   if (r.state == "stopped") {
-    if (!json) fmt::print("stopped after step {}; go on with: perigee resume {}\n", r.steps, r.run_dir);
+    if (!json) fmt::print("stopped {}; go on with: perigee resume {}\n", how_far(r), typed);
     return kStopped;
   }
   if (r.state != "finished")
     throw_environment(
         "the run ended without a result; what its roles said is in {}/logs. Go on: perigee resume {}",
-        r.run_dir, r.run_dir);
+        r.run_dir, typed);
   if (json) return 0;
   fmt::print("\n");
+  const rollout::RunConfig config = rollout::run_config_of(r.run_dir);
   if (r.accuracy_before >= 0)
-    fmt::print("held-out accuracy after the warm-up               {:5.1f} %\n", 100 * r.accuracy_before);
+    fmt::print("held-out accuracy {}  {:5.1f} %\n",
+               config.warmup.steps > 0 ? "after the warm-up             " : "before reinforcement learning ",
+               100 * r.accuracy_before);
   if (r.accuracy_after >= 0)
     fmt::print("held-out accuracy after reinforcement learning    {:5.1f} %\n", 100 * r.accuracy_after);
   fmt::print("weights                                           version {}, hash {}\n", r.version,
              r.weights_hash);
-  fmt::print("rollouts                                          {}\n",
-             (std::filesystem::path(r.run_dir) / kStoreFile).string());
-  fmt::print(
-      "\nNext:\n"
-      "  perigee rollouts {0} --sort reward     what it wrote, worst first\n"
-      "  perigee verify {0}                     sampler against learner, token by token\n"
-      "  perigee eval {0}                       the newest checkpoint on held-out tasks\n",
-      r.run_dir);
+  if (config.learn.steps > 0)
+    fmt::print("rollouts                                          {}\n",
+               (std::filesystem::path(r.run_dir) / kStoreFile).string());
+  fmt::print("\nNext:\n");
+  if (config.learn.steps > 0)
+    fmt::print(
+        "  perigee rollouts {0} --sort reward     what it wrote, worst first\n"
+        "  perigee verify {0}                     sampler against learner, token by token\n",
+        typed);
+  fmt::print("  perigee eval {0}                       the newest checkpoint on held-out tasks\n", typed);
   return 0;
 }
 

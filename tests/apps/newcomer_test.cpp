@@ -1,0 +1,148 @@
+// What somebody meets who types commands for the first time: a run that was killed, several runs in one store, nothing to list,
+// names with blanks, a narrow window.
+#include <sys/stat.h>
+
+#include <filesystem>
+
+#include "apps/output/output.h"
+#include "tests/apps/made_run.h"
+
+namespace perigee {
+namespace {
+
+bool says(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+TEST(Newcomer, RunsTellsARunThatWasKilled) {
+  TempDirectory place;
+  make_run(place / "runs/it is killed", "running");
+  make_run(place / "runs/done");
+  const RunOptions there{place.path(), {}};
+  const Said listed = run_perigee({"runs"}, there);
+  EXPECT_TRUE(says(listed.out, "made  killed ")) << listed.out;
+  EXPECT_TRUE(says(listed.out, "made  finished ")) << listed.out;
+  EXPECT_FALSE(says(listed.out, "running")) << listed.out;
+  EXPECT_TRUE(says(listed.out, "perigee resume 'runs/it is killed'\n")) << listed.out;
+  {
+    const Store writer(place / "runs/it is killed/store.sqlite");  // goes on
+    EXPECT_TRUE(says(run_perigee({"runs"}, there).out, "made  running ")) << listed.out;
+  }
+  EXPECT_TRUE(
+      says(run_perigee({"watch", "it is killed"}, there).out, "perigee resume 'runs/it is killed' goes on"));
+}
+
+TEST(Newcomer, EveryRunOfAMergedStoreIsListedAndRead) {
+  TempDirectory place;
+  make_run(place / "a", "finished", 1);
+  make_run(place / "b", "finished", 2);
+  std::filesystem::create_directories(place / "runs/all");
+  const RunOptions there{place.path(), {}};
+  const Said merged = run_perigee({"store", "merge", "runs/all/store.sqlite", "a", "b", "--rename"}, there);
+  ASSERT_EQ(merged.code, 0) << merged.err;
+  const Said listed = run_perigee({"runs"}, there);
+  EXPECT_TRUE(says(listed.out, "runs/all/made\n")) << listed.out;
+  EXPECT_TRUE(says(listed.out, "runs/all/made-2\n")) << listed.out;
+  const auto total = [&](const std::string& run) {
+    return run_perigee({"rollouts", run, "--json"}, there).json()["total"];
+  };
+  EXPECT_EQ(total("runs/all/made"), 8);
+  EXPECT_EQ(total("runs/all/made-2"), 12);
+  EXPECT_EQ(total("made-2"), 12);
+  EXPECT_EQ(total("all/made"), 8);
+  EXPECT_EQ(run_perigee({"show", "runs/all/made-2", "9"}, there).code, 0);
+  EXPECT_TRUE(
+      says(run_perigee({"rollouts", "runs/all/made-2"}, there).out, "perigee show runs/all/made-2 9"));
+  expect_refused({"rollouts", "runs/all/made-3"}, "no run", there);
+}
+
+TEST(Newcomer, AStoreIsNoRun) {
+  TempDirectory place;
+  make_run(place / "a");
+  std::filesystem::rename(place / "a/store.sqlite", place / "copy.sqlite");
+  expect_refused({"rollouts", place / "copy.sqlite"}, "is a file; a run is a directory");
+}
+
+TEST(Newcomer, NothingToListIsSaid) {
+  TempDirectory place;
+  const MadeRun made = make_run(place / "run");
+  EXPECT_EQ(run_perigee({"rollouts", made.directory, "--where", "reward > 100"}).out, "no episode matches\n");
+  std::filesystem::create_directories(place / "empty");
+  {
+    Store store(place / "empty/store.sqlite");
+    auto t = store.begin();
+    RunRecord run;
+    run.id = "empty";
+    run.config = "{}";
+    run.state = "running";
+    store.create_run(run);
+    t.commit();
+  }
+  EXPECT_TRUE(
+      says(run_perigee({"rollouts", place / "empty"}).out, "no episodes: the run has not got so far"));
+}
+
+// Twenty rows of many: the rest is told of beside the table, where a spreadsheet does not read it.
+TEST(Newcomer, CsvSaysThatThereAreMoreRows) {
+  TempDirectory place;
+  const MadeRun made = make_run(place / "run");
+  const Said some = run_perigee({"rollouts", made.directory, "--csv", "--limit", "3"});
+  EXPECT_TRUE(says(some.err, "3 of 16 episodes; more: --limit N, or --after ")) << some.err;
+  EXPECT_EQ(run_perigee({"rollouts", made.directory, "--csv"}).err, "");
+}
+
+TEST(Newcomer, AnExportReplacesNoPipe) {
+  TempDirectory place;
+  const MadeRun made = make_run(place / "run");
+  ASSERT_EQ(::mkfifo((place / "pipe").c_str(), 0600), 0);
+  std::vector<std::string> args{"export", made.directory, "--format", "csv", "--out", place / "pipe"};
+  expect_refused(args, "is no regular file");
+  args.emplace_back("--force");
+  expect_refused(args, "is no regular file");
+  EXPECT_TRUE(std::filesystem::is_fifo(place / "pipe"));
+}
+
+TEST(Newcomer, WordsForAShell) {
+  EXPECT_EQ(apps::shell_word("runs/quickstart-2026.1_x"), "runs/quickstart-2026.1_x");
+  EXPECT_EQ(apps::shell_word("runs/läuft"), "runs/läuft");
+  EXPECT_EQ(apps::shell_word("my run"), "'my run'");
+  EXPECT_EQ(apps::shell_word("it's"), "'it'\\''s'");
+  EXPECT_EQ(apps::shell_word("$(rm)"), "'$(rm)'");
+  EXPECT_EQ(apps::shell_word(""), "''");
+  EXPECT_EQ(apps::counted(1, "step", "steps"), "1 step");
+  EXPECT_EQ(apps::counted(0, "step", "steps"), "0 steps");
+}
+
+// What train says at its end is of what the run did.
+TEST(Newcomer, TrainSpeaksOfWhatWasDone) {
+  TempDirectory place;
+  const RunOptions there{place.path(), {}};
+  const auto train = [&](nlohmann::json patch, const std::string& directory) {
+    nlohmann::json config = small_run(directory);
+    config.merge_patch(patch);
+    spill(place / "run.json", config.dump());
+    const Said said = run_perigee({"train", "run.json", "--quiet", "--in-process"}, there);
+    EXPECT_EQ(said.code, 0) << said.err;
+    return said.out;
+  };
+  const std::string both = train(nlohmann::json::object(), "both runs");
+  EXPECT_TRUE(says(both, "held-out accuracy after the warm-up        ")) << both;
+  EXPECT_TRUE(says(both, "perigee verify 'both runs' ")) << both;
+  // Without a reference the KL is not computed; a curve of zeros would say that the policy stays where it was.
+  const auto curves = [&](const std::string& run) {
+    return run_perigee({"watch", run, "--once"}, there).out;
+  };
+  EXPECT_FALSE(says(curves("both runs"), "KL to the reference"));
+  train({{"learn", {{"kl_coef", 0.1}}}}, "held near");
+  EXPECT_TRUE(says(curves("held near"), "KL to the reference"));
+  const std::string supervised = train({{"learn", {{"steps", 0}}}}, "supervised");
+  EXPECT_FALSE(says(supervised, "rollouts")) << supervised;
+  EXPECT_FALSE(says(supervised, "perigee verify")) << supervised;
+  EXPECT_TRUE(says(supervised, "perigee eval supervised")) << supervised;
+  const std::string rl = train({{"warmup", {{"steps", 0}}}}, "rl");
+  EXPECT_FALSE(says(rl, "warm-up")) << rl;
+  EXPECT_TRUE(says(rl, "held-out accuracy before reinforcement learning ")) << rl;
+}
+
+}  // namespace
+}  // namespace perigee
