@@ -55,6 +55,11 @@ std::string default_out(const std::string& name) {
   return "runs/compare-" + out.substr(0, 80);
 }
 
+bool holds_runs(const fs::path& out) {
+  std::error_code error;
+  return fs::is_directory(out / "runs", error) && !fs::is_empty(out / "runs", error);
+}
+
 void print_plan(const Plan& plan) {
   Table models({"variant", "mixers", "parameters", "operations a token", "cache, bytes a token", "state"},
                {2, 3, 4, 5});
@@ -174,13 +179,14 @@ int run(const Options& o) {
   options.set = o.sets;
   options.threads = o.threads;
   if (!o.seeds.empty()) options.seeds = parse_seeds(o.seeds);
-  options.train = !o.context_only;
   Comparison comparison = load_comparison(o.files);
+  const fs::path out = o.out.empty() ? default_out(comparison.name) : o.out;
+  // Where runs are there, what is measured joins them in the report.
+  options.train = !o.context_only || (!o.dry_run && holds_runs(out));
   if (o.context_only && comparison.context.lengths.empty())
     for (int64_t n = 4096; n <= 1048576; n *= 2) comparison.context.lengths.push_back(n);
   const Plan plan = make_plan(std::move(comparison), options);
   const Comparison& c = plan.comparison;
-  const fs::path out = o.out.empty() ? default_out(c.name) : o.out;
   if (o.dry_run) {
     if (o.json)
       print_json(plan_json(plan, out));
@@ -199,7 +205,7 @@ int run(const Options& o) {
   if (context && !o.report_only && context->threads != o.threads) context.reset();
   if (!o.report_only) {
     if (!o.quiet && !o.json && !o.context_only) print_plan(plan), fmt::print("\n"), std::fflush(stdout);
-    if (!plan.runs.empty()) {
+    if (!plan.runs.empty() && !o.context_only) {
       RunsOptions runs;
       runs.out = out;
       runs.jobs = jobs;
@@ -216,7 +222,7 @@ int run(const Options& o) {
   report.context = context ? &*context : nullptr;
   report.machine = machine_text();
   report.program = kCommit;
-  report.jobs = plan.runs.empty() || o.report_only ? 0 : jobs;  // a report alone does not know
+  report.jobs = plan.runs.empty() || o.report_only || o.context_only ? 0 : jobs;  // else it does not know
   report.threads = o.threads;
   report.failures = end.failures;
   write_report(out, report);

@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <thread>
 
 #include "apps/output/output.h"
@@ -28,26 +29,34 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 using Clock = std::chrono::steady_clock;
 
-std::atomic<int> stop_signal{0};
+std::atomic<int> stop_signal{0}, pause_asked{0};
 
-// SIGINT and SIGTERM stop the runs in order while this lives.
+// SIGINT, SIGTERM and SIGHUP (a terminal that closes; not under nohup) stop the runs in order while this lives; Ctrl-Z
+// (SIGTSTP) is seen, for the runs are in groups of their own, which the terminal does not stop.
 class StopSignals {
  public:
   StopSignals() {
-    stop_signal = 0;
-    struct sigaction action {};
-    action.sa_handler = [](int number) { stop_signal = number; };
-    ::sigaction(SIGINT, &action, &interrupt_);
-    ::sigaction(SIGTERM, &action, &terminate_);
+    stop_signal = pause_asked = 0;
+    for (const int number : kStopping) set(number, [](int n) { stop_signal = n; });
+    set(SIGTSTP, [](int) { pause_asked = 1; });
   }
   ~StopSignals() {
-    ::sigaction(SIGINT, &interrupt_, nullptr);
-    ::sigaction(SIGTERM, &terminate_, nullptr);
+    for (const auto& [number, action] : former_) ::sigaction(number, &action, nullptr);
   }
 
  private:
-  struct sigaction interrupt_ {
-  }, terminate_{};
+  static constexpr int kStopping[] = {SIGINT, SIGTERM, SIGHUP};
+
+  void set(int number, void (*handler)(int)) {
+    struct sigaction action {};
+    action.sa_handler = handler;
+    struct sigaction& former = former_[number];
+    ::sigaction(number, nullptr, &former);
+    // A shell without job control, and nohup, ignore what their children are to ignore too.
+    if ((number == SIGHUP || number == SIGTSTP) && former.sa_handler == SIG_IGN) return;
+    ::sigaction(number, &action, nullptr);
+  }
+  std::map<int, struct sigaction> former_;
 };
 
 std::string state_of(const fs::path& directory) {
@@ -109,7 +118,7 @@ class Runner {
   Runner(const Plan& plan, const RunsOptions& options)
       : plan_(plan),
         options_(options),
-        program_(options.program.empty() ? current_program() : options.program) {
+        program_(options.program.empty() ? "/proc/self/exe" : options.program) {
     for (const char* name : {"configs", "runs", "logs", "evaluations"})
       make_directories((options.out / name).string());
   }
@@ -134,6 +143,7 @@ class Runner {
       while (stop_signal == 0 && !waiting_.empty() && static_cast<int64_t>(running_.size()) < options_.jobs)
         start_next();
       if (stop_signal != 0) break;
+      if (pause_asked.exchange(0) != 0) pause();
       std::this_thread::sleep_for(std::chrono::milliseconds(50));
       reap();
       tell();
@@ -270,6 +280,13 @@ class Runner {
     if (!job.evaluation) total_ -= job.work;
   }
 
+  // With its runs, until it is told to go on.
+  void pause() {
+    for (Job& job : running_) job.child.signal(SIGSTOP);
+    ::raise(SIGSTOP);
+    for (Job& job : running_) job.child.signal(SIGCONT);
+  }
+
   RunsEnd stop() {
     note("stopping; the same command goes on from here");
     for (Job& job : running_) job.child.signal(stop_signal);
@@ -306,14 +323,16 @@ class Runner {
     if (!live_)
       note(text);
     else if (!options_.quiet)
-      fmt::print(stderr, "\r\033[K{}", printable_line(text, 150));
+      write("\r\033[K" + printable_line(text, 150));
   }
 
   void say(const std::string& text) { note(text); }
   void note(const std::string& text) {
     if (options_.quiet) return;
-    fmt::print(stderr, "{}{}\n", live_ ? "\r\033[K" : "", text);
+    write(fmt::format("{}{}\n", live_ ? "\r\033[K" : "", text));
   }
+  // Of a terminal that has closed nobody reads: no error.
+  static void write(const std::string& text) { std::fwrite(text.data(), 1, text.size(), stderr); }
 
   const Plan& plan_;
   const RunsOptions& options_;

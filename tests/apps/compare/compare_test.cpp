@@ -1,10 +1,16 @@
 // perigee compare as a user types it: runs of a second, killed, gone on with, reported.
 #include <gtest/gtest.h>
 
+#include <fmt/format.h>
+#include <signal.h>
+
+#include <algorithm>
 #include <chrono>
 #include <filesystem>
+#include <iterator>
 #include <map>
 #include <regex>
+#include <sstream>
 #include <thread>
 
 #include "base/process.h"
@@ -242,6 +248,62 @@ TEST(Compare, CtrlCOfATerminalStopsInOrder) {
   const nlohmann::json report = nlohmann::json::parse(slurp(out + "/report.json"));
   EXPECT_EQ(report["failures"].size(), 0u) << report["failures"];
   for (const auto& r : report["runs"]) EXPECT_EQ(r["state"], "stopped") << r["id"];
+}
+
+// Of a process, as the kernel says: 'T' is stopped.
+char state_of(pid_t pid) {
+  const std::string stat = slurp(fmt::format("/proc/{}/stat", pid));
+  const size_t name = stat.rfind(')');
+  return name == std::string::npos || name + 2 >= stat.size() ? '?' : stat[name + 2];
+}
+std::vector<pid_t> children_of(pid_t pid) {
+  std::istringstream text(slurp(fmt::format("/proc/{0}/task/{0}/children", pid)));
+  return {std::istream_iterator<pid_t>(text), {}};
+}
+
+// The runs are in groups of their own, which a terminal's Ctrl-Z does not reach.
+TEST(Compare, CtrlZPausesItsRunsToo) {
+  TempDirectory place;
+  nlohmann::json c = two_runs();
+  c["base"]["warmup"]["steps"] = 100000;
+  c["base"]["warmup"]["eval_every"] = 500;
+  const std::string file = written(place, c), out = place / "out";
+  Child child = Child::start(PERIGEE_PROGRAM, {"compare", file, "--out", out, "--jobs", "2"}, place / "log", true);
+  const auto wait_for = [&](const auto& holds) {
+    for (int i = 0; i < 12000 && !holds(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    EXPECT_TRUE(holds()) << slurp(place / "log");
+  };
+  const auto all_are = [&](bool stopped) {
+    const auto runs = children_of(child.pid());
+    return runs.size() == 2 && std::all_of(runs.begin(), runs.end(), [&](pid_t pid) { return (state_of(pid) == 'T') == stopped; });
+  };
+  wait_for([&] { return fs::exists(out + "/runs/all-kda.s1/store.sqlite"); });
+  for (int i = 0; i < 2; ++i) {
+    ::kill(-child.pid(), SIGTSTP);
+    wait_for([&] { return state_of(child.pid()) == 'T'; });
+    EXPECT_TRUE(all_are(true));
+    ::kill(-child.pid(), SIGCONT);
+    wait_for([&] { return all_are(false); });
+  }
+  child.signal(SIGTERM);
+  const auto end = child.wait(600000);
+  ASSERT_TRUE(end);
+  EXPECT_EQ(end->exit_code, 130) << slurp(place / "log");
+}
+
+TEST(Compare, WhatIsMeasuredAloneJoinsTheRunsThatAreThere) {
+  TempDirectory place;
+  nlohmann::json c = two_runs();
+  const std::string out = place / "out";
+  ASSERT_EQ(run_perigee({"compare", written(place, c), "--out", out, "--quiet"}).code, 0);
+  const auto trained = hashes(out + "/report.json");
+  ASSERT_EQ(trained.size(), 2u);
+  c["measure"] = {{"context", {512}}, {"steps", 1}};
+  const Said said = run_perigee({"compare", written(place, c), "--out", out, "--context-only", "--quiet", "--json"});
+  ASSERT_EQ(said.code, 0) << said.err;
+  EXPECT_EQ(said.json()["runs"].size(), 2u);
+  EXPECT_EQ(said.json()["context"]["variants"].size(), 2u);
+  EXPECT_EQ(hashes(out + "/report.json"), trained);
 }
 
 // Killed between making the store and the run in it.
