@@ -1,12 +1,11 @@
 #include "apps/model/evaluation.h"
 
-#include <unistd.h>
-
 #include <chrono>
-#include <filesystem>
+#include <optional>
 #include <nlohmann/json.hpp>
 
 #include "base/error.h"
+#include "base/leftovers.h"
 #include "base/random.h"
 #include "kernels/context.h"
 #include "policy/engine/engine.h"
@@ -31,12 +30,12 @@ class Evaluator {
         rubric_(rollout::run_rubric(config, tasks)),
         ctx_(static_cast<int>(options.threads)),
         engine_(model.engine_backend(ctx_, config.engine.memory_bytes), model.layout(), config.engine),
-        work_(std::filesystem::temp_directory_path() / fmt::format("perigee-eval-{}", ::getpid())),
         records_(static_cast<size_t>(options.tasks)) {
     engine_.set_weights(model.arena(), 0);
-    if (tasks.environment() != nullptr)
-      episodes_.emplace(engine_, model.tokenizer(), *tasks.environment(), work_);
     result_.answers.resize(static_cast<size_t>(options.tasks));
+    if (tasks.environment() == nullptr) return;
+    work_.emplace("eval");
+    episodes_.emplace(engine_, model.tokenizer(), *tasks.environment(), work_->path());
   }
 
   Evaluation run() {
@@ -52,7 +51,6 @@ class Evaluator {
       step(tokens);
       for (const policy::GeneratedToken& t : tokens) take(t);
     }
-    if (episodes_) rollout::remove_workspace(work_);
     return finish();
   }
 
@@ -150,8 +148,8 @@ class Evaluator {
   const reward::Rubric rubric_;
   kernels::Context ctx_;
   policy::Engine engine_;
-  const std::filesystem::path work_;
-  std::optional<rollout::AgentEpisodes> episodes_;
+  std::optional<TemporaryFolder> work_;
+  std::optional<rollout::AgentEpisodes> episodes_;  // after its folder: its tools end first
   std::vector<std::string> records_;  // of tasks that are not scored yet
   size_t next_ = 0;
   Evaluation result_;

@@ -47,6 +47,10 @@ bool is_of_tasks(const std::string& set) {
   return set.starts_with("tasks.");
 }
 
+bool of_style(const std::vector<std::string>& sets) {
+  return std::any_of(sets.begin(), sets.end(), [](const std::string& set) { return set.starts_with("tasks.style="); });
+}
+
 json own_tasks(json tasks) {
   for (const char* key : {"lengths", "held_out_lengths", "levels", "min_length", "curriculum"})
     tasks.erase(key);
@@ -109,7 +113,12 @@ LengthPlan plan_lengths(const json& base, const std::string& where, const std::s
         name = task.name;
         config["tasks"] = task.tasks;
         config["environment"] = json::object();
-        config["reward"] = {{{"verifier", "task"}}};
+        // RULER's measure, whatever else a response says: nobody is trained on it.
+        const bool plain = task.tasks["kind"] != "mrcr" && !of_style(of_tasks);
+        if (plain)
+          config["reward"] = {{{"verifier", "recall"}, {"spare_words", -1}}};
+        else
+          config["reward"] = {{{"verifier", "task"}}};
         config["rollout"]["max_new_tokens"] = task.answer_tokens;
       }
       config["tasks"]["length"] = length;
