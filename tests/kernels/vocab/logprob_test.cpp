@@ -104,6 +104,14 @@ TEST(VocabLogprob, RefusesTargetsOutsideTheVocabulary) {
   EXPECT_THROW(testing::score(ctx, h, 1.0f), std::logic_error);
   h.targets[1] = -1;
   EXPECT_THROW(testing::score(ctx, h, 1.0f), std::logic_error);
+  const Floats some(3, 0.5f);
+  Floats dx(24);
+  for (const int32_t target : {30, -1}) {
+    h.targets[1] = target;
+    EXPECT_THROW(kernels::vocab_logprob_backward(ctx, 3, h.x.data(), h.d, h.weight, 1.0f, h.targets.data(), some.data(),
+                                                 some.data(), some.data(), nullptr, dx.data(), h.d, nullptr),
+                 std::logic_error);
+  }
 }
 
 // Memory stays at blocks of logits, whatever the vocabulary.
@@ -121,6 +129,9 @@ TEST(LogitsStats, SpecialLogits) {
   z[700] = 2.0f;
   EXPECT_EQ(kernels::logits_stats(z.data(), 1000, 1.0f).lse, 2.0f);
   EXPECT_EQ(kernels::logits_stats(z.data(), 1000, 1.0f).entropy, 0.0f);
+  // Nothing can be drawn: there is no distribution.
+  EXPECT_TRUE(std::isnan(kernels::logits_stats(Floats(300, -INFINITY).data(), 300, 1.0f).lse));
+  EXPECT_TRUE(std::isnan(kernels::logits_stats(Floats(300, -INFINITY).data(), 300, 1.0f).entropy));
   const Floats even(1000, 5e4f);
   EXPECT_NEAR(kernels::logits_stats(even.data(), 1000, 1.0f).entropy, std::log(1000.0), 2e-6);
   for (const size_t at : {size_t{0}, size_t{255}, size_t{256}, size_t{999}}) {
