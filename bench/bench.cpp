@@ -31,7 +31,8 @@ std::vector<std::string> figure_names() {
     for (const char* figure :
          {"decode-1", "decode-deep", "decode-64", "prefill-512", "prefill-4096", "train"})
       names.push_back(std::string(figure) + "-" + dtype);
-  for (const char* name : {"tiny-decode", "tiny-train", "kda-chunked", "kda-recurrent", "kda-dplr", "store-episodes",
+  for (const char* name : {"tiny-decode", "tiny-train", "kda-chunked", "kda-recurrent", "kda-dplr",
+                           "kda-chunked-32", "kda-recurrent-32", "kda-dplr-32", "store-episodes",
                            "store-groups", "store-list", "bus-messages", "bus-bytes", "grammar-mask", "sessions-begin",
                            "sessions-memory", "sessions-disk", "sessions-start", "sessions-resume", "http-tokens", "http-first", "http-overhead", "http-apart",
                            "http-sessions-begin", "http-sessions-memory", "http-sessions-start", "http-sessions-resume"})

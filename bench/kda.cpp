@@ -2,7 +2,10 @@
 // is a case of, on the same inputs.
 #include <algorithm>
 #include <cmath>
+#include <string>
 #include <vector>
+
+#include <fmt/format.h>
 
 #include "base/error.h"
 #include "base/random.h"
@@ -16,8 +19,9 @@ namespace {
 
 using namespace kernels;
 
-constexpr int64_t kRows = 2048, kHeads = 4, kDim = 128;
+constexpr int64_t kRows = 2048, kHeads = 4;
 
+template <int64_t kDim>
 struct Inputs {
   std::vector<float> q, k, v, g, beta;
   Inputs() {
@@ -44,7 +48,8 @@ struct Inputs {
 
 // The definition, vectorised over the values: decay, read, write, read. The state passes through the caches four times
 // a token.
-void recurrent_head(const Inputs& in, int64_t head, float* s, float* out) {
+template <int64_t kDim>
+void recurrent_head(const Inputs<kDim>& in, int64_t head, float* s, float* out) {
   using namespace simd;
   std::fill_n(s, kDim * kDim, 0.0f);
   constexpr int64_t kVectors = kDim / 16;
@@ -76,9 +81,10 @@ void recurrent_head(const Inputs& in, int64_t head, float* s, float* out) {
 }
 
 // KDA as the general recurrence: a = beta k, b = exp(g) . k, and beta k is written.
+template <int64_t kDim>
 struct DplrOperands {
   std::vector<float> written, read;
-  explicit DplrOperands(const Inputs& in) : written(in.k), read(in.k) {
+  explicit DplrOperands(const Inputs<kDim>& in) : written(in.k), read(in.k) {
     for (size_t i = 0; i < read.size(); ++i) {
       written[i] *= in.beta[i / kDim];
       read[i] *= std::exp(in.g[i]);
@@ -96,13 +102,14 @@ void require_same(const std::vector<float>& a, const std::vector<float>& b) {
   PERIGEE_CHECK(difference < 1e-5 * size, "two forms of KDA differ by {} of {}", difference, size);
 }
 
-}  // namespace
-
-void bench_kda(Rig& rig) {
-  if (!rig.wants("kda-chunked") && !rig.wants("kda-recurrent") && !rig.wants("kda-dplr")) return;
+// Of heads of kDim; `suffix` follows each figure's name.
+template <int64_t kDim>
+void bench_heads(Rig& rig, const std::string& suffix) {
+  const auto wants = [&](const char* name) { return rig.wants(name + suffix); };
+  if (!wants("kda-chunked") && !wants("kda-recurrent") && !wants("kda-dplr")) return;
   Context& ctx = rig.context();
   const KdaShape shape{kHeads, kDim, kDim};
-  const Inputs in;
+  const Inputs<kDim> in;
   const auto floats = static_cast<size_t>(kRows * kHeads * kDim);
   std::vector<float> chunked(floats), recurrent(floats);
   std::vector<float> state(static_cast<size_t>(kda_state_floats(shape))), states(kHeads * kDim * kDim);
@@ -122,14 +129,14 @@ void bench_kda(Rig& rig) {
   };
   run_chunked();
   run_recurrent();
-  const DplrOperands general(in);
+  const DplrOperands<kDim> general(in);
   std::vector<float> dplr(floats), dplr_state(static_cast<size_t>(dplr_state_floats(shape)));
   const auto run_dplr = [&] {
     std::fill(dplr_state.begin(), dplr_state.end(), 0.0f);
     const DplrSlice slice{{0, kRows, 0}, dplr_state.data()};
     dplr_forward(ctx, shape,
-                 {in.q.data(), general.written.data(), in.v.data(), general.written.data(), general.read.data(),
-                  in.g.data()},
+                 {in.q.data(), general.written.data(), in.v.data(), general.written.data(),
+                  general.read.data(), in.g.data()},
                  {&slice, 1}, dplr.data());
     return static_cast<double>(kRows);
   };
@@ -140,20 +147,27 @@ void bench_kda(Rig& rig) {
   f.unit = "tokens/s";
   f.bound = Bound::kFma;
   f.work = 2.0 * kHeads * 4 * kDim * kDim;  // the recurrence: decay, Sᵀk, the rank-one write and Sᵀq
-  f.note = "4 heads of 128, 2,048 tokens; FLOP of the recurrence";
-  if (rig.wants("kda-chunked")) {
-    f.name = "kda-chunked";
+  f.note = fmt::format("4 heads of {}, 2,048 tokens; FLOP of the recurrence", kDim);
+  if (wants("kda-chunked")) {
+    f.name = "kda-chunked" + suffix;
     rig.measure(f, run_chunked);
   }
-  if (rig.wants("kda-recurrent")) {
-    f.name = "kda-recurrent";
+  if (wants("kda-recurrent")) {
+    f.name = "kda-recurrent" + suffix;
     rig.measure(f, run_recurrent);
   }
-  if (rig.wants("kda-dplr")) {
-    f.name = "kda-dplr";
+  if (wants("kda-dplr")) {
+    f.name = "kda-dplr" + suffix;
     f.note = "the same inputs through the general transition, Diag(exp g) - a b^T";
     rig.measure(f, run_dplr);
   }
+}
+
+}  // namespace
+
+void bench_kda(Rig& rig) {
+  bench_heads<128>(rig, "");
+  bench_heads<32>(rig, "-32");  // the size of the laboratory's small models
 }
 
 }  // namespace perigee::bench
