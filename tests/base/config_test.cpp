@@ -126,6 +126,30 @@ TEST(Config, ErrorsSayWhereWhatAndWhatToDo) {
   }
 }
 
+// The least and the largest number of a type are numbers of it; one further is not.
+TEST(Config, WholeNumbersReachTheEndsOfTheirType) {
+  int64_t wide = 0;
+  int32_t narrow = 0;
+  Schema s;
+  s.field("wide", &wide, "any");
+  s.field("narrow", &narrow, "any");
+  for (const int64_t x : {INT64_MIN, INT64_MAX}) {
+    s.load({{"wide", x}}, "a.json");
+    EXPECT_EQ(wide, x);
+  }
+  for (const int32_t x : {INT32_MIN, INT32_MAX}) {
+    s.load({{"narrow", x}}, "a.json");
+    EXPECT_EQ(narrow, x);
+  }
+  s.load({{"wide", 0x1p53}}, "a.json");
+  EXPECT_EQ(wide, int64_t{1} << 53);
+  for (const json& value :
+       {json{{"narrow", int64_t{INT32_MAX} + 1}}, json{{"narrow", int64_t{INT32_MIN} - 1}},
+        json{{"wide", uint64_t{1} << 63}}, json{{"wide", 0x1p53 + 2}}})
+    EXPECT_THROW(s.load(value, "a.json"), Error) << value;
+  EXPECT_EQ(narrow, INT32_MAX);
+}
+
 TEST(Config, SetReachesIntoAJsonField) {
   Fixture f;
   ASSERT_EQ(f.load(R"({"rewards": [{"kind": "exact"}, {"kind": "length", "weight": 0.5}]})"), "no error");
