@@ -86,7 +86,7 @@ void matmul_grad_input(Context& ctx, std::span<const MatmulGradInputTask> tasks)
         return Extent{(panels + kTilePanels - 1) / kTilePanels, t.rows, kMostRows, 96,
                       panels * kPanel * t.w.n * t.rows};
       },
-      [&](int64_t i, const Piece& p) {
+      [&](int64_t i, const Piece& p, const TaskPiece&) {
         const MatmulGradInputTask& t = tasks[i];
         const int64_t begin = p.across_begin * kTilePanels;
         const int64_t end = std::min(p.across_end * kTilePanels, panels_of(t.w.k));

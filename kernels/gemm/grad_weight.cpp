@@ -118,7 +118,7 @@ void matmul_grad_weight(Context& ctx, std::span<const MatmulGradWeightTask> task
         return Extent{t.rows == 0 ? 0 : (panels + kTilePanels - 1) / kTilePanels,
                       (t.k + kTileRows - 1) / kTileRows, kMostStrips, 8, panels * kPanel * t.k * t.rows};
       },
-      [&](int64_t i, const Piece& p) {
+      [&](int64_t i, const Piece& p, const TaskPiece&) {
         const MatmulGradWeightTask& t = tasks[i];
         piece(t, p.across_begin * kTilePanels, std::min(p.across_end * kTilePanels, panels_of(t.n)),
               p.along_begin, p.along_end);

@@ -26,10 +26,11 @@ struct Cut {
 };
 
 // Rows [row, row + rows) by panels [panel, panel_end), a group of panels at a time, each read from memory once. bfloat16 is
-// widened on the way. The next group lies behind this one (behind the last one the next matrix, or nothing: asking for
-// memory does not read it), and each tile asks for its share, so that memory and multiply-adds are both busy.
+// widened on the way. Each tile asks for its share of the next group, behind the last group of what lies at `later`, so that
+// memory and multiply-adds are both busy. (What it asks for may lie behind a matrix: asking for memory does not read it.)
 template <class T>
-void piece(const MatmulTask& t, int64_t panel, int64_t panel_end, int64_t row, int64_t rows) {
+void piece(const MatmulTask& t, int64_t panel, int64_t panel_end, int64_t row, int64_t rows,
+           const char* later) {
   const int64_t k = t.w.k;
   const Cut cut(t, rows);
   const EvenSplit tiles(rows, cut.rows), depths(k, kDeepest);
@@ -39,7 +40,8 @@ void piece(const MatmulTask& t, int64_t panel, int64_t panel_end, int64_t row, i
     const T* w = static_cast<const T*>(t.w.panels) + panel * k * kPanel;
     const int64_t share = panels * k * kPanel * static_cast<int64_t>(sizeof(T)) /
                           (tiles.pieces * std::max<int64_t>(depths.pieces, 1));
-    const char* ahead = reinterpret_cast<const char*>(w + panels * k * kPanel);
+    const char* ahead =
+        end < panel_end || later == nullptr ? reinterpret_cast<const char*>(w + panels * k * kPanel) : later;
     for (int64_t j = 0; j == 0 || j < depths.pieces; ++j) {
       const int64_t from = k == 0 ? 0 : depths.begin(j), depth = k == 0 ? 0 : depths.end(j) - from;
       const Start start = j > 0 ? Start::kContinue : t.accumulate ? Start::kAddAtEnd : Start::kZero;
@@ -87,14 +89,21 @@ void matmul(Context& ctx, std::span<const MatmulTask> tasks) {
         const int64_t panels = panels_of(t.w.n), group = Cut(t, t.rows).panels;
         return Extent{(panels + group - 1) / group, t.rows, 256, 48, panels * kPanel * t.w.k * t.rows};
       },
-      [&](int64_t i, const Piece& p) {
+      [&](int64_t i, const Piece& p, const TaskPiece& after) {
         const MatmulTask& t = tasks[i];
         const int64_t group = Cut(t, t.rows).panels, begin = p.across_begin * group;
         const int64_t end = std::min(p.across_end * group, panels_of(t.w.n));
+        const char* later = nullptr;
+        if (after.task >= 0) {
+          const MatmulTask& next = tasks[after.task];
+          later = static_cast<const char*>(next.w.panels) + after.piece.across_begin *
+                                                                Cut(next, next.rows).panels * kPanel *
+                                                                next.w.k * dtype_bytes(next.w.dtype);
+        }
         if (t.w.dtype == Dtype::kF32) {
-          piece<float>(t, begin, end, p.along_begin, p.along_end - p.along_begin);
+          piece<float>(t, begin, end, p.along_begin, p.along_end - p.along_begin, later);
         } else {
-          piece<uint16_t>(t, begin, end, p.along_begin, p.along_end - p.along_begin);
+          piece<uint16_t>(t, begin, end, p.along_begin, p.along_end - p.along_begin, later);
         }
       });
 }

@@ -31,7 +31,14 @@ inline constexpr int64_t kTinyWork = 20'000;
 inline constexpr int64_t kLeastPieceWork = 60'000;
 inline constexpr int64_t kPiecesPerThread = 16;
 
-// Calls body(task_index, piece) for all pieces of all tasks over the pool. extent(i) describes task i.
+// A piece of some task.
+struct TaskPiece {
+  int64_t task = -1;  // -1: none
+  Piece piece{};
+};
+
+// Calls body(task_index, piece, later) for all pieces of all tasks over the pool. extent(i) describes task i. later: what
+// this thread will be given next if all threads are equally quick, a guess to prefetch by.
 template <class ExtentOf, class Body>
 void for_pieces(Context& ctx, int64_t tasks, const ExtentOf& extent, const Body& body,
                 int64_t pieces_per_thread = kPiecesPerThread) {
@@ -63,19 +70,28 @@ void for_pieces(Context& ctx, int64_t tasks, const ExtentOf& extent, const Body&
     pieces += g.across_pieces * g.along_pieces;
   }
   if (pieces == 0) return;
+  // Piece number `at`, of task i or a later one.
+  const auto find = [&](int64_t i, int64_t at) {
+    while (at - grid[i].first >= grid[i].across_pieces * grid[i].along_pieces) ++i;
+    const Grid& g = grid[i];
+    const int64_t a = (at - g.first) / g.along_pieces, b = (at - g.first) % g.along_pieces;
+    return TaskPiece{i,
+                     {g.across * a / g.across_pieces, g.across * (a + 1) / g.across_pieces,
+                      g.along * b / g.along_pieces, g.along * (b + 1) / g.along_pieces}};
+  };
+  const bool alone = work < kTinyWork;
+  const int64_t stride = alone ? 1 : threads;
   const auto range = [&](int64_t begin, int64_t end) {
     int64_t i =
         std::upper_bound(grid, grid + tasks, begin, [](int64_t v, const Grid& g) { return v < g.first; }) -
         grid - 1;
     for (int64_t at = begin; at < end; ++at) {
-      while (at - grid[i].first >= grid[i].across_pieces * grid[i].along_pieces) ++i;
-      const Grid& g = grid[i];
-      const int64_t a = (at - g.first) / g.along_pieces, b = (at - g.first) % g.along_pieces;
-      body(i, Piece{g.across * a / g.across_pieces, g.across * (a + 1) / g.across_pieces,
-                    g.along * b / g.along_pieces, g.along * (b + 1) / g.along_pieces});
+      const TaskPiece now = find(i, at);
+      i = now.task;
+      body(i, now.piece, at + stride < pieces ? find(i, at + stride) : TaskPiece{});
     }
   };
-  ctx.pool.parallel_for(pieces, work < kTinyWork ? pieces : 1, range);
+  ctx.pool.parallel_for(pieces, alone ? pieces : 1, range);
 }
 
 }  // namespace perigee::kernels::gemm

@@ -46,13 +46,11 @@ struct TileArgs {
 // only tile that will pass over this group (Once), or a part by each of several (Again).
 enum class Layout { kRowsApart, kRowsAdjacent, kRowsApartOnce, kRowsApartAgain };
 
-// Tiles of fewer rows than this do not ask: two rows and less read in order, which the processor sees coming.
-inline constexpr int kAheadRows = 3;
 // Cache lines to ask for at each step of the depth: those of P panels, by one tile or by at least two.
-template <Layout kLayout, int R, int P, class T>
+template <Layout kLayout, int P, class T>
 constexpr int ahead_lines() {
   constexpr int lines = (P * static_cast<int>(sizeof(T)) + 3) / 4;
-  if (kLayout == Layout::kRowsApartOnce) return R >= kAheadRows ? lines : 0;
+  if (kLayout == Layout::kRowsApartOnce) return lines;
   return kLayout == Layout::kRowsApartAgain ? (lines + 1) / 2 : 0;
 }
 
@@ -107,7 +105,7 @@ void tile(const TileArgs<T>& a) {
   }
   const T* w = a.w;
   const float* x = a.x;
-  constexpr int kLines = ahead_lines<kLayout, R, P, T>();
+  constexpr int kLines = ahead_lines<kLayout, P, T>();
   [[maybe_unused]] const char* ahead = static_cast<const char*>(a.ahead);
   const int64_t x_row = kLayout == Layout::kRowsAdjacent ? 1 : a.x_stride;
   const int64_t x_step = kLayout == Layout::kRowsAdjacent ? a.x_stride : 1;
