@@ -130,5 +130,23 @@ TEST(Blob, ForgedHeadersAreRefused) {
   }
 }
 
+// A later version may write what this one does not know: said as such, the checksum being right.
+TEST(Blob, EachUnknownByteOfTheHeaderIsAnUnknownFormat) {
+  const std::vector<uint8_t> good = encode_blob(std::vector<uint32_t>{7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7});
+  for (const auto& [at, value] :
+       {std::pair<size_t, uint8_t>{0, 0}, {0, 2}, {1, 2}, {2, 3}, {2, 16}, {3, 2}}) {
+    std::vector<uint8_t> blob = good;
+    blob[at] = value;
+    uint64_t seed;
+    std::memcpy(&seed, blob.data(), 8);
+    const uint64_t sum = XXH3_64bits_withSeed(blob.data() + 16, blob.size() - 16, seed);
+    std::memcpy(blob.data() + 8, &sum, 8);
+    EXPECT_EQ(check_blob(blob), BlobStatus::kUnknownFormat) << at << ": " << int{value};
+    std::vector<uint32_t> out = {1};
+    EXPECT_EQ(decode_blob(std::span<const uint8_t>(blob), out), BlobStatus::kUnknownFormat);
+    EXPECT_EQ(out, std::vector<uint32_t>{1});
+  }
+}
+
 }  // namespace
 }  // namespace perigee

@@ -27,6 +27,12 @@ TEST(Text, NearestFindsSlipsAndNothingElse) {
   EXPECT_EQ(did_you_mean("qqqqqq", names), "");
 }
 
+TEST(Text, JoinPutsTheSeparatorBetween) {
+  EXPECT_EQ(join(std::vector<std::string>{}, ", "), "");
+  EXPECT_EQ(join(std::vector<std::string>{"a"}, ", "), "a");
+  EXPECT_EQ(join(std::vector<std::string>{"a", "", "b"}, ", "), "a, , b");
+}
+
 TEST(Text, BytesAreReadable) {
   EXPECT_EQ(human_bytes(0), "0 B");
   EXPECT_EQ(human_bytes(1023), "1023 B");
