@@ -19,19 +19,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// A run that was stopped after its first step.
-RunOutcome stopped_run(const TempDir& dir, bool in_process = true) {
-  std::stop_source source;
-  auto options = quiet(in_process);
-  options.stop = source.get_token();
-  options.on_event = [&](const nlohmann::json& e) {
-    if (e.value("event", "") == "step" && e.value("phase", "") == "rl" && e.value("step", 0) == 1) source.request_stop();
-  };
-  const auto outcome = run(tiny_config(), dir, options);
-  EXPECT_EQ(outcome.state, "stopped") << outcome.failure;
-  return outcome;
-}
-
 void expect_refused(const std::string& run_dir, const std::string& word) {
   try {
     const auto outcome = resume(run_dir, quiet(true));
@@ -45,7 +32,10 @@ void expect_refused(const std::string& run_dir, const std::string& word) {
 
 class Resume : public ::testing::Test {
  protected:
-  void SetUp() override { run_ = stopped_run(dir_); }
+  void SetUp() override {
+    run_ = stopped_after(tiny_config(), dir_, 1);
+    ASSERT_EQ(run_.state, "stopped") << run_.failure;
+  }
   nlohmann::json config() const { return nlohmann::json::parse(read_file(run_.run_dir + "/config.json")); }
   void write(const nlohmann::json& config) const { write_file_atomic(run_.run_dir + "/config.json", config.dump(2)); }
 

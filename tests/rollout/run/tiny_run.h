@@ -1,5 +1,7 @@
 // A whole run with the real model, engine and trainer that takes a second.
 #pragma once
+#include <stop_token>
+
 #include "rollout/run/run.h"
 #include "tests/rollout/temp_dir.h"
 
@@ -47,6 +49,21 @@ inline TrainOptions quiet(bool in_process) {
 
 inline RunOutcome run(const nlohmann::json& config, const TempDir& dir, const TrainOptions& options, const char* name = "run") {
   return train(parse_run_config(config, "test", {"run.dir=" + (dir.path / name).string()}), options);
+}
+
+// A run in this process that was stopped once this step of reinforcement learning was done. Where the machine was so busy that
+// the run came to its end before it heard of the wish, another one is begun.
+inline RunOutcome stopped_after(const nlohmann::json& config, const TempDir& dir, int step) {
+  for (int i = 0;; ++i) {
+    std::stop_source source;
+    auto options = quiet(true);
+    options.stop = source.get_token();
+    options.on_event = [&](const nlohmann::json& e) {
+      if (e.value("event", "") == "step" && e.value("phase", "") == "rl" && e.value("step", 0) == step) source.request_stop();
+    };
+    const auto outcome = run(config, dir, options, ("run" + std::to_string(i)).c_str());
+    if (outcome.state != "finished" || i == 20) return outcome;
+  }
 }
 
 }  // namespace perigee::rollout
