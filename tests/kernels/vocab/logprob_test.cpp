@@ -100,10 +100,12 @@ TEST(VocabLogprob, NanInNanOut) {
 TEST(VocabLogprob, RefusesTargetsOutsideTheVocabulary) {
   Context ctx(1);
   Head h(3, 8, 30, 330);
-  h.targets[1] = 30;
-  EXPECT_THROW(testing::score(ctx, h, 1.0f), std::logic_error);
-  h.targets[1] = -1;
-  EXPECT_THROW(testing::score(ctx, h, 1.0f), std::logic_error);
+  for (size_t row = 0; row < 3; ++row)
+    for (const int32_t target : {30, -1}) {
+      const int32_t kept = std::exchange(h.targets[row], target);
+      EXPECT_THROW(testing::score(ctx, h, 1.0f), std::logic_error) << row;
+      h.targets[row] = kept;
+    }
   const Floats some(3, 0.5f);
   Floats dx(24);
   for (const int32_t target : {30, -1}) {
