@@ -32,7 +32,9 @@ nlohmann::json two_runs() {
 
 std::map<std::string, std::string> hashes(const std::string& report) {
   std::map<std::string, std::string> out;
-  for (const auto& r : nlohmann::json::parse(slurp(report))["runs"]) out[r["id"]] = r["weights_hash"];
+  const nlohmann::json whole = nlohmann::json::parse(slurp(report));
+  for (const auto& r : whole["runs"]) out[r["id"]] = r["weights_hash"];
+  EXPECT_FALSE(out.empty());
   return out;
 }
 
@@ -280,8 +282,7 @@ TEST(Compare, CtrlZPausesItsRunsToo) {
   wait_for([&] { return fs::exists(out + "/runs/all-kda.s1/store.sqlite"); });
   for (int i = 0; i < 2; ++i) {
     ::kill(-child.pid(), SIGTSTP);
-    wait_for([&] { return state_of(child.pid()) == 'T'; });
-    EXPECT_TRUE(all_are(true));
+    wait_for([&] { return state_of(child.pid()) == 'T' && all_are(true); });
     ::kill(-child.pid(), SIGCONT);
     wait_for([&] { return all_are(false); });
   }
