@@ -60,7 +60,9 @@ TEST_F(LoraCommands, AModelWithAdaptersGeneratesAndScoresAlike) {
   const Said generated = run_perigee({"generate", "--model", newest(), "--ids", "256,49,43,50,61", "-n", "2", "--seed", "5",
                                       "--max-tokens", "20", "--ignore-stop", "--json"});
   ASSERT_EQ(generated.code, 0) << generated.err;
-  for (const auto& sample : generated.json()["samples"]) {
+  const nlohmann::json samples = generated.json()["samples"];
+  ASSERT_EQ(samples.size(), 2u);
+  for (const auto& sample : samples) {
     std::string ids = "256,49,43,50,61";
     for (const auto& id : sample["tokens"]) ids += "," + std::to_string(id.get<int>());
     const nlohmann::json tokens = run_perigee({"score", "--model", newest(), "--ids", ids}).json()["tokens"];
