@@ -33,8 +33,14 @@ std::vector<float> initial_weights(const RunConfig& config, const policy::ParamL
 
 std::unique_ptr<policy::Tokenizer> make_tokenizer(const RunConfig& config, const policy::ModelConfig& model) {
   if (!config.tokenizer.path.empty()) {
-    const std::filesystem::path path(config.tokenizer.path);
-    return policy::load_tokenizer(std::filesystem::is_directory(path) ? path.string() : path.parent_path().string(), model);
+    namespace fs = std::filesystem;
+    const fs::path path(config.tokenizer.path);
+    const fs::path file = fs::is_directory(path) ? path / "tiktoken.model" : path;
+    // Without the file the loader would take bytes for tokens: right for a model's directory, never for a path that was named.
+    if (file.filename() != "tiktoken.model" || !fs::is_regular_file(file))
+      throw_input("tokenizer.path: {}: no tiktoken.model there; name one, its directory, or leave the key out for bytes",
+                  config.tokenizer.path);
+    return policy::load_tokenizer(fs::absolute(file).parent_path().string(), model);
   }
   if (!config.model.path.empty()) return policy::load_tokenizer(config.model.path, model);
   if (model.vocab_size < policy::ByteTokenizer::kMinVocab)

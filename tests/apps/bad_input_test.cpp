@@ -37,6 +37,20 @@ TEST(BadInput, CommandLine) {
   expect_refused({"config"}, "configuration");
 }
 
+// A file that is not there must not become a run on bytes.
+TEST(BadInput, ATokenizerThatIsNotThere) {
+  TempDirectory place;
+  const RunOptions there{place.path(), {}};
+  spill(place / "run.json", small_run("run").dump());
+  fs::create_directories(place / "empty");
+  spill(place / "tokenizer.json", "{}");
+  const std::string before = listing(place.path());
+  for (const char* path : {"nothere", "nothere/tiktoken.model", "empty", "tokenizer.json"}) {
+    expect_refused({"train", "run.json", "--set", std::string("tokenizer.path=") + path}, "no tiktoken.model there", there);
+    EXPECT_EQ(listing(place.path()), before) << path;
+  }
+}
+
 TEST(BadInput, NoRunYet) {
   TempDirectory place;
   for (const char* command : {"resume", "rollouts", "verify", "eval", "show"}) {
