@@ -188,6 +188,7 @@ int replay(Options o) {
   PastRun::Episodes episodes;
   if (o.all) {
     episodes = run.episodes();
+    refuse_nothing_to_check("replay", run, episodes);
   } else {
     std::set<int64_t> ids;
     for (const std::string& text : o.episodes) ids.insert(parse_episode(text));

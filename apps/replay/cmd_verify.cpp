@@ -56,6 +56,7 @@ int verify(const Options& o) {
     episodes.ids.push_back(*o.episode);
   else
     episodes = run.episodes();
+  if (!o.episode) refuse_nothing_to_check("verify", run, episodes);
   int64_t unordered = 0, spanning = 0;
   for (const int64_t id : episodes.ids) {
     for (rollout::Attempt& a : rollout::attempts_of(run.store().episode(id))) {

@@ -63,6 +63,12 @@ PastRun::Episodes PastRun::episodes() {
   return out;
 }
 
+void refuse_nothing_to_check(std::string_view command, const PastRun& run, const PastRun::Episodes& episodes) {
+  if (episodes.ids.empty() && episodes.pruned == 0)
+    throw_input("{}: {} holds no episodes: a run of supervised learning, or one that is still in its warm-up", command,
+                run.directory());
+}
+
 rollout::Rebuilt PastRun::rebuild(uint32_t first, uint32_t last,
                                   const std::function<void(uint32_t, const std::byte*)>& visit,
                                   const std::function<std::string()>& progress,

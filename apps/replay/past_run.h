@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "apps/command_line/run_argument.h"
@@ -62,6 +63,9 @@ class PastRun {
  private:
   std::unique_ptr<StoreQueries> store_;
 };
+
+// ERRORS (input): the run holds no episodes, so that `command` would find no fault in nothing.
+void refuse_nothing_to_check(std::string_view command, const PastRun& run, const PastRun::Episodes& episodes);
 
 // A line on standard error that the next one replaces, where it is a terminal; at most some times a second.
 class ProgressLine {

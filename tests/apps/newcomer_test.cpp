@@ -139,6 +139,9 @@ TEST(Newcomer, TrainSpeaksOfWhatWasDone) {
   EXPECT_FALSE(says(supervised, "rollouts")) << supervised;
   EXPECT_FALSE(says(supervised, "perigee verify")) << supervised;
   EXPECT_TRUE(says(supervised, "perigee eval supervised")) << supervised;
+  // A check of nothing is no check that was passed.
+  expect_refused({"verify", "supervised"}, "holds no episodes", there);
+  expect_refused({"replay", "supervised", "--all"}, "holds no episodes", there);
   const std::string rl = train({{"warmup", {{"steps", 0}}}}, "rl");
   EXPECT_FALSE(says(rl, "warm-up")) << rl;
   EXPECT_TRUE(says(rl, "held-out accuracy before reinforcement learning ")) << rl;
