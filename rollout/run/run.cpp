@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/file.h>
+#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -231,6 +232,8 @@ int role_main(const std::string& role, const std::vector<std::string>& args) {
   ::signal(SIGINT, SIG_IGN);
   ::signal(SIGHUP, SIG_IGN);
   ::signal(SIGPIPE, SIG_IGN);
+  // It was started as /proc/self/exe; top and pgrep look at this name, of 15 bytes at most.
+  ::prctl(PR_SET_NAME, ("perigee-" + role).c_str());
   try {
     std::string run_dir, name, endpoint, config_hash;
     bool keep_leases = false;
