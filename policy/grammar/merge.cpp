@@ -101,7 +101,8 @@ std::string merge_schemas(const ordered_json& a, const ordered_json& b, ordered_
   // Items after the prefix of the one are all items of the other.
   const auto prefix = [](const ordered_json& s) { return s.contains("prefixItems") ? s["prefixItems"].size() : 0; };
   const ordered_json& shorter = prefix(a) < prefix(b) ? a : b;
-  if (prefix(a) != prefix(b) && shorter.contains("items") && shorter["items"] != true) return "items";
+  const auto says_nothing = [](const ordered_json& s) { return s == true || s == ordered_json::object(); };
+  if (prefix(a) != prefix(b) && shorter.contains("items") && !says_nothing(shorter["items"])) return "items";
   ordered_json r = a;
   for (const auto& [k, v] : b.items()) {
     if (!r.contains(k)) {

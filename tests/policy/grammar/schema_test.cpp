@@ -181,6 +181,7 @@ TEST(GrammarSchema, ArraysAndChoices) {
   EXPECT_TRUE(generates(R"({"allOf":[{"type":"integer","minimum":1},{"maximum":2}]})", "2"));
   EXPECT_FALSE(generates(R"({"allOf":[{"type":"integer","minimum":1},{"maximum":2}]})", "3"));
   EXPECT_TRUE(generates(R"({"allOf":[{"prefixItems":[{"type":"null"}],"items":{"type":"integer"}},{"minItems":2}]})", "[null,3]"));
+  EXPECT_TRUE(generates(R"({"prefixItems":[{"type":"string"}],"allOf":[{"type":"array","items":{}}],"maxItems":1})", R"(["a"])"));
   EXPECT_TRUE(generates(R"({"oneOf":[{"type":"string"},{"type":"integer"}]})", "3"));
   // The same values whatever the order of their keys.
   const char* both = R"({"allOf":[{"enum":[{"a":1,"b":2},{"c":3}]},{"enum":[{"b":2,"a":1}]}]})";
