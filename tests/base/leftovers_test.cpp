@@ -26,6 +26,8 @@ struct Waiting {
     EXPECT_EQ(::pipe(ends), 0);
     pid = ::fork();
     if (pid == 0) {
+      // Whoever started the tests may ignore some (nohup, a shell's background jobs).
+      for (const int signal : {SIGINT, SIGTERM, SIGHUP}) ::signal(signal, SIG_DFL);
       if (before != nullptr) before();
       const TemporaryFolder made("leftovers-test");
       std::ofstream(made.path() / "inside") << "text";
