@@ -80,7 +80,7 @@ void matmul(Context& ctx, std::span<const MatmulTask> tasks) {
   for (const MatmulTask& t : tasks) {
     PERIGEE_CHECK(t.rows >= 0 && t.w.n >= 0 && t.w.k >= 0 && t.ldx >= t.w.k && t.ldy >= t.w.n,
                   "rows {} n {} k {} ldx {} ldy {}", t.rows, t.w.n, t.w.k, t.ldx, t.ldy);
-    PERIGEE_CHECK(!t.accumulate || t.w.k <= kDepthBlock, "a sum of {} in blocks is not added once", t.w.k);
+    PERIGEE_CHECK(!t.accumulate || t.w.k <= kDeepest, "a sum of {} in blocks is not added once", t.w.k);
   }
   for_pieces(
       ctx, static_cast<int64_t>(tasks.size()),
