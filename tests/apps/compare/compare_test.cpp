@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
-#include <iterator>
 #include <map>
 #include <regex>
 #include <sstream>
@@ -252,15 +251,27 @@ TEST(Compare, CtrlCOfATerminalStopsInOrder) {
   for (const auto& r : report["runs"]) EXPECT_EQ(r["state"], "stopped") << r["id"];
 }
 
-// Of a process, as the kernel says: 'T' is stopped.
-char state_of(pid_t pid) {
-  const std::string stat = slurp(fmt::format("/proc/{}/stat", pid));
+// Of a process, as the kernel says: its state ('T' is stopped) and its parent.
+struct ProcessState {
+  char state = '?';
+  pid_t parent = 0;
+};
+ProcessState process_state(const std::string& pid) {
+  const std::string stat = slurp("/proc/" + pid + "/stat");
+  ProcessState out;
   const size_t name = stat.rfind(')');
-  return name == std::string::npos || name + 2 >= stat.size() ? '?' : stat[name + 2];
+  if (name != std::string::npos) std::istringstream(stat.substr(name + 1)) >> out.state >> out.parent;
+  return out;
 }
+char state_of(pid_t pid) { return process_state(std::to_string(pid)).state; }
+// Every process is looked at: not every kernel keeps a list of children.
 std::vector<pid_t> children_of(pid_t pid) {
-  std::istringstream text(slurp(fmt::format("/proc/{0}/task/{0}/children", pid)));
-  return {std::istream_iterator<pid_t>(text), {}};
+  std::vector<pid_t> out;
+  for (const auto& entry : fs::directory_iterator("/proc")) {
+    const std::string name = entry.path().filename();
+    if (name.find_first_not_of("0123456789") == std::string::npos && process_state(name).parent == pid) out.push_back(std::stoi(name));
+  }
+  return out;
 }
 
 // The runs are in groups of their own, which a terminal's Ctrl-Z does not reach.
