@@ -20,6 +20,7 @@
 #include "base/process.h"
 #include "base/text.h"
 #include "rollout/run/run.h"
+#include "rollout/tasks/tasks.h"
 #include "storage/store.h"
 
 namespace perigee::apps::compare {
@@ -381,7 +382,9 @@ void check_out(const Plan& plan, const fs::path& out) {
     const fs::path directory = run_directory(out, run);
     if (!file_exists((directory / "config.json").string())) continue;
     const json there = rollout::run_config_of(directory.string()).effective;
-    const std::string difference = first_difference(there, run.effective);
+    json here = run.effective;
+    if (there["tasks"].contains("hash")) rollout::pin_task_files(here["tasks"]);
+    const std::string difference = first_difference(there, here);
     if (!difference.empty())
       throw_input("{} holds a run of another comparison: in {}, {}; choose another --out", out.string(),
                   run.id, difference);

@@ -31,6 +31,10 @@ bool may_change(const RunConfig& then, const std::string& key) {
     return then.effective["model"]["dtype"] == "float32" || then.effective["run"]["numerics"] == "portable";
   };
   if (key == "run.device") return same_everywhere();
+  // A file is known by its hash: it may have moved.
+  const auto pinned = [&](const char* hash) { return then.tasks.is_object() && then.tasks.contains(hash); };
+  if (key == "tasks.path") return pinned("hash");
+  if (key == "tasks.held_out_path") return pinned("held_out_hash");
   // More steps, or fewer, of a rate that does not depend on how many there are.
   if (key == "learn.steps") return then.effective["learn"]["schedule"] == "constant";
   return false;

@@ -170,6 +170,9 @@ RunOutcome train(RunConfig config, const TrainOptions& options) {
     if (run) throw_input("{} holds another run; choose another run.dir, or go on with it: perigee resume {}", run_dir, run_dir);
     throw_input("{} is there already and is no empty directory; choose another run.dir", run_dir);
   }
+  // Likewise of its tasks: before they are looked at, so that these are the ones.
+  pin_task_files(config.tasks);
+  config.effective["tasks"] = config.tasks;
   check_everything(config, options);
   look_at_memory(config, options);
   if (config.model.config.is_string()) {
@@ -198,6 +201,7 @@ RunOutcome resume(const std::string& run_dir, const TrainOptions& options) {
   const std::string dir = fs::absolute(run_dir).lexically_normal().string();
   wait_for_former_hub(dir);
   check_resumable(config, dir);
+  check_task_files(config.tasks);
   if (open_run(config, dir, options.code_version) == "finished") return read_outcome(dir);
   look_at_memory(config, options);
   return supervised(config, dir, config.run.name, options);

@@ -4,12 +4,15 @@
 //    "files": {"NAME": "TEXT"}, "databases": {"NAME": "SQL"}}
 // with messages, worked_turns and tools as in rollout/tasks/conversation.h. All but the first two may be absent; id, source
 // and metadata may stand there and mean nothing. Empty lines are skipped.
+// "hash" and "held_out_hash" of the options: what base/hash.h says of the two files; others are refused.
 #include <algorithm>
 #include <bit>
+#include <functional>
 #include <set>
 
 #include "base/error.h"
 #include "base/file.h"
+#include "base/hash.h"
 #include "base/text.h"
 #include "reward/verifiers.h"
 #include "rollout/tasks/conversation.h"
@@ -17,6 +20,9 @@
 
 namespace perigee::rollout {
 namespace {
+
+// Of so many lines one in eight is none at all once in 5,000 files.
+constexpr int kEnoughToHoldOut = 64;
 
 // A permutation of [0, n) that needs no memory: a Feistel network over the next even power of two, walked
 // until it lands inside.
@@ -100,8 +106,17 @@ std::string canonical(const Task& task) {
   return text;
 }
 
-std::vector<Task> read_tasks(const std::string& path) {
-  const std::string text = read_file(path);
+// hash: of the whole file, as the configuration holds it; "": any.
+std::string read_pinned(const std::string& path, const std::string& hash) {
+  std::string text = read_file(path);
+  if (const std::string found = hash.empty() ? hash : hash_hex(text); found != hash)
+    throw_input("{}: it is not the file that the run began with: its hash is {}, and the configuration says {}; put that file back",
+                path, found, hash);
+  return text;
+}
+
+std::vector<Task> read_tasks(const std::string& path, const std::string& hash) {
+  const std::string text = read_pinned(path, hash);
   std::vector<Task> tasks;
   int64_t number = 0;
   for (size_t begin = 0; begin < text.size();) {
@@ -124,16 +139,20 @@ class Jsonl : public TaskSource {
     seed_ = seed;
     names_ = {"jsonl"};
     const std::string path = options.string("path"), held_out_path = options.string("held_out_path", "");
+    const std::string hash = options.string("hash", ""), held_out_hash = options.string("held_out_hash", "");
     if (held_out_path.empty()) {
-      for (auto& task : read_tasks(path))
+      if (!held_out_hash.empty()) options.fail("held_out_hash", "there is no held_out_path");
+      for (auto& task : read_tasks(path, hash))
         (is_held_out(canonical(task)) ? held_out_ : train_).push_back(std::move(task));
       if (train_.empty() || held_out_.empty())
-        throw_input("{}: {} tasks are too few to hold one in eight out; name a held_out_path", path,
-                    train_.size() + held_out_.size());
+        throw_input("{}: a hash of each problem holds about one in eight out, and of these {} it {}: write {} or more lines, "
+                    "or name a held_out_path",
+                    path, train_.size() + held_out_.size(), held_out_.empty() ? "held out none" : "left none to train on",
+                    kEnoughToHoldOut);
       return;
     }
-    train_ = read_tasks(path);
-    held_out_ = read_tasks(held_out_path);
+    train_ = read_tasks(path, hash);
+    held_out_ = read_tasks(held_out_path, held_out_hash);
     std::set<std::string> seen;
     for (const auto& task : train_) seen.insert(canonical(task));
     for (const auto& task : held_out_)
@@ -163,6 +182,27 @@ class Jsonl : public TaskSource {
 };
 
 }  // namespace
+
+namespace {
+void for_each_file(const nlohmann::json& tasks, const std::function<void(const std::string& path, const char* hash)>& visit) {
+  if (!tasks.is_object() || tasks.value("kind", nlohmann::json()) != "jsonl") return;
+  for (const auto& [path, hash] : {std::pair("path", "hash"), std::pair("held_out_path", "held_out_hash")})
+    if (const auto it = tasks.find(path); it != tasks.end() && it->is_string() && !it->get<std::string>().empty())
+      visit(it->get<std::string>(), hash);
+}
+}  // namespace
+
+void pin_task_files(nlohmann::json& tasks) {
+  for_each_file(nlohmann::json(tasks), [&](const std::string& path, const char* hash) {
+    if (!tasks.contains(hash)) tasks[hash] = hash_hex(read_file(path));
+  });
+}
+
+void check_task_files(const nlohmann::json& tasks) {
+  for_each_file(tasks, [&](const std::string& path, const char* hash) {
+    if (const auto it = tasks.find(hash); it != tasks.end() && it->is_string()) read_pinned(path, it->get<std::string>());
+  });
+}
 
 std::unique_ptr<TaskSource> make_jsonl(JsonReader& options, uint64_t seed) {
   return std::make_unique<Jsonl>(options, seed);

@@ -19,7 +19,7 @@
 //   {"kind": "sql", "min_rows": 20, "max_rows": 60}
 //   {"kind": "document", "bytes": 60000, "facts": 24, "min_asked": 2, "max_asked": 3}
 //   {"kind": "code", "tests": 12, "max_length": 12}
-//   {"kind": "jsonl", "path": "train.jsonl", "held_out_path": ""}
+//   {"kind": "jsonl", "path": "train.jsonl", "held_out_path": "", "hash": "", "held_out_hash": ""}
 //
 // Generators also take "think_open", "think_close" (of worked examples) and "levels": a list of objects, each
 // the generator's options where a level differs, "name" and "weight" (1); levels are shared out by weight.
@@ -117,6 +117,12 @@ class TaskSource {
 // tokens: how generators of long prompts count.
 std::unique_ptr<TaskSource> make_task_source(const nlohmann::json& config, std::string_view where, uint64_t seed,
                                              const PromptTokens& tokens = PromptTokens::bytes());
+
+// Adds "hash" and "held_out_hash" of the files that a configuration of kind jsonl names, where it says none: from then on
+// make_task_source refuses other files. ERRORS: a file that cannot be read.
+void pin_task_files(nlohmann::json& tasks);
+// ERRORS (input): such a file is another one, or not there.
+void check_task_files(const nlohmann::json& tasks);
 
 // What a level has shown so far; both may be fractions (mean successes of groups, or decayed counts).
 struct LevelRecord {

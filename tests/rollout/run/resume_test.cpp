@@ -102,6 +102,27 @@ TEST_F(Resume, CheckpointsThatTheStoreDoesNotKnowStay) {
   EXPECT_FALSE(fs::exists(forgotten));
 }
 
+TEST(ResumeOfFiles, TasksThatChangedAreRefusedAndThoseThatMovedAreNot) {
+  TempDir dir;
+  const std::string path = (dir.path / "tasks.jsonl").string();
+  std::string text;
+  for (int i = 0; i < 64; ++i)
+    text += nlohmann::json({{"prompt", fmt::format("{}=", i)}, {"answer", i}, {"worked_example", fmt::format("{}", i)}}).dump() + "\n";
+  write_file_atomic(path, text);
+  auto config = tiny_config();
+  config["tasks"] = {{"kind", "jsonl"}, {"path", path}};
+  const auto run = stopped_after(config, dir, 1);
+  ASSERT_EQ(run.state, "stopped") << run.failure;
+  write_file_atomic(path, text + text.substr(0, text.find('\n') + 1));
+  expect_refused(run.run_dir, path + ": it is not the file that the run began with");
+  const std::string moved = (dir.path / "moved.jsonl").string(), kept = run.run_dir + "/config.json";
+  write_file_atomic(moved, text);
+  auto there = nlohmann::json::parse(read_file(kept));
+  there["tasks"]["path"] = moved;
+  write_file_atomic(kept, there.dump());
+  EXPECT_EQ(resume(run.run_dir, quiet(true)).state, "finished");
+}
+
 // A role that is started again reads config.json again: it must be what the others read.
 TEST(RoleConfig, ThatChangedWhileTheRunGoesOnStopsIt) {
   TempDir dir;

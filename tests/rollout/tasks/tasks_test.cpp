@@ -349,10 +349,43 @@ TEST_F(Files, ABadLineIsNamedByItsNumber) {
   expect(R"({"prompt": "p", "answer": "a", "verifier": "numric"})", "did you mean numeric?");
   expect("{\"prompt\": \"\xff\", \"answer\": \"a\"}", "not JSON");
   EXPECT_NE(refusal([&] { open(write("e.jsonl", "\n \n")); }).find("it holds no tasks"), std::string::npos);
-  EXPECT_NE(refusal([&] {
-              open(write("o.jsonl", "{\"prompt\": \"p\", \"answer\": \"a\"}"));
-            }).find("held_out_path"),
-            std::string::npos);
+}
+
+// By the hash of these eight, none of them.
+TEST_F(Files, TooFewToHoldSomeOutIsSaidOfWhatHappened) {
+  std::string text;
+  const auto line = [](int i) { return json({{"prompt", "q" + std::to_string(i)}, {"answer", i}}).dump() + "\n"; };
+  for (int i = 0, n = 0; n < 8; ++i)
+    if (!is_held_out("jsonl q" + std::to_string(i))) text += line(i), ++n;
+  const std::string none = refusal([&] { open(write("o.jsonl", text)); });
+  EXPECT_NE(none.find("of these 8 it held out none: write 64 or more lines, or name a held_out_path"), std::string::npos) << none;
+  int held = 0;
+  while (!is_held_out("jsonl q" + std::to_string(held))) ++held;
+  const std::string all = refusal([&] { open(write("o.jsonl", line(held))); });
+  EXPECT_NE(all.find("of these 1 it left none to train on"), std::string::npos) << all;
+}
+
+TEST_F(Files, FilesThatARunBeganWithAreKnownAgain) {
+  const auto line = [](const char* prompt) { return json({{"prompt", prompt}, {"answer", "a"}}).dump() + "\n"; };
+  json config = {{"kind", "jsonl"}, {"path", write("a.jsonl", line("p"))}, {"held_out_path", write("b.jsonl", line("q"))}};
+  pin_task_files(config);
+  const json pinned = config;
+  EXPECT_EQ(config["hash"].get<std::string>().size(), 32u);
+  EXPECT_NE(config["hash"], config["held_out_hash"]);
+  const auto opened = [&] { return refusal([&] { make_task_source(config, "run.json: tasks", 3); }); };
+  EXPECT_EQ(opened(), "accepted");
+  write("b.jsonl", line("r"));
+  EXPECT_NE(opened().find("b.jsonl: it is not the file that the run began with"), std::string::npos) << opened();
+  pin_task_files(config);
+  EXPECT_EQ(config, pinned) << "what is said stays";
+  write("b.jsonl", line("q"));
+  write("a.jsonl", line("p") + line("r"));
+  EXPECT_NE(opened().find("a.jsonl: it is not the file that the run began with"), std::string::npos) << opened();
+  config["path"] = write("moved.jsonl", line("p"));
+  EXPECT_EQ(opened(), "accepted");
+  json generated = {{"kind", "arithmetic"}, {"path", "a"}};
+  pin_task_files(generated);
+  EXPECT_FALSE(generated.contains("hash"));
 }
 
 }  // namespace
