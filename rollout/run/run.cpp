@@ -232,8 +232,10 @@ RunOutcome read_outcome(const std::string& run_dir) {
 }
 
 int role_main(const std::string& role, const std::vector<std::string>& args) {
-  // Ctrl-C in a terminal, and its end, reach every process of the run: the supervisor decides what they mean.
+  // Ctrl-C in a terminal, its end, and the word of a service manager reach every process of the run: the supervisor decides
+  // what they mean.
   ::signal(SIGINT, SIG_IGN);
+  ::signal(SIGTERM, SIG_IGN);
   ::signal(SIGHUP, SIG_IGN);
   ::signal(SIGPIPE, SIG_IGN);
   // It was started as /proc/self/exe; top and pgrep look at this name, of 15 bytes at most.

@@ -122,7 +122,6 @@ class Supervisor {
     remove_leftovers(run_dir_);
     for (auto& r : roles_) start(r, false);
     HubClient client(zmq_, endpoint_, "supervisor", "supervisor", run_id_, {}, client_options(config_));
-    bool asked_to_stop = false;
     Clock::time_point stop_by{};
     while (end_.state.empty() && end_.failure.empty()) {
       while (auto message = client.receive(end_.state.empty() ? 50 : 0)) {
@@ -131,13 +130,13 @@ class Supervisor {
         if (signals.count() > 0 || options_.stop.stop_requested()) break;
       }
       if (!end_.state.empty()) break;
-      if (!asked_to_stop && (signals.count() > 0 || options_.stop.stop_requested())) {
-        asked_to_stop = true;
+      if (!asked_to_stop_ && (signals.count() > 0 || options_.stop.stop_requested())) {
+        asked_to_stop_ = true;
         stop_by = Clock::now() + std::chrono::seconds(20);
         client.send_durable(BusMessage("stop"));
         progress_.note("stopping");
       }
-      if (asked_to_stop && (signals.count() > 1 || Clock::now() > stop_by)) {
+      if (asked_to_stop_ && (signals.count() > 1 || Clock::now() > stop_by)) {
         end_.state = "stopped";
         break;
       }
@@ -169,7 +168,8 @@ class Supervisor {
 
   void log(const std::string& line) {
     std::ofstream(fs::path(log_dir()) / "supervisor.log", std::ios::app) << line << "\n";
-    progress_.note(line);
+    // Who ends while all are told to end is no news.
+    if (!asked_to_stop_) progress_.note(line);
   }
 
   void start(Role& r, bool again) {
@@ -231,11 +231,12 @@ class Supervisor {
         continue;
       }
       if (r.waiting) {
-        if (Clock::now() >= r.start_at) start(r, true);
+        if (Clock::now() >= r.start_at && (!asked_to_stop_ || r.role == "hub")) start(r, true);
         continue;
       }
       const auto ended = r.child.poll();
       if (!ended) continue;
+      if (asked_to_stop_ && r.role != "hub") continue;  // the hub alone has something left to write
       if (ended->signal == 0 && ended->exit_code == 0) {
         if (r.role == "base") continue;  // it has handed over what it made
         // The hub told it to stop; its word on why is on the way. Only if the hub died before saying so is it needed again.
@@ -270,12 +271,12 @@ class Supervisor {
         if (r.thread.joinable()) r.thread.join();
       return;
     }
-    // The hub told them to stop; where there is no hub any more they are told by signal.
+    // The hub told them to stop; where there is no hub any more they are ended: nothing of theirs is lost that is committed.
     const bool orderly = end_.state == "finished" || end_.state == "stopped" || (end_.state == "failed" && !end_.failure.empty());
     const auto until = Clock::now() + std::chrono::milliseconds(orderly ? 5000 : 500);
     for (auto& r : roles_) {
       if (!r.child.started()) continue;
-      if (!orderly) r.child.signal(SIGTERM);
+      if (!orderly) r.child.signal(SIGKILL);
       const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(until - Clock::now()).count();
       if (!r.child.wait(static_cast<int>(std::max<int64_t>(left, 10)))) {
         r.child.signal(SIGKILL);
@@ -294,6 +295,7 @@ class Supervisor {
   Progress progress_;
   std::string trouble_;  // what the hub said when it had to give up, since the last step
   SupervisedEnd end_;
+  bool asked_to_stop_ = false;
   bool over_ = false;
 };
 

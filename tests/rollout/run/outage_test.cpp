@@ -39,13 +39,13 @@ struct Program {
   fs::path run_dir = dir.path / "run";
   Child child;
 
-  explicit Program(const fs::path& program) {
+  explicit Program(const fs::path& program, bool quiet = true) {
     auto config = tiny_config();
     config["learn"]["steps"] = 100000;
     write_file_atomic((dir.path / "config.json").string(), config.dump());
-    child = Child::start(program.string(),
-                         {"train", (dir.path / "config.json").string(), "--set", "run.dir=" + run_dir.string(), "--quiet", "--json"},
-                         (dir.path / "log").string(), true);
+    std::vector<std::string> args{"train", (dir.path / "config.json").string(), "--set", "run.dir=" + run_dir.string(), "--json"};
+    if (quiet) args.emplace_back("--quiet");
+    child = Child::start(program.string(), args, (dir.path / "log").string(), true);
   }
   int64_t steps() const {
     try {
@@ -73,6 +73,20 @@ TEST(Outage, ATerminalThatClosesStopsTheRunInOrder) {
   EXPECT_EQ(end->exit_code, 130);
   EXPECT_TRUE(SharedMemory::list(shm_prefix(program.run_dir)).empty());
   EXPECT_EQ(StoreReader(program.run_dir / "store.sqlite").run("tiny").state, "stopped");
+}
+
+// As a service manager does, and kill -- -GROUP.
+TEST(Outage, TheEndOfAllProcessesAtOnceIsAStopAndNoFailureOfRoles) {
+  Program program(PERIGEE_PROGRAM, false);
+  program.until_step(1);
+  ::kill(-program.child.pid(), SIGTERM);
+  const auto end = program.child.wait(600000);
+  ASSERT_TRUE(end);
+  EXPECT_EQ(end->exit_code, 130) << end->text();
+  const std::string said = read_file((program.dir.path / "log").string());
+  EXPECT_NE(said.find("\nstopping\n"), std::string::npos) << said;
+  EXPECT_EQ(said.find("starting it again"), std::string::npos) << said;
+  EXPECT_EQ(nlohmann::json::parse(said.substr(said.find('{'))).at("restarts"), 0);
 }
 
 // A build that replaces the program while a run goes on: a role that is started again is of the run's version.
