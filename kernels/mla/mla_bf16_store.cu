@@ -1,9 +1,7 @@
 // Latent rows: RMSNorm, and where they go.
 #include <algorithm>
 
-#include "kernels/device/launch.cuh"
-#include "kernels/device/math.cuh"
-#include "kernels/mla/mla_device.h"
+#include "kernels/mla/latent_row.cuh"
 
 namespace perigee::kernels {
 namespace {
@@ -83,23 +81,9 @@ __global__ void __launch_bounds__(kDecodeThreads)
   wait_for_previous();
   let_next_start();
   if (s.count == 0) return;
-  const int64_t row = s.begin;
-  for (int j = thread; j < width; j += kDecodeThreads) x[j] = kv[row * width + j];
   T* const page =
       reinterpret_cast<T*>(batch.pages[int64_t{blockIdx.x} * batch.max_pages + s.position / 64] + page_offset);
-  __syncthreads();
-  float sum = 0.0f;
-#pragma unroll 8
-  for (int i = thread % 16; i < latent; i += 16) sum = math::fma(x[i], x[i], sum);
-  sum = math::reduce_add16(sum, 0xffffu << (thread % 32 / 16 * 16));
-  const float inverse = __fdiv_rn(1.0f, __fsqrt_rn(__fdiv_rn(sum, static_cast<float>(latent)) + eps));
-#pragma unroll 4
-  for (int j = thread; j < columns; j += kDecodeThreads) {
-    const float y = j < latent ? x[j] * inverse * __ldg(norm_w + j) : j < width ? x[j] : 0.0f;
-    const T value = from_float<T>(y);
-    page[sizeof(T) == 2 ? tiled_index(width, s.position % 64, j) : int64_t{s.position % 64} * width + j] = value;
-    if (c != nullptr && j < width) c[row * width + j] = value;
-  }
+  store_latent_row<T, kDecodeThreads>(latent, width, kv, norm_w, eps, s, page, c, x);
 }
 
 }  // namespace

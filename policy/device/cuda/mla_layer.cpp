@@ -4,12 +4,43 @@
 #include "kernels/attention/rope_device.h"
 #include "kernels/mla/mla_device.h"
 #include "kernels/mla/mla_device_grad.h"
+#include "kernels/mla/mla_layer_device.h"
 #include "kernels/norm/norm_device.h"
 #include "policy/device/products.h"
 
 namespace perigee::policy::device {
 
 using namespace kernels;
+
+namespace {
+
+// From one head's matrix to the next.
+int64_t head_bytes(const Pass& pass, int first) {
+  const ParamLayout& layout = *pass.weights.layout;
+  return pass.config.num_heads == 1 ? 0 : layout.tensor(first + 1).byte_offset - layout.tensor(first).byte_offset;
+}
+
+// A few tokens that are decoded: all between the products of q and o in fewer launches, where there are such kernels. The
+// float32 form has none.
+template <class T>
+bool decode_layer(const Pass& pass, int64_t layer, const MlaShape& shape, const MlaActivations<T>& a) {
+  if constexpr (sizeof(T) == 2) {
+    const ModelConfig& c = pass.config;
+    if (pass.expanded != nullptr || pass.training() ||
+        !mla_decodes_layer(pass.device, shape, c.qk_nope_head_dim, c.v_head_dim, pass.batch))
+      return false;
+    const LayerParams& p = pass.params(layer);
+    const Weights& w = pass.weights;
+    MlaDecodeLayer of;
+    of.q = a.q, of.kv = a.kv, of.norm_w = w.vector(p.kv_norm), of.eps = kMlaNormEps;
+    of.absorb_k = static_cast<const T*>(w.table(p.absorb_k)), of.absorb_k_step = head_bytes(pass, p.absorb_k);
+    of.absorb_v = static_cast<const T*>(w.table(p.absorb_v)), of.absorb_v_step = head_bytes(pass, p.absorb_v);
+    return mla_decode_layer(pass.device, shape, of, pass.batch, pass.state->page_offset(layer), a.o);
+  }
+  return false;
+}
+
+}  // namespace
 
 template <class T>
 void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, const float* in, float* x,
@@ -49,8 +80,9 @@ void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, con
     rope_forward<float>(dev, pass.batch, 1, rope, steps, a.kv + latent, rope, width);
   }
   const int64_t page = pass.training() ? 0 : pass.state->page_offset(layer);
-  latent_store<T>(dev, shape, a.kv, w.vector(p.kv_norm), kMlaNormEps, pass.batch, page, a.c);
-  if (absorb) {
+  const bool done = decode_layer<T>(pass, layer, shape, a);
+  if (!done) latent_store<T>(dev, shape, a.kv, w.vector(p.kv_norm), kMlaNormEps, pass.batch, page, a.c);
+  if (absorb && !done) {
     std::vector<DeviceMatmulTask<T>> heads;
     heads.reserve(static_cast<size_t>(H));
     for (int64_t h = 0; h < H; ++h)
