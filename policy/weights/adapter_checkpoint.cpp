@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "base/json.h"
+#include "base/text.h"
 #include "policy/weights/safetensors.h"
 
 namespace perigee::policy {
@@ -115,7 +116,8 @@ std::vector<float> load_adapter(const std::string& directory, const AdapterLayou
   std::set<std::string> known;
   for (const Piece& p : pieces) known.insert(p.spec.name);
   for (const TensorView& t : file.tensors())
-    if (!known.contains(t.name)) throw_input("{}: tensor {} is not an adapter of this configuration", file.path(), t.name);
+    if (!known.contains(t.name))
+      throw_input("{}: tensor {} is not an adapter of this configuration", file.path(), quote(t.name, 120));
   std::vector<float> flat(static_cast<size_t>(layout.elements()), 0.0f);
   for (const Piece& p : pieces) {
     const TensorView* view = file.find(p.spec.name);

@@ -5,6 +5,7 @@
 #include <unordered_set>
 
 #include "base/file.h"
+#include "base/text.h"
 #include "policy/weights/safetensors_set.h"
 
 namespace perigee::policy {
@@ -26,8 +27,8 @@ LoadedModel load_model(const std::string& directory, Dtype dtype, MatrixForm mat
   for (const CheckpointTensor& t : layout->checkpoint()) known.insert(t.name);
   for (const TensorView* t : set.tensors())
     if (!known.contains(t->name))
-      throw_input("{}: tensor {} is not part of the architecture in {}/config.json", t->file, t->name,
-                  directory);
+      throw_input("{}: tensor {} is not part of the architecture in {}/config.json", t->file,
+                  quote(t->name, 120), directory);
 
   out.flat.assign(static_cast<size_t>(layout->elements()), 0.0f);
   std::vector<float> values;

@@ -47,6 +47,22 @@ TEST(AdapterCheckpoint, HoldsEveryAdapterUnderTheNameOfItsModule) {
   EXPECT_THROW(load_adapter(directory, without), Error);
 }
 
+TEST(AdapterCheckpoint, AStrangeNameStaysOnItsLine) {
+  const ParamLayout base(testing::adapter_config(), Dtype::kF32);
+  const AdapterLayout layout(base, testing::lora_config(8, {"q_proj"}));
+  TempDirectory place;
+  const float one = 1;
+  const NamedTensor strange = {{"q_proj\nall is well\x1b[2J", TensorType::kF32, {1}}, &one};
+  write_safetensors(place / "adapter_model.safetensors", std::span(&strange, 1));
+  try {
+    load_adapter(place.path(), layout);
+    FAIL() << "it was taken";
+  } catch (const Error& e) {
+    EXPECT_EQ(e.kind(), Error::Kind::kInput);
+    EXPECT_EQ(std::string_view(e.what()).find_first_of("\n\x1b"), std::string_view::npos) << e.what();
+  }
+}
+
 TEST(AdapterCheckpoint, WhatItsHeadSaysIsReadAsItStands) {
   const ParamLayout base(testing::adapter_config(), Dtype::kF32);
   testing::SmallAdapters adapters(base, 0.1);

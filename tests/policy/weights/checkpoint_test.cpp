@@ -137,6 +137,18 @@ TEST(Checkpoint, NotANumberIsNamedWithItsPlace) {
   }
 }
 
+// A tensor's name is whatever the file says: it must not write lines, or to the terminal, of its own.
+TEST(Checkpoint, AStrangeNameStaysOnItsLine) {
+  TempDirectory place;
+  write_edited(golden("tiny"), place / "strange", [&](std::string& n, std::vector<int64_t>&, std::vector<float>&) {
+    if (n == "model.layers.1.self_attn.k_proj.weight") n = "k_proj\nall is well\x1b[2J";
+    return true;
+  });
+  const std::string said = refusal(place / "strange");
+  EXPECT_NE(said.find("is not part of the architecture"), std::string::npos) << said;
+  EXPECT_EQ(said.find_first_of("\n\x1b"), std::string::npos) << said;
+}
+
 TEST(Checkpoint, EveryTensorIsNeeded) {
   TempDirectory place;
   const std::string name = "model.layers.3.self_attn.kv_b_proj.weight";
