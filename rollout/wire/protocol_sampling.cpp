@@ -38,19 +38,25 @@ std::optional<kernels::SamplingParams> sampling_from_json(const Json& value, flo
       p.logit_bias = std::move(*bias);
       continue;
     }
-    if (!v.is_number()) return std::nullopt;
     if (key == "top_k") {
-      p.top_k = v.get<int32_t>();
-    } else if (key == "top_p") {
-      p.top_p = v.get<float>();
+      const auto k = field<int32_t>(value, "top_k");
+      if (!k) return std::nullopt;
+      p.top_k = *k;
+      continue;
+    }
+    const auto number = field<double>(value, key.c_str());
+    const float x = number ? static_cast<float>(*number) : std::numeric_limits<float>::infinity();
+    if (!std::isfinite(x)) return std::nullopt;
+    if (key == "top_p") {
+      p.top_p = x;
     } else if (key == "min_p") {
-      p.min_p = v.get<float>();
+      p.min_p = x;
     } else if (key == "repetition_penalty") {
-      p.repetition_penalty = v.get<float>();
+      p.repetition_penalty = x;
     } else if (key == "presence_penalty") {
-      p.presence_penalty = v.get<float>();
+      p.presence_penalty = x;
     } else if (key == "frequency_penalty") {
-      p.frequency_penalty = v.get<float>();
+      p.frequency_penalty = x;
     } else {
       return std::nullopt;
     }

@@ -114,6 +114,15 @@ TEST(Protocol, EverythingComesBackAsItWent) {
   EXPECT_FALSE(sampling_from_json({{"top_q", 1}}, 1));
 }
 
+// A number that was cut to the parameter's type would draw other tokens than those that were asked for.
+TEST(Protocol, SamplingParametersOutOfRangeAreRefused) {
+  for (const char* bad : {R"({"top_k": 4294967297})", R"({"top_k": 1e30})", R"({"top_k": 2.5})", R"({"top_k": -2147483649})",
+                          R"({"top_p": 1e300})", R"({"min_p": -1e39})", R"({"repetition_penalty": 1e39})"})
+    EXPECT_FALSE(sampling_from_json(Json::parse(bad), 1)) << bad;
+  EXPECT_FALSE(sampling_from_json({{"top_p", std::numeric_limits<double>::quiet_NaN()}}, 1));
+  EXPECT_EQ(sampling_from_json({{"top_k", 2147483647}}, 1)->top_k, 2147483647);
+}
+
 TEST(Protocol, LogitBiasComesBackAsItWas) {
   kernels::SamplingParams p;
   p.logit_bias = {{2, 0.1f}, {10, -std::numeric_limits<float>::infinity()}, {257, -5}};
