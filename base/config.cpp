@@ -274,6 +274,9 @@ void Schema::field(std::string key, json* p, std::string meaning,
 
 const Schema::Field& Schema::known(const std::string& key, std::string_view where) const {
   if (const auto it = index_.find(key); it != index_.end()) return fields_[it->second];
+  for (const Field& f : fields_)
+    if (f.key.starts_with(key + "."))
+      throw_input("{}: {}: it is a section; set a key of it, such as {}", where, key, f.key);
   throw_input("{}: {}: unknown key{}", where, key, did_you_mean(key, keys()));
 }
 
@@ -389,7 +392,8 @@ void Schema::set(std::string_view assignment, std::string_view where) {
     if (!v.is_string()) v = value;
   } else if (v.is_discarded()) {
     v = value;
-    if (field.object) throw_input("{}: {}: {} is not JSON", where, key, quote(value));
+    if (field.object)
+      throw_input("{}: {}: {} is not JSON; a text stands in quotes: '{}=\"...\"'", where, key, quote(value), key);
   }
   apply({{&field, std::move(v)}}, where);
 }

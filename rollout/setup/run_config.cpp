@@ -7,6 +7,7 @@
 #include "base/file.h"
 #include "base/json.h"
 #include "base/random.h"
+#include "base/text.h"
 #include "rollout/setup/environment.h"
 #include "rollout/wire/protocol.h"
 
@@ -276,6 +277,14 @@ void open_model_config(nlohmann::json& config, const std::filesystem::path& base
   config = parse_json(read_file(path.string()), path.string());
 }
 
+// --set model.config=FILE: a path needs no quotes.
+std::string with_quotes(const std::string& assignment) {
+  constexpr std::string_view kKey = "model.config=";
+  const std::string value = assignment.starts_with(kKey) ? assignment.substr(kKey.size()) : std::string();
+  if (value.empty() || value[0] == '{' || nlohmann::json::accept(value) || !is_utf8(value)) return assignment;
+  return std::string(kKey) + nlohmann::json(value).dump();
+}
+
 RunConfig parse(const nlohmann::json* value, const std::string& file, const std::string& where,
                 const std::vector<std::string>& overrides) {
   RunConfig c = defaults();
@@ -289,7 +298,7 @@ RunConfig parse(const nlohmann::json* value, const std::string& file, const std:
   const std::filesystem::path base = file.empty() ? "." : std::filesystem::path(file).parent_path();
   for (const auto& o : overrides) {
     if (o.starts_with("model.config.") && c.model.config.is_string()) open_model_config(c.model.config, base);
-    schema.set(o);
+    schema.set(with_quotes(o));
   }
   make_absolute(c.model.path, base);
   make_absolute(c.tokenizer.path, base);

@@ -215,7 +215,7 @@ TEST(Config, SetTakesJsonAndPlainText) {
   EXPECT_EQ(f.set("train.lrr=1"), "--set: train.lrr: unknown key; did you mean train.lr?");
   EXPECT_EQ(f.set("train.lr"), "--set: \"train.lr\" is not key=value");
   EXPECT_EQ(f.set("train.lr=fast"), "--set: train.lr: a number is expected, not \"fast\"");
-  EXPECT_EQ(f.set("train=1"), "--set: train: unknown key");
+  EXPECT_EQ(f.set("train=1"), "--set: train: it is a section; set a key of it, such as train.lr");
   EXPECT_NE(f.set("rewards=[").find("is not JSON"), std::string::npos);
 }
 

@@ -51,6 +51,24 @@ TEST(RunConfig, OverridesWinInOrderAndAreChecked) {
   EXPECT_EQ(with({}, {"learn.steps=0", "warmup.steps=3"}).learn.steps, 0);
 }
 
+TEST(RunConfig, APathNeedsNoQuotesAndASectionIsCalledOne) {
+  const auto config = with({}, {"model.config=some/config.json"}).model.config;
+  ASSERT_TRUE(config.is_string());
+  EXPECT_TRUE(config.get<std::string>().ends_with("/some/config.json")) << config;
+  const auto refused = [](const std::string& assignment) -> std::string {
+    try {
+      with({}, {assignment});
+    } catch (const Error& e) {
+      return e.what();
+    }
+    return "accepted";
+  };
+  EXPECT_EQ(refused("model={}"), "--set: model: it is a section; set a key of it, such as model.config");
+  EXPECT_EQ(refused("run=x"), "--set: run: it is a section; set a key of it, such as run.name");
+  EXPECT_EQ(refused("tasks=file.json"), "--set: tasks: \"file.json\" is not JSON; a text stands in quotes: 'tasks=\"...\"'");
+  EXPECT_NE(refused("model.config={x").find("is not JSON"), std::string::npos);
+}
+
 TEST(RunConfig, OverridesReachIntoTasksRewardAndModel) {
   const auto c = with({}, {"tasks.max_digits=3", "reward.0.weight=2", "model.config.x=5"});
   EXPECT_EQ(c.tasks["max_digits"], 3);
