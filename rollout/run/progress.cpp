@@ -66,9 +66,9 @@ void Progress::event(const nlohmann::json& e) {
       if (phase_ == "warmup") {
         // A line for each would drown the rest: the first, and one per evaluation.
         if (step_ == 1 || step_ % config_.warmup.eval_every == 0)
-          note(fmt::format("warm-up {}/{}  loss {:.4f}  grad {:.2f}  {:.0f} tokens/s", step_, config_.warmup.steps,
+          note(fmt::format("warm-up {}/{}  loss {:.4f}  grad {:.2f}  {:.0f} tokens/s  left {}", step_, config_.warmup.steps,
                            metric(metrics_, "loss"), metric(metrics_, "grad_norm"),
-                           metric(metrics_, "tokens") / std::max(1e-9, metric(metrics_, "learn_seconds"))));
+                           metric(metrics_, "tokens") / std::max(1e-9, metric(metrics_, "learn_seconds")), time_left()));
       } else if (e.value("skipped", false)) {
         note(fmt::format("step {}/{}  skipped: no group had a difference in reward", step_, config_.learn.steps));
       } else {
@@ -82,9 +82,12 @@ void Progress::event(const nlohmann::json& e) {
   } else if (kind == "evaluation") {
     accuracy_ = e.value("accuracy", 0.0);
     if (e.value("phase", "") == "warmup") warm_accuracy_ = accuracy_;
-    note(fmt::format("evaluation after {} step {}: {} of {} held-out tasks right ({:.1f} %)", e.value("phase", ""),
-                     e.value("step", int64_t{0}), e.value("correct", int64_t{0}), e.value("n", int64_t{0}), 100 * accuracy_));
-  } else if (kind == "phase") {
+    const std::string when = e.value("phase", "") == "warmup" && config_.warmup.steps == 0
+                                 ? "before reinforcement learning"
+                                 : fmt::format("after {} step {}", e.value("phase", ""), e.value("step", int64_t{0}));
+    note(fmt::format("evaluation {}: {} of {} held-out tasks right ({:.1f} %)", when, e.value("correct", int64_t{0}),
+                     e.value("n", int64_t{0}), 100 * accuracy_));
+  } else if (kind == "phase" && config_.warmup.steps > 0) {
     note(fmt::format("warm-up over after {:.0f} s{}", seconds(start_, Clock::now()),
                      config_.learn.steps > 0 ? "; reinforcement learning begins" : ""));
   } else if (kind == "rate") {
@@ -98,6 +101,7 @@ void Progress::event(const nlohmann::json& e) {
 std::string Progress::time_left() const {
   const int64_t total = phase_ == "warmup" ? config_.warmup.steps : config_.learn.steps;
   const int64_t done = step_ - phase_first_step_;
+  if (step_ == total && total > 0) return duration_text(0);
   if (done < 1) return "?";
   return duration_text(seconds(phase_start_, Clock::now()) / static_cast<double>(done) * static_cast<double>(total - step_));
 }
@@ -107,14 +111,24 @@ std::string Progress::kl_text() const {
   return fmt::format("{:.5f}", metric(metrics_, "kl"));
 }
 
-std::vector<std::string> Progress::view() const {
+std::vector<std::string> Progress::view(size_t columns) const {
   const bool warm = phase_ == "warmup";
   const int64_t total = warm ? config_.warmup.steps : config_.learn.steps;
   const double share = total > 0 && phase_ != "starting" ? static_cast<double>(step_) / static_cast<double>(total) : 0;
   const auto m = [&](const char* name) { return metric(metrics_, name); };
   std::vector<std::string> lines;
-  lines.push_back(fmt::format("{}  [{}] {}/{}  version {}  {}  left {}", phase_ == "rl" ? "learning" : warm ? "warm-up" : phase_,
-                              bar(share, 30), step_, total, version_, duration_text(seconds(start_, Clock::now())), time_left()));
+  const std::string what = phase_ == "rl" ? "learning" : warm ? "warm-up" : phase_;
+  const std::string at = fmt::format("{}/{}", step_, total), left = "left " + time_left();
+  const std::string more = fmt::format("version {}  {}  ", version_, duration_text(seconds(start_, Clock::now())));
+  // The numbers first; of what they leave, the bar has up to 30 columns, and is no bar with less than 5. Where not even the
+  // numbers find room, those go that others say too.
+  const auto line = [&](const std::string& middle) {
+    const size_t taken = what.size() + 5 + at.size() + 2 + middle.size() + left.size();
+    const size_t room = std::min<size_t>(columns > taken ? columns - taken : 0, 30);
+    return fmt::format("{}  {}{}  {}{}", what, room < 5 ? "" : fmt::format("[{}] ", bar(share, static_cast<int>(room))), at, middle, left);
+  };
+  lines.push_back(line(more));
+  if (lines[0].size() > columns) lines[0] = line("");
   if (warm)
     lines.push_back(fmt::format("loss {:.4f}   grad norm {:.3f}   lr {:.2e}", m("loss"), m("grad_norm"), m("lr")));
   else
@@ -148,7 +162,7 @@ void Progress::draw() {
   erase();
   // A line that wraps would take two rows, and erase() counts lines.
   const size_t columns = window_columns(out_);
-  for (const auto& line : view()) {
+  for (const auto& line : view(columns)) {
     write(line.substr(0, columns) + "\n");
     ++drawn_lines_;
   }

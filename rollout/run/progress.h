@@ -25,8 +25,8 @@ class Progress {
   // Takes the live view away, so that other output can follow.
   void close();
 
-  // The text of the live view, for tests.
-  std::vector<std::string> view() const;
+  // The text of the live view; its bar is what so many columns leave of it.
+  std::vector<std::string> view(size_t columns = 1000) const;
 
  private:
   void draw();

@@ -62,6 +62,38 @@ TEST(Progress, TheKlIsShownOnlyWhereAReferenceIsMeasured) {
   EXPECT_NE(some.find("kl 0.00000  "), std::string::npos) << some;
 }
 
+TEST(Progress, TimeLeftIsNothingAtTheLastStep) {
+  const auto config = with({{"learn", {{"steps", 1}}}, {"warmup", {{"steps", 25}}}});
+  Progress progress(config, stdout, Progress::Style::kSilent);
+  const auto left = [&](const char* phase, int step) {
+    progress.event({{"event", "step"}, {"phase", phase}, {"step", step}, {"metrics", nlohmann::json::object()}});
+    const std::string line = progress.view()[0];
+    return line.substr(line.find("left "));
+  };
+  EXPECT_EQ(left("warmup", 1), "left ?");
+  EXPECT_EQ(left("warmup", 25), "left 0:00");
+  EXPECT_EQ(left("rl", 1), "left 0:00");
+}
+
+TEST(Progress, OfAWarmUpThatIsNotThereNothingIsSaid) {
+  const auto said = [](int steps) {
+    const auto config = with({{"warmup", {{"steps", steps}}}});
+    std::FILE* out = std::tmpfile();
+    Progress progress(config, out, Progress::Style::kLines);
+    progress.event({{"event", "evaluation"}, {"phase", "warmup"}, {"step", steps}, {"n", 4}, {"correct", 1}, {"accuracy", 0.25}});
+    progress.event({{"event", "phase"}});
+    std::rewind(out);
+    std::string text;
+    for (int c; (c = std::fgetc(out)) != EOF;) text += static_cast<char>(c);
+    std::fclose(out);
+    return text;
+  };
+  EXPECT_EQ(said(0), "evaluation before reinforcement learning: 1 of 4 held-out tasks right (25.0 %)\n");
+  EXPECT_EQ(said(9),
+            "evaluation after warmup step 9: 1 of 4 held-out tasks right (25.0 %)\n"
+            "warm-up over after 0 s; reinforcement learning begins\n");
+}
+
 TEST(Progress, TheLiveViewKeepsWithinTheWindow) {
   const int terminal = ::posix_openpt(O_RDWR | O_NOCTTY);
   ASSERT_GE(terminal, 0);
@@ -78,6 +110,12 @@ TEST(Progress, TheLiveViewKeepsWithinTheWindow) {
     Progress progress(config, out, Progress::Style::kLive);
     progress.event({{"event", "step"}, {"phase", "rl"}, {"step", 10}, {"metrics", nlohmann::json::object()}});
     for (const auto& line : progress.view()) EXPECT_GT(line.size(), 40u) << line;
+    const auto first = [&](size_t columns) { return progress.view(columns)[0]; };
+    EXPECT_EQ(first(1000), "learning  [###...........................] 10/100  version 0  0:00  left ?");
+    EXPECT_EQ(first(60), "learning  [##..............] 10/100  version 0  0:00  left ?");
+    EXPECT_EQ(first(46), "learning  10/100  version 0  0:00  left ?");
+    EXPECT_EQ(first(40), "learning  [#............] 10/100  left ?");
+    EXPECT_EQ(first(24), "learning  10/100  left ?");
   }
   std::fflush(out);
   std::string text(4096, '\0');
