@@ -22,7 +22,8 @@ namespace perigee::apps {
 namespace {
 
 struct Options {
-  std::string model, dtype = "auto", ids, system;
+  std::string model, ids, system;
+  OpenModel::Options open;
   std::string tools;
   std::optional<std::string> prompt, chat, messages;
   SamplingOptions sampling;
@@ -115,7 +116,12 @@ int generate(const Options& o) {
   if (o.threads < 0 || o.threads > 4096) throw_input("--threads {}: 0 to 4096 is expected", o.threads);
   if (o.memory_mib < 1 || o.memory_mib > (1 << 30))
     throw_input("--memory-mib {}: at least 1 is expected", o.memory_mib);
-  const OpenModel model(o.model, o.dtype);
+  policy::EngineConfig config;
+  config.memory_bytes = o.memory_mib << 20;
+  config.max_running = std::min(config.max_running, o.count);
+  OpenModel::Options open = o.open;
+  open.before_weights = [&](const OpenModel& m) { m.check_room(config, "lower --memory-mib, or use --device cpu"); };
+  const OpenModel model(o.model, open);
 
   policy::GenerationGroup group;
   group.prompt = prompt_of(o, model);
@@ -138,9 +144,7 @@ int generate(const Options& o) {
   const std::vector<int32_t> stops = group.stop_tokens;
 
   kernels::Context ctx(static_cast<int>(o.threads));
-  policy::EngineConfig config;
-  config.memory_bytes = o.memory_mib << 20;
-  policy::Engine engine(model.engine_backend(ctx, config.memory_bytes), model.layout(), config);
+  policy::Engine engine(model.engine_backend(ctx, config), model.layout(), config);
   engine.set_weights(model.arena(), 0);
   engine.submit(std::move(group));
 
@@ -198,10 +202,8 @@ void add_generate(Program& program) {
       .option("--max-tokens", o->max_tokens, "N", "of each at most")
       .flag("--ignore-stop", o->ignore_stop, "go on after the end token");
   declare_sampling(command, o->sampling);
-  command
-      .option("--dtype", o->dtype, "NAME",
-              "compute with float32 or bfloat16 weights; auto: as in the checkpoint")
-      .option("--threads", o->threads, "N", "0: one per processor")
+  declare_place(command, o->open);
+  command.option("--threads", o->threads, "N", "0: one per processor")
       .option("--memory-mib", o->memory_mib, "N", "for states and latents; what does not fit waits")
       .flag("--json", o->json, "print one JSON object with tokens and log-probabilities, at the end")
       .example("generate --model models/tiny --prompt '12+30=' --temperature 0")

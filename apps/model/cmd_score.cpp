@@ -10,13 +10,14 @@
 #include "apps/output/output.h"
 #include "base/error.h"
 #include "base/file.h"
-#include "policy/learn/trainer.h"
+#include "kernels/context.h"
 
 namespace perigee::apps {
 namespace {
 
 struct Options {
-  std::string model, dtype = "auto";
+  std::string model;
+  OpenModel::Options open;
   std::optional<std::string> text;
   std::string file, ids;
   bool no_bos = false, special = false;
@@ -57,34 +58,27 @@ void add_score(Program& program) {
       .flag("--no-bos", o->no_bos, "do not put the model's begin token before a text")
       .flag("--special", o->special,
             "names of special tokens in the text, such as <|im_end|>, mean those tokens")
-      .option("--temperature", o->temperature, "X", "log-probabilities at this temperature")
-      .option("--dtype", o->dtype, "NAME",
-              "compute with float32 or bfloat16 weights; auto: as in the checkpoint")
-      .option("--threads", o->threads, "N", "0: one per processor")
+      .option("--temperature", o->temperature, "X", "log-probabilities at this temperature");
+  declare_place(command, o->open);
+  command.option("--threads", o->threads, "N", "0: one per processor")
       .example("score --model models/tiny --text '12+30='")
       .example("score --model models/tiny --ids 256,49,50,43");
   command.action([o] {
     if (!(o->temperature > 0)) throw_input("--temperature {}: above 0 is expected", o->temperature);
     if (o->threads < 0 || o->threads > 4096) throw_input("--threads {}: 0 to 4096 is expected", o->threads);
-    const OpenModel model(o->model, o->dtype);
-    policy::TrainSequence sequence;
-    sequence.tokens = tokens_of(*o, model);
-    if (sequence.tokens.empty()) throw_input("score: nothing to score: no token was given");
-    if (static_cast<int64_t>(sequence.tokens.size()) > model.config().max_length)
-      throw_input("score: {} tokens, and the model's model_max_length is {}", sequence.tokens.size(),
-                  model.config().max_length);
-    sequence.mask.assign(sequence.tokens.size(), 1.0f);
-    sequence.mask[0] = 0;
-    sequence.mu.assign(sequence.tokens.size(), 0.0f);
-    sequence.temperature = static_cast<float>(o->temperature);
+    const OpenModel model(o->model, o->open);
+    const std::vector<int32_t> given = tokens_of(*o, model);
+    if (given.empty()) throw_input("score: nothing to score: no token was given");
+    if (static_cast<int64_t>(given.size()) > model.config().max_length)
+      throw_input("score: {} tokens, and the model's model_max_length is {}", given.size(), model.config().max_length);
 
     kernels::Context ctx(static_cast<int>(o->threads));
-    const std::vector<float> logprobs = model.trainer(ctx)->logprobs(model.arena(), {sequence});
+    const std::vector<float> logprobs = model.score(ctx, given, static_cast<float>(o->temperature));
     nlohmann::json tokens = nlohmann::json::array();
     double sum = 0;
     for (size_t i = 0; i < logprobs.size(); ++i) {
-      nlohmann::json token = {{"id", sequence.tokens[i]},
-                              {"text", model.tokenizer().token(sequence.tokens[i])}};
+      nlohmann::json token = {{"id", given[i]},
+                              {"text", model.tokenizer().token(given[i])}};
       token["logprob"] =
           i == 0 ? nlohmann::json() : nlohmann::json(logprobs[i]);  // nothing predicts the first
       tokens.push_back(std::move(token));

@@ -1,5 +1,6 @@
 #include "apps/model/evaluation.h"
 
+#include <algorithm>
 #include <chrono>
 #include <optional>
 #include <nlohmann/json.hpp>
@@ -15,7 +16,7 @@
 namespace perigee::apps {
 namespace {
 
-// Prompts that wait in the engine beside the running ones: enough that it never runs dry.
+// Prompts that wait in the engine beside the running ones: enough that it never runs dry, and as many as a step takes in.
 constexpr int64_t kWaiting = 2;
 
 // Makes, submits and collects; one evaluation's.
@@ -29,7 +30,7 @@ class Evaluator {
         options_(options),
         rubric_(rollout::run_rubric(config, tasks)),
         ctx_(static_cast<int>(options.threads)),
-        engine_(model.engine_backend(ctx_, config.engine.memory_bytes), model.layout(), config.engine),
+        engine_(model.engine_backend(ctx_, config.engine), model.layout(), config.engine),
         records_(static_cast<size_t>(options.tasks)) {
     engine_.set_weights(model.arena(), 0);
     result_.answers.resize(static_cast<size_t>(options.tasks));
@@ -50,6 +51,7 @@ class Evaluator {
       tokens.clear();
       step(tokens);
       for (const policy::GeneratedToken& t : tokens) take(t);
+      if (options_.progress) options_.progress(progress_);
     }
     return finish();
   }
@@ -57,14 +59,15 @@ class Evaluator {
  private:
   bool room() const {
     const policy::EngineStats stats = engine_.stats();
-    return stats.waiting < kWaiting && stats.running + stats.waiting < config_.engine.max_running;
+    return stats.waiting < kWaiting + config_.engine.prefill_chunk / std::max<int64_t>(1, prompt_tokens_) &&
+           stats.running + stats.waiting < config_.engine.max_running;
   }
 
   void submit(size_t i) {
     rollout::PreparedTask task = tasks_.held_out(static_cast<int64_t>(i));
     EvaluatedAnswer& a = result_.answers[i];
     a.task_index = task.index;
-    a.prompt_tokens = static_cast<int64_t>(task.prompt.size());
+    a.prompt_tokens = prompt_tokens_ = static_cast<int64_t>(task.prompt.size());
     a.answer = task.task.value("answer", "");
     a.difficulty = task.task.value("difficulty", "");
     records_[i] = task.task.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
@@ -101,6 +104,8 @@ class Evaluator {
     result_.prefilled_tokens += prefilled;
     (prefilled > 0 ? result_.prefill_seconds : result_.decode_seconds) += seconds;
     if (prefilled == 0) result_.decoded_tokens += static_cast<int64_t>(tokens.size());
+    progress_.tokens += prefilled + static_cast<int64_t>(tokens.size());
+    progress_.seconds += seconds;
   }
 
   void take(const policy::GeneratedToken& t) {
@@ -119,6 +124,8 @@ class Evaluator {
     a.response = input.response;
     a.reward = rubric_.score_group(std::span(&input, 1)).front();
     a.correct = rubric_.correct(a.reward);
+    ++progress_.done;
+    progress_.correct += a.correct ? 1 : 0;
     std::string().swap(records_[id]);  // a long prompt stands there
   }
 
@@ -152,6 +159,8 @@ class Evaluator {
   std::optional<rollout::AgentEpisodes> episodes_;  // after its folder: its tools end first
   std::vector<std::string> records_;  // of tasks that are not scored yet
   size_t next_ = 0;
+  int64_t prompt_tokens_ = 0;  // of the last task that was submitted
+  EvaluationProgress progress_;
   Evaluation result_;
 };
 

@@ -1,6 +1,7 @@
 // A model on held-out tasks: what `perigee eval` and `perigee compare` measure.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
@@ -13,12 +14,19 @@
 
 namespace perigee::apps {
 
+struct EvaluationProgress {
+  int64_t done = 0, correct = 0;  // tasks
+  int64_t tokens = 0;             // of prompts and answers
+  double seconds = 0;
+};
+
 struct EvaluationOptions {
   int64_t tasks = 200;                // the first so many held-out ones
   std::optional<double> temperature;  // 0: greedy; default: config.eval.temperature
   uint64_t seed = 0;                  // of the sampling
   int64_t threads = 0;                // 0: one per processor
   bool keep_texts = false;            // of prompts, in the answers; a long prompt is megabytes
+  std::function<void(const EvaluationProgress&)> progress;  // after each step
 };
 
 struct EvaluatedAnswer {
@@ -48,7 +56,8 @@ struct Evaluation {
 };
 
 // The rubric is the run's (config.reward), tokens are generated as config.rollout and config.engine say. Prompts are made
-// as the engine takes them in: few are there at once. A function of everything but threads and engine, up to the times.
+// as the engine takes them in: few are there at once. A function of everything but threads and engine, up to the times; of
+// float32 weights (and of portable bfloat16) the same on a GPU as on the CPU.
 // ERRORS (input): more tasks than are held out; a sequence that does not fit engine.memory_bytes; of config.reward.
 Evaluation evaluate(const rollout::RunConfig& config, const OpenModel& model, const rollout::RunTasks& tasks,
                     const EvaluationOptions& options);

@@ -66,6 +66,38 @@ json evaluated(json config) {
   return config;
 }
 
+// Kinds of tasks that have a length (rollout/tasks/tasks.h).
+const std::vector<std::string> kWithLength = {"palindrome",        "mqar",         "stack",          "needle",
+                                              "variable_tracking", "common_words", "frequent_words", "mrcr"};
+
+// Of a run's own tasks; sets: what --set says of tasks.
+void refuse_without_length(const json& tasks, const std::vector<std::string>& sets) {
+  constexpr std::string_view kKind = "tasks.kind=";
+  std::string kind = tasks.value("kind", "");
+  for (const std::string& set : sets)
+    if (set.starts_with(kKind)) kind = set.substr(kKind.size());
+  if (std::ranges::find(kWithLength, kind) == kWithLength.end())
+    throw_input("--lengths: tasks of kind {} have no length; those of {} have, and --suite long brings its own",
+                quote(kind), join(kWithLength));
+}
+
+constexpr int64_t kDevicePrefillChunk = 8192;  // a GPU is busy with so many tokens at a time
+
+// On a GPU: larger steps, and room for as many sequences as there are tasks.
+void fit_to_device(const OpenModel& model, int64_t length, int64_t sequence_bytes, int64_t count,
+                   policy::EngineConfig& engine) {
+  policy::EngineConfig larger = engine;
+  larger.prefill_chunk = std::max(engine.prefill_chunk, std::min(kDevicePrefillChunk, length));
+  if (model.room_for_states(larger) >= sequence_bytes) engine = larger;
+  const int64_t room = model.room_for_states(engine);
+  if (sequence_bytes > room)
+    throw_environment("--lengths: a sequence of {} tokens takes {} here, and {} has {} for states beside weights and passes; "
+                      "lower --lengths, or use --device cpu",
+                      length, human_bytes(static_cast<uint64_t>(sequence_bytes)), model.place(),
+                      human_bytes(static_cast<uint64_t>(std::max<int64_t>(room, 0))));
+  engine.memory_bytes = std::clamp(sequence_bytes * std::min(count, engine.max_running), sequence_bytes, room);
+}
+
 std::string percent(double share) {
   return fmt::format("{:.1f}", 100 * share);
 }
@@ -84,21 +116,22 @@ std::string length_name(int64_t tokens) {
 
 LengthPlan plan_lengths(const json& base, const std::string& where, const std::string& suite,
                         const std::vector<int64_t>& lengths, const std::vector<std::string>& sets,
-                        const OpenModel& model, const std::string& model_name) {
+                        const OpenModel& model, const std::string& model_name, int64_t count) {
   if (!suite.empty() && std::find(suite_names().begin(), suite_names().end(), suite) == suite_names().end())
     throw_input("--suite {}: one of {} is expected{}", quote(suite), join(suite_names()),
                 did_you_mean(suite, suite_names()));
   std::vector<std::string> of_tasks, of_all;
   for (const std::string& set : sets) (is_of_tasks(set) ? of_tasks : of_all).push_back(set);
+  if (suite.empty()) refuse_without_length(base.value("tasks", json::object()), of_tasks);
   LengthPlan plan;
   plan.lengths = lengths;
-  const policy::StateLayout state(model.config());
+  const policy::StateLayout state = model.state_layout();
   const auto bytes_for = [&](int64_t tokens) {
     return state.recurrent_bytes() + state.blocks_for(tokens) * state.block_bytes();
   };
   const auto free_bytes = static_cast<int64_t>(machine_memory().available);
-  const int64_t count = suite.empty() ? 1 : std::ssize(long_suite(0));
-  for (int64_t t = 0; t < count; ++t)
+  const int64_t kinds = suite.empty() ? 1 : std::ssize(long_suite(0));
+  for (int64_t t = 0; t < kinds; ++t)
     for (const int64_t length : lengths) {
       if (length > model.config().max_length)
         throw_input("--lengths: {} tokens are more than the {} of {}", length, model.config().max_length,
@@ -135,25 +168,29 @@ LengthPlan plan_lengths(const json& base, const std::string& where, const std::s
       }
       // The prompt's state is forked for what is generated.
       cell.sequence_bytes = bytes_for(length) * 2;
-      if (cell.sequence_bytes > free_bytes)
+      if (model.on_gpu()) {
+        fit_to_device(model, length, cell.sequence_bytes, count, cell.config.engine);
+      } else if (cell.sequence_bytes > free_bytes) {
         throw_environment(
             "--lengths: a sequence of {} tokens takes {} here, and this machine has {} free; lower --lengths",
             length, human_bytes(static_cast<uint64_t>(cell.sequence_bytes)),
             human_bytes(static_cast<uint64_t>(free_bytes)));
-      cell.config.engine.memory_bytes = std::max(cell.config.engine.memory_bytes, cell.sequence_bytes);
+      } else {
+        cell.config.engine.memory_bytes = std::max(cell.config.engine.memory_bytes, cell.sequence_bytes);
+      }
       if (plan.tasks.empty() || plan.tasks.back() != name) plan.tasks.push_back(name);
       plan.cells.push_back(std::move(cell));
     }
   return plan;
 }
 
-std::vector<Evaluation> evaluate_lengths(
-    const LengthPlan& plan, const OpenModel& model, const EvaluationOptions& options,
-    const std::function<void(const LengthPlan::Cell&, const Evaluation&)>& done) {
+std::vector<Evaluation> evaluate_lengths(const LengthPlan& plan, const OpenModel& model, const EvaluationOptions& options,
+                                         const std::function<void(size_t, const EvaluationProgress&)>& progress) {
   std::vector<Evaluation> results;
-  for (const LengthPlan::Cell& cell : plan.cells) {
-    results.push_back(evaluate(cell.config, model, *cell.tasks, options));
-    done(cell, results.back());
+  for (size_t i = 0; i < plan.cells.size(); ++i) {
+    EvaluationOptions own = options;
+    own.progress = [&](const EvaluationProgress& p) { progress(i, p); };
+    results.push_back(evaluate(plan.cells[i].config, model, *plan.cells[i].tasks, own));
   }
   return results;
 }

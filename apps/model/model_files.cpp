@@ -4,77 +4,8 @@
 
 #include "base/error.h"
 #include "base/text.h"
-#include "policy/learn/backend.h"
-#include "policy/weights/adapter_checkpoint.h"
-#include "policy/weights/checkpoint.h"
 
 namespace perigee::apps {
-
-policy::Dtype parse_dtype(const std::string& name) {
-  if (name == "float32") return policy::Dtype::kF32;
-  if (name == "bfloat16") return policy::Dtype::kBf16;
-  throw_input("--dtype {}: float32 or bfloat16 is expected", quote(name));
-}
-
-OpenModel::OpenModel(const std::string& directory, const std::string& dtype) {
-  if (policy::is_adapter_directory(directory)) {
-    open_adapters(directory, dtype);
-    return;
-  }
-  open(directory, dtype == "auto" ? policy::load_model_config(directory).dtype : parse_dtype(dtype));
-}
-
-void OpenModel::open(const std::string& directory, policy::Dtype dtype) {
-  policy::LoadedModel model = policy::load_model(directory, dtype);
-  layout_ = model.layout;
-  weights_ = policy::ResidentWeights::create(nullptr, layout_->weight_bytes());
-  layout_->flat_to_weights(model.flat.data(), weights_.writable());
-  tokenizer_ = policy::load_tokenizer(directory, layout_->config());
-}
-
-void OpenModel::open_adapters(const std::string& directory, const std::string& dtype) {
-  const policy::AdapterHead head = policy::read_adapter_head(directory);
-  const policy::Dtype type = parse_dtype(dtype == "auto" ? head.base.dtype : dtype);
-  const std::string path = head.base.model.value("path", "");
-  if (!path.empty()) {
-    open(path, type);
-  } else {
-    if (head.base.model.value("made_on", "") != "cpu" || !head.base.model.contains("seed"))
-      throw_input("{}: its adapters stand beside a model that a GPU made from a seed, which the CPU cannot make again", directory);
-    layout_ = std::make_shared<const policy::ParamLayout>(policy::load_model_config(directory), type);
-    std::vector<float> flat(static_cast<size_t>(layout_->elements()));
-    policy::initialize(*layout_, head.base.model["seed"].get<uint64_t>(), flat.data());
-    weights_ = policy::ResidentWeights::create(nullptr, layout_->weight_bytes());
-    layout_->flat_to_weights(flat.data(), weights_.writable());
-    tokenizer_ = policy::load_tokenizer(directory, layout_->config());
-  }
-  // Of bfloat16 at a path the fingerprint may be of the form that a GPU computes with, which is not made here.
-  if (dtype == "auto" && (path.empty() || type == policy::Dtype::kF32))
-    if (const std::string mine = policy::weights_fingerprint(weights_.data(), weights_.bytes()); mine != head.base.fingerprint)
-      throw_input("{}: its adapters belong to a model with fingerprint {}, and {} gives one with {}", directory,
-                  head.base.fingerprint, path.empty() ? "the seed" : path, mine);
-  adapters_ = std::make_unique<const policy::AdapterLayout>(*layout_, head.lora);
-  adapter_arena_ = policy::ResidentWeights::create(nullptr, adapters_->weight_bytes());
-  adapters_->flat_to_weights(policy::load_adapter(directory, *adapters_).data(), adapter_arena_.writable());
-}
-
-std::string OpenModel::fingerprint() const {
-  std::string word = policy::weights_fingerprint(weights_.data(), weights_.bytes());
-  if (adapters_) word += "+" + policy::weights_fingerprint(adapter_arena_.data(), adapter_arena_.bytes());
-  return word;
-}
-
-std::unique_ptr<policy::Backend> OpenModel::engine_backend(kernels::Context& ctx, int64_t memory_bytes) const {
-  return adapters_ ? policy::host_backend(ctx, *adapters_, weights_.data(), memory_bytes)
-                   : policy::host_backend(ctx, *layout_, memory_bytes);
-}
-
-std::unique_ptr<policy::Trainer> OpenModel::trainer(kernels::Context& ctx) const {
-  const policy::TrainerConfig config;
-  if (!adapters_) return std::make_unique<policy::Trainer>(ctx, *layout_, config);
-  return std::make_unique<policy::Trainer>(policy::host_learn_backend(ctx, *adapters_, weights_.data(), config.recompute),
-                                           *adapters_, config);
-}
 
 std::vector<int32_t> parse_ids(const std::string& text, int64_t vocab) {
   std::vector<int32_t> ids;

@@ -25,7 +25,8 @@ namespace perigee::apps {
 namespace {
 
 struct Options {
-  std::string model, dtype = "auto", task, system, tools, work;
+  std::string model, task, system, tools, work;
+  OpenModel::Options open;
   SamplingOptions sampling;
   int64_t max_turns = 8, max_tokens = 4096, threads = 0, memory_mib = 1024, tool_output_bytes = 16384;
   double wall_s = 0, tool_wall_s = 10;
@@ -223,7 +224,12 @@ int agent(const Options& o) {
   if (o.tool_output_bytes < 64)
     throw_input("--tool-output-bytes {}: at least 64 is expected", o.tool_output_bytes);
   const auto box = agents::make_toolbox(tools_of(o.tools), "--tools", {{"mcp", agents::add_mcp_tools}});
-  const OpenModel model(o.model, o.dtype);
+  policy::EngineConfig config;
+  config.memory_bytes = o.memory_mib << 20;
+  config.max_running = 1;
+  OpenModel::Options open = o.open;
+  open.before_weights = [&](const OpenModel& m) { m.check_room(config, "lower --memory-mib, or use --device cpu"); };
+  const OpenModel model(o.model, open);
   std::vector<policy::Message> messages;
   if (!o.system.empty()) messages.push_back({policy::Role::kSystem, o.system});
   messages.push_back({policy::Role::kUser, o.task});
@@ -231,9 +237,7 @@ int agent(const Options& o) {
   const auto prompt = policy::render_chat(model.tokenizer(), messages, declared, true);
 
   kernels::Context ctx(static_cast<int>(o.threads));
-  policy::EngineConfig config;
-  config.memory_bytes = o.memory_mib << 20;
-  policy::Engine engine(model.engine_backend(ctx, config.memory_bytes), model.layout(), config);
+  policy::Engine engine(model.engine_backend(ctx, config), model.layout(), config);
   engine.set_weights(model.arena(), 0);
   EngineTurns source(engine, o.sampling, model);
   const WorkFolder folder(o.work);
@@ -290,10 +294,8 @@ void add_agent(Program& program) {
       .option("--tool-output-bytes", o->tool_output_bytes, "N", "of one answer of a tool at most")
       .flag("--no-declare", o->no_declare, "do not declare the tools in the prompt (a model trained so)");
   declare_sampling(command, o->sampling);
-  command
-      .option("--dtype", o->dtype, "NAME",
-              "compute with float32 or bfloat16 weights; auto: as in the checkpoint")
-      .option("--threads", o->threads, "N", "0: one per processor")
+  declare_place(command, o->open);
+  command.option("--threads", o->threads, "N", "0: one per processor")
       .option("--memory-mib", o->memory_mib, "N", "for the state of the conversation")
       .flag("--json", o->json, "print one JSON object with every turn, at the end")
       .example("agent --model runs/tool-use/checkpoints/v00000260 --tools calculator --no-declare '123*456'")

@@ -30,7 +30,8 @@ namespace {
 namespace fs = std::filesystem;
 
 struct Options {
-  std::string model, dtype = "auto", name, directory, tools, stop = "finish";
+  std::string model, name, directory, tools, stop = "finish";
+  OpenModel::Options open;
   std::optional<std::string> key_file;
   agents::ListenConfig listen;
   std::vector<std::string> hosts, origins;
@@ -74,30 +75,26 @@ std::string read_key(const std::string& path) {
   return key;
 }
 
-// Weights that the host computes with. Beside them there are others only while it changes.
+// Gives the host other weights while it runs. The model that was opened stays, with its layout and tokenizer; beside its
+// weights there are others only while they change.
 class Weights {
  public:
-  explicit Weights(const Options& o) : dtype_(o.dtype), now_(std::make_unique<OpenModel>(o.model, o.dtype)) {}
-  const OpenModel& model() const { return *now_; }
+  Weights(const std::string& directory, const OpenModel::Options& options) : model_(directory, options) {}
+  const OpenModel& model() const { return model_; }
 
   uint32_t update(agents::Host& host, const std::string& directory, std::optional<int64_t> version) {
     const std::lock_guard lock(mutex_);
-    auto next = std::make_unique<OpenModel>(directory, dtype_);
-    if (!(now_->config() == next->config()) || now_->has_adapters() != next->has_adapters())
-      throw_input(
-          "{}: another architecture than that of the model being served, or adapters in place of a model",
-          directory);
+    auto next = model_.other_weights(directory);
     const uint32_t number = version ? static_cast<uint32_t>(*version) : version_ + 1;
-    host.set_weights(next->arena(), number);  // nothing refers to those before when it returns
+    host.set_weights(next.data(), number);  // nothing refers to those before when it returns
     version_ = number;
-    now_ = std::move(next);
+    model_.replace_weights(std::move(next));
     return number;
   }
 
  private:
-  const std::string dtype_;
   std::mutex mutex_;
-  std::unique_ptr<OpenModel> now_;
+  OpenModel model_;
   uint32_t version_ = 0;  // as the engine was given them first
 };
 
@@ -134,15 +131,19 @@ int serve(const Options& o) {
   listen.limits.connections = o.connections;
   listen.limits.body_bytes = o.body_mib << 20;
 
-  Weights weights(o);
-  const OpenModel& model = weights.model();
-  const policy::TokenIndex index(model.tokenizer());
   agents::HostConfig config;
   config.engine.max_running = o.max_running;
   config.engine.prefill_chunk = o.prefill_chunk;
   config.engine.memory_bytes = o.memory_mib << 20;
   config.engine.prefix_cache_bytes = o.prefix_cache_mib << 20;
   if (o.idle_mib) config.idle_bytes = *o.idle_mib << 20;
+  OpenModel::Options open = o.open;
+  open.before_weights = [&](const OpenModel& m) {
+    m.check_room(config.engine, "lower --memory-mib, --max-running or --prefill-chunk, or use --device cpu");
+  };
+  Weights weights(o.model, open);
+  const OpenModel& model = weights.model();
+  const policy::TokenIndex index(model.tokenizer());
   // A directory may hold other weights than when its sessions were suspended.
   config.model = model.fingerprint();
   config.warn = [](const std::string& line) { tell("perigee: warning: {}\n", line); };
@@ -174,7 +175,7 @@ int serve(const Options& o) {
       model.layout(), config,
       [&](const policy::EngineConfig& engine_config) {
         ctx = std::make_unique<kernels::Context>(static_cast<int>(o.threads));
-        auto engine = std::make_unique<policy::Engine>(model.engine_backend(*ctx, engine_config.memory_bytes),
+        auto engine = std::make_unique<policy::Engine>(model.engine_backend(*ctx, engine_config),
                                                        model.layout(), engine_config);
         engine->set_weights(model.arena(), 0);
         return engine;
@@ -206,7 +207,7 @@ int serve(const Options& o) {
   fmt::print("serving {} at http://{}{}{}:{}/v1", server.service().config().model, v6 ? "[" : "",
              listen.address, v6 ? "]" : "", server.port());
   if (listen.admin_port) fmt::print(", admin at http://127.0.0.1:{}/admin", server.admin_port());
-  fmt::print("{}\n", listen.key.empty() ? "" : ", with a key");
+  fmt::print("{}{}\n", listen.key.empty() ? "" : ", with a key", model.on_gpu() ? ", on " + model.place() : "");
   std::fflush(stdout);
 
   while (g_signals == 0 && host.broken().empty()) std::this_thread::sleep_for(std::chrono::milliseconds(50));
@@ -258,10 +259,9 @@ void add_serve(Program& program) {
       .option("--stop", o->stop, "NAME",
               "on SIGTERM: finish what runs, or checkpoint sessions where they are")
       .option("--patience", o->patience_s, "S", "how long to finish at most")
-      .flag("--no-thinking", o->no_thinking, "<think>...</think> stays in the content")
-      .option("--dtype", o->dtype, "NAME",
-              "compute with float32 or bfloat16 weights; auto: as in the checkpoint")
-      .option("--threads", o->threads, "N", "0: one per processor")
+      .flag("--no-thinking", o->no_thinking, "<think>...</think> stays in the content");
+  declare_place(command, o->open);
+  command.option("--threads", o->threads, "N", "0: one per processor")
       .example("serve --model models/tiny --port 8000 --dir serve")
       .example("serve --model models/tiny --host 0.0.0.0 --key-file key --admin-port 8001");
   command.action([o] { return serve(*o); });

@@ -1,4 +1,8 @@
 // perigee eval by length: the table, its JSON, and what is refused before anything is computed.
+#include <pty.h>
+
+#include "apps/model/eval_progress.h"
+#include "kernels/device/device.h"
 #include "tests/apps/run_program.h"
 
 namespace perigee {
@@ -103,10 +107,102 @@ TEST_F(EvalTest, WhatCannotBeDoneIsRefusedFirst) {
   expect_refused(eval({"--suite", "lonk"}), "did you mean long?");
   expect_refused(eval({"--lengths", "64", "--show"}), "--show");
   expect_refused(eval({"--lengths", "64", "--set", "tasks.varient=single"}), "did you mean variant?");
-  expect_refused(eval({"--lengths", "64", "--set", "tasks.kind=sort"}), "needle at 64: tasks: ");
+  expect_refused(eval({"--lengths", "64", "--set", "tasks.kind=sort"}),
+                 "tasks of kind \"sort\" have no length; those of palindrome, ");
+  expect_refused(eval({"--device", "gpu"}), "--device \"gpu\": cpu or cuda is expected");
   expect_refused({"eval", "--suite", "long", "--model", golden("tiny"), "--lengths", "512"},
                  "tokens cannot be reached");
   expect_refused({"eval", "--lengths", "512", "--model", golden("tiny")}, "name a run");
+}
+
+// Of every kind that the refusal names, a task has the length that was asked for.
+TEST_F(EvalTest, KindsOfTasksWithALength) {
+  for (const char* kind : {"palindrome", "mqar", "stack", "needle", "variable_tracking", "common_words", "frequent_words", "mrcr"}) {
+    json c = small_run(place_ / "run");
+    c["tasks"] = {{"kind", kind}};
+    c["reward"] = {{{"verifier", "task"}}};
+    c["rollout"]["max_new_tokens"] = 64;
+    spill(place_ / "kind.json", c.dump());
+    const Said said = run_perigee({"eval", "--config", place_ / "kind.json", "--model", golden("tiny"), "--lengths", "1k",
+                                   "--tasks", "1", "--json"});
+    // To some this is too short, or too long.
+    if (said.code == 0)
+      EXPECT_EQ(said.json()["cells"][0]["length"], 1024) << kind;
+    else
+      EXPECT_NE(said.err.find("length"), std::string::npos) << kind << said.err;
+    EXPECT_EQ(said.err.find("have no length"), std::string::npos) << kind << said.err;
+  }
+  json c = small_run(place_ / "run");
+  spill(place_ / "sums.json", c.dump());
+  expect_refused({"eval", "--config", place_ / "sums.json", "--model", golden("tiny"), "--lengths", "4k"},
+                 "--lengths: tasks of kind \"arithmetic\" have no length; those of palindrome, mqar, stack, needle, ");
+}
+
+// On a machine with a GPU its numbers are the CPU's; without one it says so.
+TEST_F(EvalTest, OnAGpuTheNumbersAreThoseOfTheCpu) {
+  const auto answers = [&](std::vector<std::string> more) {
+    more.insert(more.end(), {"--lengths", "200,500", "--tasks", "6", "--temperature", "1", "--json"});
+    json cells = run_perigee(eval(std::move(more))).json()["cells"];
+    for (json& cell : cells) cell = {{"answers", cell["answers"]}, {"reward", cell["reward_mean"]}};
+    return cells;
+  };
+  const json here = answers({"--device", "cpu"});
+  ASSERT_EQ(here.size(), 2u);
+  json of_gpu = small_run(place_ / "run");
+  of_gpu["run"]["device"] = "cuda";
+  spill(place_ / "gpu.json", of_gpu.dump());
+  const std::vector<std::string> own = {"eval", "--config", place_ / "gpu.json", "--model", golden("tiny"), "--tasks", "4"};
+  const Said said = run_perigee(own);
+  EXPECT_EQ(said.code, 0) << said.err;
+  if (kernels::Device::count() > 0) {
+    EXPECT_EQ(answers({"--device", "cuda"}), here);
+    EXPECT_NE(said.out.find(" on NVIDIA"), std::string::npos) << said.out;
+  } else {
+    expect_refused(eval({"--device", "cuda"}), "--device cuda: " + kernels::Device::why_none() + "; use --device cpu");
+    EXPECT_EQ(said.err, "perigee: run.device is cuda, and there is no GPU here (" + kernels::Device::why_none() +
+                            "): computing on the CPU\n");
+  }
+}
+
+TEST(EvalProgress, ALineOfWhatIsDone) {
+  apps::EvalState s{.done = 12, .tasks = 200, .correct = 5, .tokens = 10000, .seconds = 2, .share = 0.25, .total_seconds = 30};
+  EXPECT_EQ(apps::eval_line(s), "12 of 200 tasks, 41.7 % right, 5000 tokens/s, 90 s left");
+  s.what = "needle single at 4k, 3 of 16";
+  s.done = 0;
+  s.total_seconds = 1;  // too early to tell
+  EXPECT_EQ(apps::eval_line(s), "needle single at 4k, 3 of 16: 0 of 200 tasks, 5000 tokens/s");
+}
+
+// Standard error of `perigee eval` on a terminal of that kind.
+std::string on_terminal(const char* term, const std::vector<std::string>& args) {
+  int fd = -1;
+  winsize size{30, 60, 0, 0};
+  const pid_t pid = ::forkpty(&fd, nullptr, nullptr, &size);
+  if (pid == 0) {
+    ::setenv("TERM", term, 1);
+    std::vector<char*> argv{const_cast<char*>(PERIGEE_PROGRAM)};
+    for (const std::string& a : args) argv.push_back(const_cast<char*>(a.c_str()));
+    argv.push_back(nullptr);
+    ::execv(PERIGEE_PROGRAM, argv.data());
+    ::_exit(127);
+  }
+  std::string shown;
+  char buffer[4096];
+  for (ssize_t n; (n = ::read(fd, buffer, sizeof buffer)) > 0;) shown.append(buffer, static_cast<size_t>(n));
+  ::close(fd);
+  int status = 0;
+  ::waitpid(pid, &status, 0);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << shown;
+  return shown;
+}
+
+TEST_F(EvalTest, ATerminalShowsHowFarItIs) {
+  const auto args = eval({"--tasks", "3"});
+  const std::string shown = on_terminal("xterm", args);
+  EXPECT_NE(shown.find("\r\x1b[K0 of 3 tasks"), std::string::npos) << shown;
+  EXPECT_NE(shown.find("\r\x1b[K" + golden("tiny")), std::string::npos) << "the line goes before the result comes\n" << shown;
+  for (const char* term : {"dumb", ""}) EXPECT_EQ(on_terminal(term, args).find('\x1b'), std::string::npos) << term;
+  EXPECT_EQ(on_terminal("xterm", eval({"--tasks", "3", "--json"})).find('\x1b'), std::string::npos);
 }
 
 }  // namespace

@@ -395,6 +395,40 @@ TEST_F(ServeProgram, WhatKeepsItFromStartingIsOneLine) {
 }
 
 // Two servers on one directory would each believe they know the sessions.
+// The server goes on with what was opened first, and the weights alone are others: what it answers is what a server of them
+// answers. A model that has no place there changes nothing.
+TEST_F(ServeProgram, OtherWeightsWhileItRuns) {
+  const std::string next = place_ / "next", wide = place_ / "wide";
+  ASSERT_EQ(run_perigee({"init", "--config", golden("tiny/config.json"), "--out", next, "--seed", "4"}).code, 0);
+  json config = json::parse(slurp(golden("tiny/config.json")));
+  config["intermediate_size"] = config["intermediate_size"].get<int>() * 2;
+  spill(place_ / "wide.json", config.dump());
+  ASSERT_EQ(run_perigee({"init", "--config", place_ / "wide.json", "--out", wide}).code, 0);
+  const json body = {{"messages", json::array({user("go on")})}, {"max_tokens", 20}, {"seed", 1}, {"return_token_ids", true}};
+  const auto tokens = [&](const Program& p) { return p.post("/v1/chat/completions", body)["choices"][0]["token_ids"]; };
+  const json expected = tokens(Program(next, {}, place_ / "other"));
+
+  Program server = serve({"--admin-port", "0"});
+  const std::string said = server.said(), mark = "admin at http://127.0.0.1:";
+  const auto admin = static_cast<uint16_t>(std::stoi(said.substr(said.find(mark) + mark.size())));
+  const json first = tokens(server);
+  EXPECT_NE(first, expected);
+  for (const std::string& wrong : {wide, place_ / "nothing"}) {
+    EXPECT_EQ(ask(admin, "POST", "/admin/weights", json{{"path", wrong}}.dump()).status, 400) << wrong;
+    EXPECT_EQ(tokens(server), first);
+  }
+  for (int version = 1; version < 4; ++version) {
+    const RawAnswer a = ask(admin, "POST", "/admin/weights", json{{"path", next}}.dump());
+    ASSERT_EQ(a.status, 200) << a.body;
+    const json answer = server.post("/v1/chat/completions", body);
+    EXPECT_EQ(answer["choices"][0]["token_ids"], expected);
+    EXPECT_EQ(answer["weight_version"], version);
+    EXPECT_EQ(server.post("/tokenize", {{"prompt", "go on"}})["tokens"].size(), 5u) << "the tokenizer stays";
+  }
+  server.signal(SIGTERM);
+  EXPECT_EQ(server.wait(20), 0) << server.said();
+}
+
 TEST_F(ServeProgram, ADirectoryHasOneServer) {
   Program server = serve_kept();
   const Said said =
