@@ -4,6 +4,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <filesystem>
 #include <random>
@@ -172,16 +173,15 @@ std::optional<Inbound> Router::receive(int timeout_ms) {
     const int64_t credit = count_field(message->header, "credit", kMaxWindow);
     const int64_t window = count_field(message->header, "window", kMaxWindow);
     auto it = peers_.find(id);
-    if (it == peers_.end() && static_cast<int64_t>(peers_.size()) >= options_.max_peers) {
-      ++counts_.unroutable;
-      continue;
-    }
     if (credit < 0 || window < 0) {
       ++counts_.malformed;
       continue;
     }
+    if (it != peers_.end()) it->second.heard = counts_.received;
     if (type == "hello") {
+      if (it == peers_.end()) make_room();
       Peer& peer = peers_[id];
+      peer.heard = counts_.received;
       peer.queue.clear();
       peer.queued_bytes = 0;
       peer.credits = window;
@@ -195,6 +195,17 @@ std::optional<Inbound> Router::receive(int timeout_ms) {
     }
     if (type == "credit") continue;
     return Inbound{std::move(id), std::move(*message)};
+  }
+}
+
+// Who restarts comes under another id, and nobody says that the former one is over: without this a run of many restarts would
+// hear no worker any more. A peer that lives has sent a sign of it since.
+void Router::make_room() {
+  while (!peers_.empty() && static_cast<int64_t>(peers_.size()) >= options_.max_peers) {
+    const auto oldest = std::min_element(peers_.begin(), peers_.end(),
+                                         [](const auto& a, const auto& b) { return a.second.heard < b.second.heard; });
+    gone_.push_back(oldest->first);
+    peers_.erase(oldest);
   }
 }
 

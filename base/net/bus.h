@@ -48,7 +48,7 @@ struct BusOptions {
   int linger_ms = 500;                             // how long closing waits for what is still queued
   int heartbeat_ms = 2000;                         // ZeroMQ pings; a peer silent for five of them is reconnected
   int window = 64;                                 // Dealer: messages it takes before it gives new credits
-  int64_t max_peers = 1024;                        // Router: further ones are ignored
+  int64_t max_peers = 1024;                        // Router: a further one takes the place of the one that was silent longest
 };
 
 // What a Router knows of a peer.
@@ -80,7 +80,8 @@ class Router {
   bool send(const std::string& peer, Message message);
   // Like send but outside the credits, never queued: to ask a stranger for its hello, at most once per message of it.
   bool send_uncredited(const std::string& peer, const Message& message);
-  // Peers that could not be reached, since the last call: they are forgotten, and what was queued for them is lost.
+  // Peers that could not be reached or made room for others, since the last call: they are forgotten, and what was queued for
+  // them is lost.
   // One that lives says who it is when it is asked.
   std::vector<std::string> take_gone() { return std::exchange(gone_, {}); }
 
@@ -92,11 +93,13 @@ class Router {
  private:
   struct Peer {
     int64_t credits = 0, queued_bytes = 0, stalls = 0;
+    int64_t heard = 0;  // its last message, as a count of all
     std::deque<Message> queue;
   };
   enum class Sent { kSent, kFull, kGone };
   Sent transmit(const std::string& peer, const Message& message);
   bool pump(const std::string& peer, Peer& state);  // false: it is gone
+  void make_room();
 
   BusOptions options_;
   zmq::socket_t socket_;

@@ -130,6 +130,33 @@ TEST(Bus, StrangersAndTheGoneAreAValueNotAnException) {
   EXPECT_TRUE(router.take_gone().empty());
 }
 
+// Workers that restart come under another id each time; without end, and the one that stays is not the one that goes.
+TEST(Bus, APeerTooManyTakesThePlaceOfTheOneSilentLongest) {
+  zmq::context_t context;
+  BusOptions options;
+  options.max_peers = 3;
+  Router router(context, inproc("places"), options);
+  Dealer stays(context, inproc("places"), "stays");
+  stays.send(Message("hello"));
+  const std::string kept = next(router).peer;
+  std::vector<std::string> others;
+  for (int i = 0; i < 10; ++i) {
+    Dealer other(context, inproc("places"), fmt::format("w{}", i));
+    other.send(Message("hello"));
+    others.push_back(next(router).peer);
+    EXPECT_TRUE(router.peer(others.back()).has_value());
+    stays.send(Message("beat"));
+    EXPECT_EQ(next(router).peer, kept);
+  }
+  EXPECT_TRUE(router.send(kept, Message("work")));
+  // In the order in which they were heard; the last two are there.
+  EXPECT_EQ(router.take_gone(), std::vector<std::string>(others.begin(), others.end() - 2));
+  // Who was forgotten and lives is heard, and asked who it is.
+  Dealer stranger(context, inproc("places"), "stranger");
+  stranger.send(Message("beat"));
+  EXPECT_EQ(next(router).message.type(), "beat");
+}
+
 TEST(Bus, WhatCannotBeParsedIsCountedAndIgnored) {
   zmq::context_t context;
   Router router(context, inproc("f"));
