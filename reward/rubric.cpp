@@ -21,11 +21,22 @@ bool finished(FinishReason finish) {
   return finish == FinishReason::kStop || finish == FinishReason::kLength;
 }
 
-// One line of well-formed text, whatever the policy wrote.
-std::string shown(const std::string& detail) {
-  if (detail.empty()) return detail;
-  const std::string quoted = quote(detail, kMaxDetailBytes);
-  return quoted.substr(1, quoted.rfind('"') - 1);
+// One line of well-formed text, whatever the policy wrote. Quotes and backslashes stay as they are: what verifiers quote they have
+// quoted already.
+std::string shown(std::string_view detail) {
+  std::string out;
+  for (size_t i = 0, n = 0; i < detail.size(); i += n) {
+    if (i >= kMaxDetailBytes) return out + "...";
+    const auto c = static_cast<unsigned char>(detail[i]);
+    n = utf8_sequence_bytes(detail.substr(i));
+    if (n == 0 || c < 0x20 || c == 0x7f) {
+      n = 1;
+      out += fmt::format("\\x{:02x}", c);
+    } else {
+      out += detail.substr(i, n);
+    }
+  }
+  return out;
 }
 
 }  // namespace

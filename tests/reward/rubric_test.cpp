@@ -93,6 +93,15 @@ TEST(Rubric, AFailureIsRecordedAndClosesTheTotal) {
   EXPECT_FALSE(with([](Budget&) -> Verdict { return {0.5, ""}; }).failed);
 }
 
+TEST(Rubric, WhatADetailQuotesIsQuotedOnce) {
+  const auto detail = [](const std::string& text) {
+    return with([&](Budget&) -> Verdict { return {0, text}; }).components[1].detail;
+  };
+  EXPECT_EQ(detail(R"(found "144", wanted "\d+")"), R"(found "144", wanted "\d+")");
+  EXPECT_EQ(detail("a\x1b[31m\n\xff\xc3\xa4"), "a\\x1b[31m\\x0a\\xff\xc3\xa4");
+  EXPECT_EQ(detail(std::string(500, '"')), std::string(200, '"') + "...");
+}
+
 TEST(Rubric, UnfinishedSamplesFail) {
   for (const auto finish : {FinishReason::kCancelled, FinishReason::kError, FinishReason::kNone}) {
     auto input = sample("a", "a");
