@@ -45,7 +45,7 @@ int64_t backup_store(const fs::path& from, const fs::path& to, const CareProgres
   StoreReader source(from);  // says what is wrong with a file that is no store
   NewFile made(to);
   {
-    Database src(from, {.read_only = true}), dst(made.path(), {.create = true});
+    Database src(from, {.read_only = true}), dst(made.path(), {.create = true, .made_whole = true});
     // The moment of which it is a copy: held, so that a run may go on writing.
     src.exec("BEGIN");
     src.pragma("SELECT count(*) FROM sqlite_schema");

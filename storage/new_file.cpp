@@ -58,7 +58,7 @@ void NewFile::keep() {
 }
 
 std::unique_ptr<Database> begin_store(const NewFile& file) {
-  auto db = std::make_unique<Database>(file.path(), Database::Options{.create = true, .uri = true});
+  auto db = std::make_unique<Database>(file.path(), Database::Options{.create = true, .uri = true, .made_whole = true});
   register_row_sum(*db);
   db->exec("PRAGMA synchronous = OFF");
   db->exec("PRAGMA foreign_keys = OFF");

@@ -165,15 +165,17 @@ void Database::fail(int code, std::string_view doing) {
   const std::string name = file_.string();
   const std::string why = handle_ ? sqlite3_errmsg(handle_) : sqlite3_errstr(code);
   const int system_code = handle_ ? sqlite3_system_errno(handle_) : 0;
-  const std::string_view kept =
-      read_only_ ? "" : "; everything acknowledged is kept, what was being written is not";
+  const std::string_view kept = read_only_    ? ""
+                                : made_whole_ ? "; nothing was made"
+                                              : "; everything acknowledged is kept, what was being written is not";
+  const std::string_view go_on = made_whole_ ? "try again" : "resume the run";
   switch (code & 0xff) {
     case SQLITE_FULL:
-      throw_environment("{}: the disk is full{}: free some space and resume the run", name, kept);
+      throw_environment("{}: the disk is full{}: free some space and {}", name, kept, go_on);
     case SQLITE_IOERR:
       broken_ = true;
-      throw_environment("{}: {} (SQLite {}, errno {}){}: check the disk and resume the run", name, why, code,
-                        system_code, kept);
+      throw_environment("{}: {} (SQLite {}, errno {}){}: check the disk and {}", name, why, code,
+                        system_code, kept, go_on);
     case SQLITE_CORRUPT:
       broken_ = true;
       throw_environment(

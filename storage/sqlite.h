@@ -76,6 +76,7 @@ class Database {
     bool read_only = false;
     bool create = false;
     bool uri = false;  // "file:..." is a URI, for ATTACH
+    bool made_whole = false;  // a copy, which is nothing until it is complete: what errors advise
     int busy_timeout_ms = 5000;
     std::string vfs;
   };
@@ -122,6 +123,7 @@ class Database {
 
   std::filesystem::path file_;
   bool read_only_ = false;
+  bool made_whole_ = false;
   bool broken_ = false;
   bool leftover_ = false;
   bool doubtful_ = false;

@@ -14,9 +14,15 @@ std::vector<std::string> StoreQueries::check(int limit) {
   storage::ReadScope scope(*db_);
   std::vector<std::string> findings;
   const auto full = [&] { return static_cast<int>(findings.size()) >= limit; };
-  const auto add = [&](std::string finding) {
-    std::replace(finding.begin(), finding.end(), '\n', ' ');
-    if (!full()) findings.push_back(std::move(finding));
+  // A finding a line, each once: several searches meet the same damage.
+  const auto add = [&](std::string_view text) {
+    for (size_t begin = 0; begin <= text.size() && !full();) {
+      const size_t end = std::min(text.find('\n', begin), text.size());
+      const std::string_view finding = text.substr(begin, end - begin);
+      begin = end + 1;
+      if (!finding.empty() && std::find(findings.begin(), findings.end(), finding) == findings.end())
+        findings.emplace_back(finding);
+    }
   };
 
   // A damaged page can end any of the searches with an error: that is a finding too.

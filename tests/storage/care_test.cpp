@@ -5,7 +5,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <fstream>
 #include <thread>
 
 #include "tests/storage/fixture.h"
@@ -104,6 +106,31 @@ TEST(Backup, OfADamagedStoreIsNotKept) {
   expect_error(Error::Kind::kEnvironment, "not sound", [&] { backup_store(dir / "s", dir / "b"); });
   for (const auto& entry : fs::directory_iterator(dir.path()))
     EXPECT_EQ(entry.path().filename().string().find("b"), std::string::npos) << "left behind: " << entry.path();
+}
+
+// A finding is a line, and each is told once, however many searches meet the damage.
+TEST(Check, SaysEachThingOnce) {
+  TempDirectory dir;
+  written(dir / "s", 20);
+  {
+    std::fstream file(dir / "s", std::ios::in | std::ios::out | std::ios::binary);
+    const auto size = static_cast<int64_t>(fs::file_size(dir / "s"));
+    for (int64_t page = 11; page * 4096 < size; page += 3) {
+      file.seekp(page * 4096);
+      for (int i = 0; i < 64; ++i) file.put('\xff');
+    }
+  }
+  std::vector<std::string> findings;
+  try {
+    findings = StoreReader(dir / "s").check(100);
+  } catch (const Error& e) {
+    GTEST_FAIL() << e.what();
+  }
+  ASSERT_FALSE(findings.empty());
+  for (const std::string& f : findings) EXPECT_EQ(f.find("\n"), std::string::npos) << f;
+  std::sort(findings.begin(), findings.end());
+  EXPECT_EQ(std::adjacent_find(findings.begin(), findings.end()), findings.end()) << *std::adjacent_find(findings.begin(), findings.end());
+  for (const std::string& f : findings) EXPECT_LT(f.size(), 300u) << f;
 }
 
 TEST(Compact, GivesBackWhatWasDroppedAndKeepsTheRest) {
