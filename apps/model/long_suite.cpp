@@ -89,12 +89,10 @@ void fit_to_device(const OpenModel& model, int64_t length, int64_t sequence_byte
   policy::EngineConfig larger = engine;
   larger.prefill_chunk = std::max(engine.prefill_chunk, std::min(kDevicePrefillChunk, length));
   if (model.room_for_states(larger) >= sequence_bytes) engine = larger;
+  engine.memory_bytes = sequence_bytes;
+  model.check_room(engine, fmt::format("a sequence of {} tokens takes {}; lower --lengths, or use --device cpu", length,
+                                       human_bytes(static_cast<uint64_t>(sequence_bytes))));
   const int64_t room = model.room_for_states(engine);
-  if (sequence_bytes > room)
-    throw_environment("--lengths: a sequence of {} tokens takes {} here, and {} has {} for states beside weights and passes; "
-                      "lower --lengths, or use --device cpu",
-                      length, human_bytes(static_cast<uint64_t>(sequence_bytes)), model.place(),
-                      human_bytes(static_cast<uint64_t>(std::max<int64_t>(room, 0))));
   engine.memory_bytes = std::clamp(sequence_bytes * std::min(count, engine.max_running), sequence_bytes, room);
 }
 

@@ -224,7 +224,7 @@ int64_t OpenModel::room_for_states(const policy::EngineConfig& engine) const {
 void OpenModel::check_room(const policy::EngineConfig& engine, const std::string& advice) const {
   if (!on_gpu() || engine.memory_bytes <= room_for_states(engine)) return;
   throw_environment(
-      "{} of GPU memory are needed, and {} has {} free (weights {}, passes of {} tokens and logits of {} sequences {}, states "
+      "{} of GPU memory are needed, and {} has {} free (weights {}, passes of {} tokens and logits for {} at a time {}, states "
       "{}); {}",
       size_text(layout_->weight_bytes() + passes_bytes(engine) + engine.memory_bytes), place(), size_text(free_bytes_),
       size_text(layout_->weight_bytes()), rows_of(engine), engine.max_running, size_text(passes_bytes(engine)),

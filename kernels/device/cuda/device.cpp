@@ -11,8 +11,17 @@
 namespace perigee::kernels {
 
 void cuda_failed(cudaError_t error, const char* what, const char* file, int line) {
-  throw_environment("the GPU failed at {} ({}:{}): {} ({}); the run can be resumed", what, file, line,
-                    cudaGetErrorString(error), cudaGetErrorName(error));
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    size_t free = 0, total = 0;
+    const std::string numbers = cudaMemGetInfo(&free, &total) == cudaSuccess
+                                    ? fmt::format("{} of {} MiB are free", free >> 20, total >> 20)
+                                    : std::string("too little is free to open it");
+    throw_environment("the GPU has no memory left at {} ({}:{}): {}; end what else uses it (nvidia-smi lists it)", what, file,
+                      line, numbers);
+  }
+  throw_environment("the GPU failed at {} ({}:{}): {} ({}); what is on the disk is whole: start again, a run with perigee resume",
+                    what, file, line, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 
 void* DeviceScratch::take_bytes(size_t bytes) {
@@ -104,7 +113,8 @@ void* Device::allocate(int64_t bytes) {
     cudaGetLastError();
     size_t free = 0, total = 0;
     cudaMemGetInfo(&free, &total);
-    throw_environment("{} has no {} MiB left: {} of {} MiB are free, this program holds {} MiB", info_.name,
+    throw_environment("{} has no {} MiB left: {} of {} MiB are free, this program holds {} MiB; end what else uses it "
+                      "(nvidia-smi lists it), or give this less (engine.memory_mib, --memory-mib)", info_.name,
                       (bytes >> 20) + 1, free >> 20, total >> 20, allocated_ >> 20);
   }
   PERIGEE_CUDA(error);

@@ -94,7 +94,8 @@ Block create_block(kernels::Device& device, int64_t bytes) {
   if (made == CUDA_ERROR_OUT_OF_MEMORY) {
     size_t free = 0, total = 0;
     cudaMemGetInfo(&free, &total);
-    throw_environment("{} has no {} MiB left for the weights: {} of {} MiB are free", device.info().name,
+    throw_environment("{} has no {} MiB left for the weights: {} of {} MiB are free; end what else uses it (nvidia-smi "
+                      "lists it)", device.info().name,
                       (block.reserved >> 20) + 1, free >> 20, total >> 20);
   }
   check(made, "making memory");
