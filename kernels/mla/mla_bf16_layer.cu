@@ -99,8 +99,9 @@ __global__ void __launch_bounds__(kThreads) before(const __grid_constant__ Layer
 #endif
 }
 
-// Of each head four blocks, of 32 outputs of absorb_v each; each merges the head's splits for itself.
-__global__ void __launch_bounds__(kThreads) after(const __grid_constant__ LayerArgs a) {
+// Of each head four blocks, of 32 outputs of absorb_v each; each merges the head's splits, kSplits at most, for itself.
+template <int kSplits>
+__global__ void __launch_bounds__(kThreads, 1) after(const __grid_constant__ LayerArgs a) {
 #if defined(PERIGEE_HOPPER)
   extern __shared__ __align__(1024) std::byte memory[];
   After& shared = *reinterpret_cast<After*>(memory);
@@ -131,10 +132,10 @@ __global__ void __launch_bounds__(kThreads) after(const __grid_constant__ LayerA
     const int splits = s.count == 0 ? 0 : split_count(s.position);
     const float* const from =
         a.partial + int64_t{slice * groups + head / kLayerHeads} * a.most_splits * kSplitFloats;
-    float4 p[kLayerSplits];
-    float m[kLayerSplits], sum[kLayerSplits];
+    float4 p[kSplits];
+    float m[kSplits], sum[kSplits];
 #pragma unroll
-    for (int j = 0; j < kLayerSplits; ++j) {
+    for (int j = 0; j < kSplits; ++j) {
       if (j < splits) {
         const float* const split = from + j * kSplitFloats;
         p[j] = *reinterpret_cast<const float4*>(split + in_group * kLayerLatent + quad * 4);
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(kThreads) after(const __grid_constant__ LayerA
     uint2 narrow = {};
     if (splits > 0) {
 #pragma unroll
-      for (int j = 1; j < kLayerSplits; ++j) {
+      for (int j = 1; j < kSplits; ++j) {
         if (j < splits) {
           float x, y;
           merge_factors(m[0], m[j], x, y);
@@ -228,7 +229,7 @@ bool mla_decode_layer(Device& device, const MlaShape& shape, const MlaDecodeLaye
   few.log2_scale = shape.scale * 1.44269504088896341f;
   few.partial = a.partial;
   launch_few(device, few);
-  launch_dependent(after, dim3(of_heads), dim3(kThreads), sizeof(After), device.stream(), a);
+  launch_dependent(splits <= kLayerSplits / 2 ? after<kLayerSplits / 2> : after<kLayerSplits>, dim3(of_heads), dim3(kThreads), sizeof(After), device.stream(), a);
   return true;
 }
 

@@ -6,8 +6,8 @@ namespace perigee::kernels::mla {
 
 inline constexpr int kLayerHeads = 32;  // that a cluster takes together
 inline constexpr int kLayerLatent = 512, kLayerRope = 64, kLayerWidth = kLayerLatent + kLayerRope;
-inline constexpr int kLayerPages = 64;   // in a page table, at most
-inline constexpr int kLayerSplits = 8;   // of a row, at most, then
+inline constexpr int kLayerPages = 256;  // in a page table, at most
+inline constexpr int kLayerSplits = 16;  // of a row, at most, then
 inline constexpr int kSplitFloats = kLayerHeads * kLayerLatent + 2 * kLayerHeads;
 
 // A split's O [32 heads][512], then 32 references and 32 sums, at split i of slice s, heads 32 g and on:

@@ -130,6 +130,9 @@ TEST_F(MlaLayer, a_decoded_row_has_the_bits_of_the_parts) {
     for (const int32_t position : {5, 700, 1023, 1024, 1030, 1535, 1536, 2047})
       EXPECT_TRUE(layer.expect_same({position}, 32, loud));
     for (const int32_t position : {77, 1023, 1500, 3000, 4095}) EXPECT_TRUE(layer.expect_same({position}, 64, loud));
+    for (const int32_t position : {900, 3000, 4096, 5119, 5120, 6000, 8191})
+      EXPECT_TRUE(layer.expect_same({position}, 128, loud));
+    for (const int32_t position : {4160, 12000, 16383}) EXPECT_TRUE(layer.expect_same({position}, 256, loud));
   }
 }
 
@@ -140,6 +143,8 @@ TEST_F(MlaLayer, decoded_rows_have_the_bits_of_the_parts) {
   EXPECT_TRUE(layer.expect_same({1300, 40}, 32, 1.0f));
   EXPECT_TRUE(layer.expect_same({64, 63, -1, 500, 0, 128, 257, -1}, 8, 1.0f));
   EXPECT_TRUE(layer.expect_same({630, 1, 900, 257}, 16, 4.0f));
+  EXPECT_TRUE(layer.expect_same({3000, 2048}, 64, 1.0f));
+  EXPECT_TRUE(layer.expect_same({5000, 3000}, 128, 1.0f));
   Layer wide(device(), 64);
   EXPECT_TRUE(wide.expect_same({300, 900}, 16, 1.0f));
 }
@@ -159,7 +164,7 @@ TEST_F(MlaLayer, what_it_does_not_do_it_declines) {
   EXPECT_FALSE(decodes(32, 512, 32, 128, 128));
   EXPECT_FALSE(decodes(32, 512, 64, 64, 128));
   EXPECT_FALSE(decodes(32, 512, 64, 128, 64));
-  batch.max_pages = 128;
+  batch.max_pages = 512;
   EXPECT_FALSE(decodes(32, 512, 64, 128, 128));
   batch.max_pages = 8, batch.max_count = 2;
   EXPECT_FALSE(decodes(32, 512, 64, 128, 128));
