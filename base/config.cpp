@@ -331,7 +331,7 @@ void Schema::collect(const json& value, const std::string& prefix, std::string_v
           std::string part = f.key.substr(0, dot);
           if (std::find(names.begin(), names.end(), part) == names.end()) names.push_back(part);
         }
-      throw_input("{}: {}: unknown key{}", where, key, did_you_mean(key, names));
+      JsonReader(value, where, prefix).fail(name, fmt::format("unknown key{}", did_you_mean(key, names)));
     }
     if (!v.is_object()) throw_input("{}: {}: {}", where, key, expected("a section {...}", v));
     collect(v, key, where, out);

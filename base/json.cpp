@@ -1,5 +1,6 @@
 #include "base/json.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "base/error.h"
@@ -174,8 +175,13 @@ JsonReader::JsonReader(const json& value, std::string_view where, std::string_vi
   throw_input("{}: {}: an object is expected, not {}", where, prefix, json_type_name(value));
 }
 
+// A key that nobody knows may be any bytes; messages are one line.
 std::string JsonReader::path(std::string_view key) const {
-  return prefix_.empty() ? std::string(key) : fmt::format("{}.{}", prefix_, key);
+  const bool plain = std::none_of(key.begin(), key.end(), [](char c) {
+    return static_cast<unsigned char>(c) < 0x20 || c == 0x7f;
+  });
+  const std::string shown = plain ? std::string(key) : quote(key, 120);
+  return prefix_.empty() ? shown : fmt::format("{}.{}", prefix_, shown);
 }
 
 void JsonReader::fail(std::string_view key, std::string_view message) const {

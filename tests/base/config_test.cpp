@@ -97,6 +97,7 @@ TEST(Config, ErrorsSayWhereWhatAndWhatToDo) {
       {R"({"trian": {"lr": 1}})", "run.json: trian: unknown key; did you mean train?"},
       {R"({"train.stesp": 1})", "run.json: train.stesp: unknown key; did you mean train.steps?"},
       {R"({"zzzzzz": 1})", "run.json: zzzzzz: unknown key"},
+      {R"({"train": {"lr\n": 1}})", R"(run.json: train."lr\x0a": unknown key; did you mean train.lr?)"},
       {R"({"train": 3})", "run.json: train: a section {...} is expected, not 3"},
       {R"({"train": {"lr": "1"}})", "run.json: train.lr: a number is expected, not \"1\""},
       {R"({"train": {"lr": {"x": 1}}})", "run.json: train.lr: a number is expected, not {\"x\":1}"},

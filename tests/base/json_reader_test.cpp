@@ -121,6 +121,12 @@ TEST(JsonReader, WhatNobodyReadIsRefused) {
             "a.json: k: unknown key");
 }
 
+TEST(JsonReader, AStrangeKeyStaysOnItsLine) {
+  const auto read = [](JsonReader& r) { r.finish(); };
+  EXPECT_EQ(refusal(R"({"lr\nall is well\u001b[2J": 1})", read, "learn"),
+            R"(a.json: learn."lr\x0aall is well\x1b[2J": unknown key)");
+}
+
 TEST(Json, ValuesInMessagesAreShortAndWhole) {
   EXPECT_EQ(json_brief(json::parse(R"({"a": [1, "x"]})")), R"({"a":[1,"x"]})");
   EXPECT_EQ(json_brief(json(std::string(58, 'x'))), "\"" + std::string(58, 'x') + "\"");
