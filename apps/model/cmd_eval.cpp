@@ -104,7 +104,7 @@ int by_length(const Options& o, const nlohmann::json& base, const std::string& w
   }
   if (o.json) {
     print_json({{"model", place.model},
-                {"device", model.place()},
+                {"device", model.on_gpu() ? model.place() : "cpu"},
                 {"suite", o.suite},
                 {"cells", lengths_json(plan, results)}});
     return 0;
@@ -146,7 +146,7 @@ int plain(const Options& o, const rollout::RunConfig& config, const Place& place
                       {"tokens", a.tokens.size()}});
     nlohmann::json said = e.summary();
     said["model"] = place.model;
-    said["device"] = model.place();
+    said["device"] = model.on_gpu() ? model.place() : "cpu";
     said["answers"] = std::move(list);
     print_json(said);
     return 0;

@@ -21,7 +21,7 @@ using policy::MatrixForm;
 using policy::ResidentWeights;
 
 constexpr int64_t kLittleScratch = int64_t{1} << 20;   // to open a device with and to load by
-constexpr int64_t kGraphBytes = int64_t{256} << 20;    // of decoding steps, and what is taken in pieces
+constexpr int64_t kGraphBytes = int64_t{512} << 20;    // of decoding steps, and states that are taken in pieces
 constexpr int64_t kMostDecodingPad = 64;               // rows that a decoding step is rounded up by
 
 std::string size_text(int64_t bytes) { return human_bytes(static_cast<uint64_t>(bytes)); }
