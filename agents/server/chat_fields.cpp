@@ -13,6 +13,10 @@ namespace perigee::agents {
 using nlohmann::json;
 using nlohmann::ordered_json;
 
+void check_call_id(const std::string& id, const std::string& path) {
+  if (id.find('\n') != std::string::npos) refuse(path, "'{}' holds a line break", path);
+}
+
 void check_arguments(const std::string& arguments, const std::string& path) {
   try {
     if (parse_json(arguments, "arguments").is_object()) return;
@@ -196,6 +200,7 @@ ChatMessage parse_message(const json& value, const std::string& path) {
     if (out.message.tool_call_id.empty()) m.need("tool_call_id");
     if (out.message.tool_call_id.empty())
       refuse(m.path("tool_call_id"), "'{}' is empty", m.path("tool_call_id"));
+    check_call_id(out.message.tool_call_id, m.path("tool_call_id"));
   }
   // The template of this model has no place for a name.
   if (out.message.role == policy::Role::kTool)

@@ -90,6 +90,8 @@ struct CompletionRequest {
 
 ChatRequest parse_chat(std::string_view body, const RequestLimits& limits);
 CompletionRequest parse_completion(std::string_view body, const RequestLimits& limits);
+// Throws what POST /v1/responses refuses this body with, and does nothing else: for tests without a server.
+void try_responses(std::string_view body, const RequestLimits& limits);
 
 // The parts, for other endpoints. path: of the value, for messages.
 ChatMessage parse_message(const nlohmann::json& value, const std::string& path);
@@ -105,6 +107,8 @@ std::vector<int32_t> parse_ids(const nlohmann::json& list, const std::string& pa
 
 // A call's arguments must be the text of a JSON object of a modest depth, or the template cannot hold them: else 400.
 void check_arguments(const std::string& arguments, const std::string& path);
+// The id of the call that a tool answers stands on a line of its own in the template: one with a line break gives 400.
+void check_call_id(const std::string& id, const std::string& path);
 
 // The message as the template takes it: thinking goes before the content.
 policy::Message rendered(const ChatMessage& m);

@@ -109,6 +109,7 @@ std::vector<ChatMessage> parse_input(const json& v, const RequestLimits& limits)
       out.back().message.tool_call_id = *item.string("call_id", 256);
       if (out.back().message.tool_call_id.empty())
         refuse(item.path("call_id"), "'{}' is empty", item.path("call_id"));
+      check_call_id(out.back().message.tool_call_id, item.path("call_id"));
       out.back().message.content = text_of(item.need("output"), item.path("output"));
       item.ignore({"name"});
       item.finish();
@@ -212,6 +213,12 @@ ResponsesRequest parse_responses(std::string_view text, const RequestLimits& lim
   e["user"] = nullptr;
   return out;
 }
+
+}  // namespace
+
+void try_responses(std::string_view body, const RequestLimits& limits) { parse_responses(body, limits); }
+
+namespace {
 
 class ResponsesReply : public Reply {
  public:

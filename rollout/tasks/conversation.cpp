@@ -55,6 +55,7 @@ policy::Message read_message(const nlohmann::json& value, std::string_view where
   if (out.role == policy::Role::kTool) {
     out.tool_call_id = message.string("tool_call_id");
     if (out.tool_call_id.empty()) message.fail("tool_call_id", "it is empty");
+    if (out.tool_call_id.find('\n') != std::string::npos) message.fail("tool_call_id", "it holds a line break");
   }
   message.finish();
   return out;

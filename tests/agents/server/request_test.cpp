@@ -143,6 +143,7 @@ TEST(ChatRequest, RefusesWithTheParameter) {
       {{{"messages", {{{"role", "tool"}, {"content", "x"}}}}},
        "messages[0].tool_call_id",
        "missing_required_parameter"},
+      {{{"messages", {{{"role", "tool"}, {"content", "x"}, {"tool_call_id", "a\nb"}}}}}, "messages[0].tool_call_id", ""},
       {{{"messages",
          {{{"role", "user"}, {"content", {{{"type", "image_url"}, {"image_url", {{"url", "x"}}}}}}}}}},
        "messages[0].content[0]",

@@ -338,6 +338,8 @@ TEST_F(Files, ABadLineIsNamedByItsNumber) {
   expect(R"({"messages": [{"role": "user"}], "answer": "a"})", "messages[0].content: missing");
   expect(R"({"messages": [{"role": "usr", "content": "x"}], "answer": "a"})", "messages[0].role: role \"usr\" is not one of");
   expect(R"({"messages": [{"role": "tool", "content": "x"}], "answer": "a"})", "messages[0].tool_call_id: missing");
+  expect(R"({"messages": [{"role": "tool", "content": "x", "tool_call_id": "a\nb"}], "answer": "a"})",
+         "messages[0].tool_call_id: it holds a line break");
   expect(R"({"messages": [{"role": "user", "content": "x", "tool_calls": []}], "answer": "a"})", "only the assistant");
   expect(R"({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "1"}}]}], "answer": "a"})",
          "messages[0].tool_calls[0].function.arguments: the text of an object");
