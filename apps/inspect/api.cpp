@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "apps/inspect/wire.h"
+#include "apps/runs/run_metrics.h"
 #include "base/error.h"
 #include "base/text.h"
 
@@ -200,11 +201,13 @@ json Api::metrics(const Params& params, Readers& readers) {
   const OpenRun run = runs_.find(params.text("run"));
   StoreReader& store = readers.of(run);
   const std::vector<StepMetrics> rows = store.metrics(run.place.id);
+  const bool reference = has_reference(store.run(run.place.id).config);
   json phases = json::array();
   for (size_t begin = 0; begin < rows.size();) {
     size_t end = begin;
     while (end < rows.size() && rows[end].phase == rows[begin].phase) ++end;
     phases.push_back(curves(rows, begin, end));
+    if (!reference) phases.back()["series"].erase("kl");
     begin = end;
   }
   json evaluations = json::array();

@@ -54,13 +54,19 @@ void add_accuracy(std::vector<Series>& out, const Known& known, const std::vecto
 
 }  // namespace
 
+bool has_reference(const std::string& text) {
+  const nlohmann::json config = nlohmann::json::parse(text, nullptr, false);
+  if (!config.is_object()) return true;
+  const auto learn = config.find("learn");
+  if (learn == config.end() || !learn->is_object()) return true;
+  const auto coef = learn->find("kl_coef");
+  return coef == learn->end() || !coef->is_number() || coef->get<double>() != 0;
+}
+
 std::vector<Series> run_series(StoreQueries& store, const std::string& run_id) {
   const std::vector<StepMetrics> metrics = store.metrics(run_id);
   const std::vector<Evaluation> evaluations = store.evaluations(run_id);
-  // Without a reference the KL is not computed, and recorded as 0.
-  const nlohmann::json config = nlohmann::json::parse(store.run(run_id).config, nullptr, false);
-  const bool reference =
-      !config.is_object() || config.value("learn", nlohmann::json::object()).value("kl_coef", 1.0) != 0;
+  const bool reference = has_reference(store.run(run_id).config);
   std::vector<Series> out;
   for (const Known& known : kCurves) {
     if (known.key == "kl" && !reference) continue;

@@ -167,6 +167,29 @@ TEST(Inspect, WhatIsNotThereIsSaid) {
   EXPECT_EQ(page.json("/api/episode?episode=3&run=hostile")["episode"], 3);
 }
 
+// A curve of zeros would say that the policy stays where the reference is.
+TEST(Inspect, TheKlIsThereOnlyWithAReference) {
+  for (const double coef : {0.0, 0.1}) {
+    TempDirectory place;
+    fs::create_directories(place / "run");
+    {
+      Store store(place / "run/store.sqlite");
+      auto t = store.begin();
+      RunRecord run;
+      run.id = "r";
+      run.config = nlohmann::json({{"learn", {{"kl_coef", coef}}}}).dump();
+      run.state = "finished";
+      store.create_run(run);
+      store.record_metrics("r", "rl", 1, {{"kl", coef}, {"loss", 1.0}});
+      t.commit();
+    }
+    const Inspected page({place / "run"});
+    const auto series = page.json("/api/metrics")["phases"][0]["series"];
+    EXPECT_TRUE(series.contains("loss")) << series;
+    EXPECT_EQ(series.contains("kl"), coef > 0) << series;
+  }
+}
+
 // Every byte of it, and nothing else.
 TEST(Inspect, HostileTextArrivesWhole) {
   const HostileRun run;
