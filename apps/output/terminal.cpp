@@ -18,6 +18,7 @@ namespace perigee::apps {
 namespace {
 
 constexpr std::string_view kEnter = "\x1b[?1049h\x1b[?25l", kLeave = "\x1b[0m\x1b[?25h\x1b[?1049l", kReset = "\x1b[0m";
+constexpr std::chrono::milliseconds kLineEvery{100};
 
 std::string variable(const char* name) {
   const char* value = std::getenv(name);
@@ -134,6 +135,28 @@ WindowSize window_size(std::FILE* out) {
   winsize size{};
   if (::ioctl(::fileno(out), TIOCGWINSZ, &size) != 0 || size.ws_col == 0 || size.ws_row == 0) return {};
   return {size.ws_col, size.ws_row};
+}
+
+bool rewrites_lines(std::FILE* out) {
+  const std::string term = variable("TERM");
+  return ::isatty(::fileno(out)) != 0 && !term.empty() && term != "dumb";
+}
+
+ProgressLine::ProgressLine() : live_(rewrites_lines(stderr)) {}
+
+ProgressLine::~ProgressLine() {
+  if (shown_) std::fputs("\r\x1b[K", stderr);
+}
+
+void ProgressLine::show(const std::function<std::string()>& text) {
+  if (!live_) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (shown_ && now - last_ < kLineEvery) return;
+  last_ = now;
+  shown_ = true;
+  // A line that wraps would leave its first row behind. In the last column some terminals wrap already.
+  const std::string line = "\r\x1b[K" + cut(text(), window_size(stderr).columns - 1);
+  std::fputs(line.c_str(), stderr);
 }
 
 struct Screen::Impl {

@@ -1,7 +1,9 @@
 // What a terminal can show: colours, small charts, a screen that is drawn again in place.
 #pragma once
 #include <cstdint>
+#include <chrono>
 #include <cstdio>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -30,6 +32,27 @@ struct WindowSize {
   size_t columns = 80, rows = 24;
 };
 WindowSize window_size(std::FILE* out);
+
+// A terminal that can write a line again: out is one, and TERM is neither empty nor "dumb".
+bool rewrites_lines(std::FILE* out);
+
+// A line on standard error that the next one replaces, cut at the window's edge, where that can be done (rewrites_lines); at
+// most some times a second. Its end takes it away.
+class ProgressLine {
+ public:
+  ProgressLine();
+  ~ProgressLine();
+  ProgressLine(const ProgressLine&) = delete;
+  ProgressLine& operator=(const ProgressLine&) = delete;
+  // text gives one printable line.
+  void show(const std::function<std::string()>& text);
+  bool live() const { return live_; }
+
+ private:
+  bool live_;
+  bool shown_ = false;
+  std::chrono::steady_clock::time_point last_;
+};
 
 // The alternate screen of a terminal, without a cursor, keys read as they are pressed. However the object's life ends, by an
 // exception too, the terminal is as before; while it lives SIGINT, SIGTERM, SIGHUP and SIGQUIT set stopped() instead of

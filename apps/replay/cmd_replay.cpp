@@ -6,6 +6,7 @@
 
 #include "apps/command_line/commands.h"
 #include "apps/output/output.h"
+#include "apps/output/terminal.h"
 #include "apps/replay/past_run.h"
 #include "apps/runs/episode_json.h"
 #include "base/error.h"

@@ -1,16 +1,16 @@
 #include "apps/replay/past_run.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
+
+#include <chrono>
 
 #include "apps/output/output.h"
+#include "apps/output/terminal.h"
 #include "base/error.h"
 #include "rollout/run/run.h"
 
 namespace perigee::apps {
 namespace {
-
-constexpr int64_t kProgressEvery_us = 100'000;
 
 RunPlace checked_place(const AgainOptions& o) {
   if (o.threads < 0 || o.threads > 4096) throw_input("--threads {}: 0 to 4096 is expected", o.threads);
@@ -76,6 +76,7 @@ rollout::Rebuilt PastRun::rebuild(uint32_t first, uint32_t last,
   rollout::Rebuilt rebuilt;
   {
     ProgressLine line;
+    const auto begun = std::chrono::steady_clock::now();
     line.show([&] { return fmt::format("rebuilding version {}", first); });
     rollout::Rebuilder rebuilder(ctx, config, model, tasks, *store_, place.id, directory());
     rebuilt = rebuilder.run(
@@ -83,8 +84,11 @@ rollout::Rebuilt PastRun::rebuild(uint32_t first, uint32_t last,
         [&](uint32_t version, const std::byte* weights) {
           visit(version, weights);
           line.show([&] {
-            return fmt::format("version {} of {}{}{}", version, last, progress ? ", " : "",
-                               progress ? progress() : "");
+            const int64_t done = int64_t{version} - first + 1, all = int64_t{last} - first + 1;
+            const double s = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+            return fmt::format("version {} of {}, left {}{}{}", version, last,
+                               duration(s * static_cast<double>(all - done) / static_cast<double>(done)),
+                               progress ? ", " : "", progress ? progress() : "");
           });
         },
         observer);
@@ -92,21 +96,6 @@ rollout::Rebuilt PastRun::rebuild(uint32_t first, uint32_t last,
   for (const std::string& text : rebuilt.damaged)
     fmt::print(stderr, "perigee: warning: {}; an older one served\n", printable_line(text));
   return rebuilt;
-}
-
-ProgressLine::ProgressLine() : live_(isatty(STDERR_FILENO) != 0) {}
-
-ProgressLine::~ProgressLine() {
-  if (shown_) fmt::print(stderr, "\r\033[K");
-}
-
-void ProgressLine::show(const std::function<std::string()>& text) {
-  if (!live_) return;
-  const int64_t now_us = unix_time_us();
-  if (now_us - last_us_ < kProgressEvery_us) return;
-  last_us_ = now_us;
-  shown_ = true;
-  fmt::print(stderr, "\r\033[K{}", text());
 }
 
 }  // namespace perigee::apps

@@ -67,18 +67,4 @@ class PastRun {
 // ERRORS (input): the run holds no episodes, so that `command` would find no fault in nothing.
 void refuse_nothing_to_check(std::string_view command, const PastRun& run, const PastRun::Episodes& episodes);
 
-// A line on standard error that the next one replaces, where it is a terminal; at most some times a second.
-class ProgressLine {
- public:
-  ProgressLine();
-  ~ProgressLine();
-  void show(const std::function<std::string()>& text);
-  bool live() const { return live_; }
-
- private:
-  bool live_;
-  bool shown_ = false;
-  int64_t last_us_ = 0;
-};
-
 }  // namespace perigee::apps

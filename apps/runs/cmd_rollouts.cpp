@@ -85,6 +85,14 @@ void print_csv(const std::vector<EpisodeRow>& rows) {
   std::fwrite(out.data(), 1, out.size(), stdout);
 }
 
+// The prompt; of a session of `perigee serve`, which keeps it as tokens, the session's id.
+std::string what_of(const EpisodeRow& e) {
+  if (!e.prompt_text.empty()) return e.prompt_text;
+  const nlohmann::json task = nlohmann::json::parse(e.task, nullptr, false);
+  const bool session = task.is_object() && task.contains("session") && task["session"].is_string();
+  return session ? "session " + task["session"].get<std::string>() : "";
+}
+
 void print_table(const Options& o, const Listing& listing, const RunPlace& place) {
   const std::vector<EpisodeRow>& rows = listing.page.rows;
   if (listing.total == 0) {
@@ -100,7 +108,7 @@ void print_table(const Options& o, const Listing& listing, const RunPlace& place
                std::string(state_name(e.state)) + (e.parent_episode_id != 0 ? ", branch" : ""),
                std::string(finish_name(e.finish)), std::to_string(e.token_count),
                e.reward ? fmt::format("{:.3f}{}", *e.reward, e.reward_failed ? "!" : "") : "-",
-               printable_line(e.prompt_text, 60)});
+               printable_line(what_of(e), 60)});
   table.print();
   const std::string total = fmt::format("{}{}", listing.total_is_all ? "" : "more than ", listing.total);
   if (listing.searched) {

@@ -183,6 +183,11 @@ void print_response(const Shown& s, const policy::Tokenizer& tokenizer, const Co
       out += coloring.token(turns[n].begin + cell.first, printable(cell.text));
     fmt::print("{}\n", out);
     for (const ToolEvent& t : turns[n].tools) print_tool(t);
+    // What tools said is shown with them; in a session the user speaks there too.
+    if (turns[n].tools.empty() && turns[n].fed_end > turns[n].end && turns[n].end > 0)
+      fmt::print("\nfed\n{}\n",
+                 printable(text_of(tokenizer, {s.tokens.ids.begin() + static_cast<int64_t>(turns[n].end),
+                                               s.tokens.ids.begin() + static_cast<int64_t>(turns[n].fed_end)})));
   }
 }
 
@@ -268,7 +273,9 @@ int show(Options o) {
     return 0;
   }
   print_head(s, place);
-  fmt::print("\nprompt\n{}\n", printable(s.episode.spec.prompt_text));
+  // A session has its prompt as tokens only.
+  const EpisodeSpec& spec = s.episode.spec;
+  fmt::print("\nprompt\n{}\n", printable(spec.prompt_text.empty() ? text_of(*tokenizer, spec.prompt) : spec.prompt_text));
   if (s.episode.pruned.empty())
     print_response(s, *tokenizer, coloring);
   else

@@ -1,10 +1,10 @@
 // perigee store VERB: check, back up, compact, merge and recover store files.
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include "apps/command_line/commands.h"
 #include "apps/command_line/run_argument.h"
 #include "apps/output/output.h"
+#include "apps/output/terminal.h"
 #include "base/error.h"
 #include "base/text.h"
 #include "storage/care.h"
@@ -36,17 +36,16 @@ std::string size_text(int64_t bytes) {
 class Progress {
  public:
   CareProgress get() {
-    if (isatty(STDERR_FILENO) == 0) return {};
-    return [](std::string_view doing, int64_t done, int64_t total) {
-      if (total > 0)
-        fmt::print(stderr, "\r\033[K{}: {} %", printable_line(doing, 100), 100 * done / total);
-      else
-        fmt::print(stderr, "\r\033[K{}", printable_line(doing, 100));
+    if (!line_.live()) return {};
+    return [this](std::string_view doing, int64_t done, int64_t total) {
+      line_.show([&] {
+        return printable_line(doing, 100) + (total > 0 ? fmt::format(": {} %", 100 * done / total) : "");
+      });
     };
   }
-  ~Progress() {
-    if (isatty(STDERR_FILENO) != 0) fmt::print(stderr, "\r\033[K");
-  }
+
+ private:
+  ProgressLine line_;
 };
 
 void expect_files(const Options& o, size_t least, size_t most, const char* usage) {

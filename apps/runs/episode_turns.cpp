@@ -9,6 +9,7 @@ namespace perigee::apps {
 namespace {
 
 constexpr int kBatchesLookedAt = 64;
+constexpr std::string_view kHostNote = "perigee.turn";  // apps/serve/session_store.cpp
 
 bool continues(char c) { return (static_cast<unsigned char>(c) & 0xc0) == 0x80; }
 
@@ -47,6 +48,7 @@ std::vector<Turn> turns_of(const EpisodeRecord& episode, const EpisodeTokens& to
   }
   for (const Segment& s : episode.segments)
     for (const ToolEvent& t : s.tools) {
+      if (t.name == kHostNote) continue;
       const auto last = static_cast<int64_t>(turns.size()) - 1;
       turns[static_cast<size_t>(std::clamp<int64_t>(t.turn, 0, last))].tools.push_back(t);
     }

@@ -25,7 +25,7 @@ struct Turn {
   size_t fed_end = 0;         // [end, fed_end) was fed after it
   std::vector<ToolEvent> tools;
 };
-// At least one; together they cover all tokens.
+// At least one; together they cover all tokens. What the host of `perigee serve` notes of a turn is no tool: it is left out.
 std::vector<Turn> turns_of(const EpisodeRecord& episode, const EpisodeTokens& tokens);
 
 // Neighbouring tokens that share a character: byte tokens are pieces of one. Whole text of `count` tokens from `first`.

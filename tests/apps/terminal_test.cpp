@@ -199,6 +199,56 @@ TEST(Terminal, RolloutsListPageAndFind) {
   expect_refused({"rollouts", dir, "--after", "nonsense"}, "nonsense");
 }
 
+// What `perigee serve` keeps: the prompt as tokens, between the turns what users said, a note of the host beside each turn.
+TEST(Terminal, ASessionIsReadAsAConversation) {
+  TempDirectory place;
+  std::filesystem::create_directories(place / "serve");
+  int64_t id = 0;
+  {
+    Store store(place / "serve/store.sqlite");
+    auto t = store.begin();
+    RunRecord run;
+    run.id = "sessions";
+    run.config = nlohmann::json({{"kind", "session"}, {"model", golden("tiny")}}).dump();
+    run.state = "running";
+    store.create_run(run);
+    GroupRecord group;
+    group.task = R"({"session":"first","meta":{}})";
+    std::vector<EpisodeSpec> one(1);
+    one[0].prompt = {'a', 's', 'k'};
+    store.open_group("sessions", group, one);
+    id = one[0].episode_id;
+    Segment s;
+    s.episode_id = id;
+    s.attempt = *store.begin_attempt(id);
+    for (const std::string said : {"one", "two"}) {
+      s.tokens.assign(said.begin(), said.end());
+      s.mask.assign(3, 1);
+      if (s.index == 1) {
+        s.tokens.insert(s.tokens.begin(), {'m', 'o', 'r', 'e'});
+        s.mask.insert(s.mask.begin(), 4, 0);
+      }
+      s.logprobs.assign(s.tokens.size(), -0.5f);
+      s.versions.assign(s.tokens.size(), 0);
+      ToolEvent note;
+      note.turn = static_cast<int32_t>(s.index);
+      note.name = "perigee.turn";
+      note.status = "ok";
+      note.digest = hash_hex("");
+      s.tools = {note};
+      EXPECT_EQ(store.append_segment(s), Append::kAppended);
+      ++s.index;
+    }
+    t.commit();
+  }
+  const Said shown = run_perigee({"show", place / "serve", std::to_string(id)});
+  EXPECT_EQ(shown.code, 0) << shown.err;
+  EXPECT_NE(shown.out.find("\nprompt\nask\n\nturn 1\none\n\nfed\nmore\n\nturn 2\ntwo\n"), std::string::npos) << shown.out;
+  EXPECT_EQ(shown.out.find("perigee.turn"), std::string::npos) << shown.out;
+  const Said listed = run_perigee({"rollouts", place / "serve"});
+  EXPECT_NE(listed.out.find("session first"), std::string::npos) << listed.out;
+}
+
 TEST(Terminal, ShowColoursAndCompares) {
   TempDirectory place;
   const MadeRun made = make_run(place / "run");
@@ -306,11 +356,11 @@ TEST(Terminal, WatchSaysThatARunWasKilled) {
 // A program on a terminal of its own.
 class OnTerminal {
  public:
-  explicit OnTerminal(const std::vector<std::string>& args) {
-    winsize size{30, 100, 0, 0};
+  explicit OnTerminal(const std::vector<std::string>& args, const char* term = "xterm", unsigned short columns = 100) {
+    const winsize size{30, columns, 0, 0};
     pid_ = ::forkpty(&fd_, nullptr, nullptr, &size);
     if (pid_ == 0) {
-      ::setenv("TERM", "xterm", 1);
+      ::setenv("TERM", term, 1);
       std::vector<char*> argv{const_cast<char*>(PERIGEE_PROGRAM)};
       for (const std::string& a : args) argv.push_back(const_cast<char*>(a.c_str()));
       argv.push_back(nullptr);
@@ -411,6 +461,22 @@ TEST(Terminal, WatchDrawsInPlaceAndRestoresTheTerminal) {
   EXPECT_EQ(watch.wait(), 0);
   EXPECT_NE(watch.shown().rfind("\x1b[?1049l"), std::string::npos);
   EXPECT_NE(watch.shown().find("finished"), std::string::npos);
+}
+
+TEST(Terminal, ProgressKeepsWithinTheWindowAndIsLeftOutWhereItCannotBeDrawn) {
+  TempDirectory place;
+  spill(place / "run.json", small_run(place / "run").dump());
+  ASSERT_EQ(run_perigee({"train", place / "run.json", "--quiet", "--in-process"}).code, 0);
+  const auto in_a_window = [&](const char* term, unsigned short columns) {
+    OnTerminal verify({"verify", place / "run"}, term, columns);
+    EXPECT_EQ(verify.wait(), 0) << verify.shown();
+    return verify.shown();
+  };
+  const std::string live = in_a_window("xterm", 16);
+  ASSERT_NE(live.find("\x1b[K"), std::string::npos) << live;
+  EXPECT_NE(live.find("rebuilding vers"), std::string::npos) << live;
+  EXPECT_EQ(live.find("rebuilding versi"), std::string::npos) << live;
+  EXPECT_EQ(in_a_window("dumb", 80).find('\x1b'), std::string::npos);
 }
 
 }  // namespace
