@@ -96,7 +96,7 @@ bool Query::is_null(int column) const {
 }
 
 Database::Database(const std::filesystem::path& file, const Options& options)
-    : file_(file), read_only_(options.read_only) {
+    : file_(file), read_only_(options.read_only), made_whole_(options.made_whole) {
   int flags = SQLITE_OPEN_NOMUTEX | SQLITE_OPEN_EXRESCODE;
   flags |= options.read_only ? SQLITE_OPEN_READONLY : SQLITE_OPEN_READWRITE;
   if (options.create) flags |= SQLITE_OPEN_CREATE;

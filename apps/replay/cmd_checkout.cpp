@@ -19,6 +19,15 @@ struct Options {
   std::string out;
 };
 
+void save(const PastRun& run, const std::string& out, const std::vector<float>& flat) {
+  const rollout::HostModel& model = run.model;
+  if (model.model.adapters)
+    policy::save_adapter(out, *model.model.adapters, flat.data(),
+                         rollout::base_reference(run.config, *run.layout, model.base_fingerprint));
+  else
+    policy::save_model(out, *run.layout, flat.data(), policy::Dtype::kF32);
+}
+
 int checkout(const Options& o) {
   PastRun run(o.again);
   const std::vector<PolicyVersion> versions = run.store().versions(run.place.id);
@@ -45,11 +54,13 @@ int checkout(const Options& o) {
         "version {} came out with hash {}, not {} as recorded: an altered store, or built "
         "by other code? Nothing was written",
         version, hash, recorded);
-  if (model.model.adapters)
-    policy::save_adapter(o.out, *model.model.adapters, flat.data(),
-                         rollout::base_reference(run.config, *run.layout, model.base_fingerprint));
-  else
-    policy::save_model(o.out, *run.layout, flat.data(), policy::Dtype::kF32);
+  const bool fresh = !std::filesystem::exists(o.out, ignored);
+  try {
+    save(run, o.out, flat);
+  } catch (...) {
+    if (fresh) std::filesystem::remove(o.out, ignored);  // where it is empty: a second try finds nothing in its way
+    throw;
+  }
   if (o.again.json) {
     print_json({{"run", run.place.id},
                 {"version", version},

@@ -268,7 +268,8 @@ int agent(const Options& o) {
   if (o.json) {
     print_json(to_json(result, model.tokenizer(), prompt));
   } else {
-    fmt::print("--- {} turns, {} tokens, {}\n", result.turns, result.tokens, finish_name(result.finish));
+    fmt::print("--- {}, {}, {}\n", counted(result.turns, "turn", "turns"), counted(result.tokens, "token", "tokens"),
+               finish_name(result.finish));
     if (!result.error.empty()) fmt::print(stderr, "perigee: {}\n", printable_line(result.error));
   }
   return result.finish == FinishReason::kStop ? 0 : result.finish == FinishReason::kCancelled ? 130 : 1;

@@ -4,7 +4,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
+#include <cctype>
 #include <filesystem>
 #include <thread>
 
@@ -30,9 +32,9 @@ namespace {
 namespace fs = std::filesystem;
 
 struct Options {
-  std::string model, name, directory, tools, stop = "finish";
+  std::string model, directory, tools, stop = "finish";
   OpenModel::Options open;
-  std::optional<std::string> key_file;
+  std::optional<std::string> name, key_file;
   agents::ListenConfig listen;
   std::vector<std::string> hosts, origins;
   std::optional<int64_t> admin_port, max_context, idle_mib;
@@ -60,6 +62,28 @@ void tell(fmt::format_string<A...> format, A&&... a) {
 
 void within(const char* option, int64_t value, int64_t lo, int64_t hi) {
   if (value < lo || value > hi) throw_input("{} {}: {} to {} is expected", option, value, lo, hi);
+}
+
+// What a Host header can hold: a name or an address, with its port where that is not 80.
+void check_host(const std::string& host) {
+  constexpr std::string_view kOthers = ".-_:[]";
+  const size_t colon = host.rfind(':');
+  const std::string port = colon == std::string::npos || host.ends_with(']') ? "" : host.substr(colon + 1);
+  const bool letters = std::all_of(host.begin(), host.end(), [&](unsigned char c) {
+    return std::isalnum(c) != 0 || c >= 0x80 || kOthers.find(static_cast<char>(c)) != std::string_view::npos;
+  });
+  const bool number = std::all_of(port.begin(), port.end(), [](unsigned char c) { return std::isdigit(c) != 0; });
+  if (host.empty() || colon == 0 || host.ends_with(':') || !letters || !number)
+    throw_input("--allow-host {}: NAME:PORT is expected, such as example.org:8000", quote(host));
+}
+
+// What an Origin header can hold.
+void check_origin(const std::string& origin) {
+  if (origin == "null") return;  // of a page without one, such as a file
+  const size_t name = origin.find("://");
+  if (name == std::string::npos || name == 0 || origin.find_first_of(" \t\r\n") != std::string::npos ||
+      origin.find('/', name + 3) != std::string::npos || name + 3 == origin.size())
+    throw_input("--allow-origin {}: SCHEME://NAME or SCHEME://NAME:PORT is expected, such as https://example.org", quote(origin));
 }
 
 std::string read_key(const std::string& path) {
@@ -106,6 +130,10 @@ int serve(const Options& o) {
   within("--prefill-chunk", o.prefill_chunk, 1, 1 << 20);
   within("--prefix-cache-mib", o.prefix_cache_mib, 0, o.memory_mib);
   if (o.idle_mib) within("--idle-mib", *o.idle_mib, 0, o.memory_mib);
+  if (o.max_context) within("--max-context", *o.max_context, 1, int64_t{1} << 40);
+  if (o.name && o.name->empty()) throw_input("--name: it is empty; without the option the model is called as its directory");
+  for (const std::string& host : o.hosts) check_host(host);
+  for (const std::string& origin : o.origins) check_origin(origin);
   within("--default-max-tokens", o.default_max_tokens, 1, int64_t{1} << 40);
   within("--connections", o.connections, 1, 100'000);
   within("--body-mib", o.body_mib, 1, 1024);
@@ -182,7 +210,7 @@ int serve(const Options& o) {
       },
       log.get());
 
-  service.model = o.name.empty() ? fs::weakly_canonical(o.model).filename().string() : o.name;
+  service.model = o.name.value_or(fs::weakly_canonical(o.model).filename().string());
   service.limits.vocab = model.config().vocab_size;
   service.limits.max_context =
       std::min(model.config().max_length, o.max_context.value_or(model.config().max_length));

@@ -109,6 +109,36 @@ void wait_for_former_hub(const std::string& run_dir) {
   ::close(fd);
 }
 
+// SQLite takes paths of 512 bytes, its own resolved form; files beside the store have longer names.
+void check_path_length(const std::string& run_dir) {
+  constexpr size_t kMost = 480;
+  const std::string path = fs::weakly_canonical(fs::absolute(run_dir)).string();
+  if (path.size() > kMost)
+    throw_input("run.dir: its path has {} bytes, and the store's file takes {} at most: choose a shorter one", path.size(), kMost);
+}
+
+std::string with_thousands(int64_t n) {
+  std::string digits = std::to_string(n);
+  for (size_t at = digits.size(); at > 3; at -= 3) digits.insert(at - 3, ",");
+  return digits;
+}
+
+// One line at the start: what runs, where, how large it is and for how long.
+void introduce(const RunConfig& config, const std::string& run_dir, bool again, const TrainOptions& options) {
+  if (options.quiet) return;
+  const RunModel model = make_run_model(config);
+  const std::string adapters =
+      model.adapters ? fmt::format(", of which adapters of {} are trained", with_thousands(model.trained().parameter_count())) : "";
+  std::string steps;
+  if (config.warmup.steps > 0) steps = fmt::format("{} steps of warm-up", config.warmup.steps);
+  if (config.learn.steps > 0)
+    steps += fmt::format("{}{} steps of reinforcement learning", steps.empty() ? "" : " and ", config.learn.steps);
+  fmt::print(options.out, "run {} {} {}: {} parameters{}, {} on the {}, at most {}\n", config.run.name,
+             again ? "goes on in" : "in", run_dir, with_thousands(model.layout->parameter_count()), adapters, config.model.dtype,
+             config.run.device == "cuda" ? "GPU" : "CPU", steps);
+  std::fflush(options.out);
+}
+
 // Makes the store or opens it; the run in it is "running" from here on unless it is finished. Returns its state.
 std::string open_run(const RunConfig& config, const std::string& run_dir, const std::string& code_version) {
   Store store(join(run_dir, kStore));
@@ -158,12 +188,17 @@ RunOutcome supervised(const RunConfig& config, const std::string& run_dir, const
 
 RunConfig run_config_of(const std::string& run_dir) {
   const std::string path = join(run_dir, kConfig);
+  if (!file_exists(path) && file_exists(join(run_dir, kStore)))
+    throw_input("{} holds no run that can be computed again: there is no {}. Of a run that was copied put it beside the store; of sessions of "
+                "`perigee serve`, which never had one, `perigee rollouts`, `show` and `store` read what there is",
+                run_dir, kConfig);
   if (!file_exists(path)) throw_input("{} holds no run: there is no {}", run_dir, kConfig);
   return load_run_config(path);
 }
 
 RunOutcome train(RunConfig config, const TrainOptions& options) {
   const std::string run_dir = new_run_dir(config);
+  check_path_length(run_dir);
   std::error_code ec;
   if (fs::exists(run_dir, ec) && !is_unused(run_dir)) {
     const bool run = file_exists(join(run_dir, kStore)) || file_exists(join(run_dir, kConfig));
@@ -192,6 +227,7 @@ RunOutcome train(RunConfig config, const TrainOptions& options) {
   // The configuration first: a run that was killed between the two can be gone on with.
   write_file_atomic(join(config.run.dir, kConfig), config.effective.dump(2) + "\n");
   open_run(config, config.run.dir, options.code_version);
+  introduce(config, run_dir, false, options);
   return supervised(config, config.run.dir, config.run.name, options);
 }
 
@@ -204,6 +240,7 @@ RunOutcome resume(const std::string& run_dir, const TrainOptions& options) {
   check_task_files(config.tasks);
   if (open_run(config, dir, options.code_version) == "finished") return read_outcome(dir);
   look_at_memory(config, options);
+  introduce(config, run_dir, true, options);
   return supervised(config, dir, config.run.name, options);
 }
 

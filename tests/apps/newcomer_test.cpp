@@ -147,5 +147,74 @@ TEST(Newcomer, TrainSpeaksOfWhatWasDone) {
   EXPECT_TRUE(says(rl, "held-out accuracy before reinforcement learning ")) << rl;
 }
 
+// Who presses Ctrl-C at once knows where it is.
+TEST(Newcomer, TrainSaysWhatRunsWhere) {
+  TempDirectory place;
+  const RunOptions there{place.path(), {}};
+  spill(place / "run.json", small_run("some run").dump());
+  const Said said = run_perigee({"train", "run.json", "--in-process"}, there);
+  ASSERT_EQ(said.code, 0) << said.err;
+  // Before anything that it does; a warning of the configuration may stand before it.
+  const size_t at = said.out.find("run small in some run: ");
+  EXPECT_LT(at, said.out.find("warm-up 1/2")) << said.out;
+  EXPECT_TRUE(says(said.out, " parameters, float32 on the CPU, at most 2 steps of warm-up and 2 steps of reinforcement learning\n"))
+      << said.out;
+}
+
+// The store's file would not be opened; nothing is made before that is known.
+TEST(Newcomer, ARunWhosePathIsTooLongIsRefusedBeforeItIsMade) {
+  TempDirectory place;
+  const RunOptions there{place.path(), {}};
+  const std::string part(200, 'd'), deep = part + "/" + part + "/" + part;
+  spill(place / "run.json", small_run(deep).dump());
+  expect_refused({"train", "run.json"}, "run.dir: its path has ", there);
+  EXPECT_FALSE(std::filesystem::exists(place / part));
+  // As long as may be.
+  const size_t room = 480 - std::filesystem::canonical(place.path()).string().size() - 1;
+  ASSERT_GT(room, 250u);
+  const std::string longest = std::string(200, 'd') + "/" + std::string(room - 201 > 200 ? 200 : room - 201, 'e') +
+                              (room - 201 > 200 ? "/" + std::string(room - 402, 'f') : "");
+  spill(place / "run.json", small_run(longest).dump());
+  EXPECT_EQ(run_perigee({"train", "run.json", "--quiet"}, there).code, 0);
+}
+
+// On a full disk nothing is left in the way of a second try.
+TEST(Newcomer, WhatFindsNoRoomLeavesNothingAndSaysSo) {
+  TempDirectory place;
+  RunOptions there{place.path(), {}};
+  spill(place / "run.json", small_run("done").dump());
+  ASSERT_EQ(run_perigee({"train", "run.json", "--quiet", "--in-process"}, there).code, 0);
+  RunOptions full = there;
+  full.max_file_bytes = 8192;
+  const Said checkout = run_perigee({"checkout", "done", "--out", "copy"}, full);
+  EXPECT_EQ(checkout.code, 2) << checkout.out;
+  EXPECT_FALSE(std::filesystem::exists(place / "copy")) << checkout.err;
+  full.max_file_bytes = 65536;  // room for the memory that readers of a store share
+  const Said backup = run_perigee({"store", "backup", "done", "copy.sqlite"}, full);
+  EXPECT_EQ(backup.code, 2) << backup.out;
+  EXPECT_TRUE(says(backup.err, "nothing was made")) << backup.err;
+  EXPECT_FALSE(says(backup.err, "resume")) << backup.err;
+  EXPECT_EQ(run_perigee({"checkout", "done", "--out", "copy"}, there).code, 0);
+}
+
+TEST(Newcomer, ServeRefusesOptionsThatCanNotBeMeant) {
+  const auto refused = [](const std::string& option, const std::string& value, const std::string& why) {
+    expect_refused({"serve", "--model", golden("tiny"), option, value}, option + " " + why);
+  };
+  refused("--max-context", "0", "0: 1 to ");
+  expect_refused({"serve", "--model", golden("tiny"), "--name", ""}, "--name: it is empty");
+  for (const char* host : {"a b", "", ":80", "name:", "name:x", "http://name", "a,b"}) refused("--allow-host", host, "\"");
+  for (const char* origin : {"name", "https://", "https://a b", "https://name/path"}) refused("--allow-origin", origin, "\"");
+}
+
+// The store of perigee serve has sessions and no configuration.
+TEST(Newcomer, WhatSessionsAreNotIsSaid) {
+  TempDirectory place;
+  const MadeRun made = make_run(place / "serve");
+  std::filesystem::remove(place / "serve/config.json");
+  expect_refused({"branch", place / "serve", "1", "--at", "0"}, "of sessions of `perigee serve`");
+  expect_refused({"verify", place / "serve"}, "of sessions of `perigee serve`");
+}
+
 }  // namespace
 }  // namespace perigee
