@@ -1,7 +1,8 @@
 // What another process of a run sends, and what lies in its store. The first byte says which message; then its header as
 // JSON up to the first line break, and its frames, a line each. What is taken is written and read again as it is.
-#include <cmath>
+#include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <string_view>
 
 #include "base/blob.h"
