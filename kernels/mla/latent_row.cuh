@@ -9,8 +9,8 @@ namespace perigee::kernels {
 // Row s.begin of kv, by all threads of a block. x [width] in shared memory. Sixteen threads make the sum of squares in the
 // order of simd::dot, all sixteens of the block the same. c: null, or rows as they are.
 template <class T, int kThreads>
-__device__ __forceinline__ void store_latent_row(int latent, int width, const float* kv, const float* norm_w, float eps,
-                                                 const DeviceSlice& s, T* page, T* c, float* x) {
+__device__ __forceinline__ void store_latent_row(int latent, int width, const float* kv, const float* norm_w,
+                                                 float eps, const DeviceSlice& s, T* page, T* c, float* x) {
   const int thread = static_cast<int>(threadIdx.x),
             columns = sizeof(T) == 2 ? static_cast<int>(tiles_across(width) * kTile) : width;
   const int64_t row = s.begin;
@@ -25,7 +25,8 @@ __device__ __forceinline__ void store_latent_row(int latent, int width, const fl
   for (int j = thread; j < columns; j += kThreads) {
     const float y = j < latent ? x[j] * inverse * __ldg(norm_w + j) : j < width ? x[j] : 0.0f;
     const T value = from_float<T>(y);
-    page[sizeof(T) == 2 ? tiled_index(width, s.position % 64, j) : int64_t{s.position % 64} * width + j] = value;
+    page[sizeof(T) == 2 ? tiled_index(width, s.position % 64, j) : int64_t{s.position % 64} * width + j] =
+        value;
     if (c != nullptr && j < width) c[row * width + j] = value;
   }
 }

@@ -11,10 +11,10 @@ namespace mla {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInner = 128;         // that a head's q has to absorb, and values that it gives
+constexpr int kInner = 128;  // that a head's q has to absorb, and values that it gives
 constexpr int kMostRows = 8;
-constexpr int kPieces = 4;          // blocks of threads that share a head
-constexpr int kWeightBytes = 32768;  // of one of them: a quarter of a matrix
+constexpr int kPieces = 4;                           // blocks of threads that share a head
+constexpr int kWeightBytes = 32768;                  // of one of them: a quarter of a matrix
 constexpr int kLatentPitch = kLayerLatent * 2 + 16;  // bytes; 4 banks on
 
 struct __align__(1024) Before {
@@ -24,6 +24,7 @@ struct __align__(1024) Before {
 struct __align__(1024) After {
   std::byte weights[kWeightBytes];  // 32 outputs by 512, 4 KiB of each tile
   std::byte latent[kMostRows * kLatentPitch];
+  DeviceSlice slice[kMostRows];
   uint64_t here;
 };
 
@@ -45,29 +46,32 @@ __global__ void __launch_bounds__(kThreads) before(const __grid_constant__ Layer
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   if (static_cast<int>(blockIdx.x) < a.batch.slices) {
     if (thread * 32 < kLayerLatent) prefetch_l2(a.layer.norm_w + thread * 32);
-    wait_for_previous();
     let_next_start();
+    wait_for_previous();
     const DeviceSlice s = a.batch.slice[blockIdx.x];
     if (s.count == 0) return;
     bf16* const page = reinterpret_cast<bf16*>(
         a.batch.pages[int64_t{blockIdx.x} * a.batch.max_pages + s.position / 64] + a.page_offset);
-    store_latent_row<bf16, kThreads>(kLayerLatent, kLayerWidth, a.layer.kv, a.layer.norm_w, a.layer.eps, s, page, nullptr,
-                                     reinterpret_cast<float*>(memory));
+    store_latent_row<bf16, kThreads>(kLayerLatent, kLayerWidth, a.layer.kv, a.layer.norm_w, a.layer.eps, s,
+                                     page, nullptr, reinterpret_cast<float*>(memory));
     return;
   }
-  const int unit = static_cast<int>(blockIdx.x) - a.batch.slices, head = unit / kPieces, piece = unit % kPieces;
+  const int unit = static_cast<int>(blockIdx.x) - a.batch.slices, head = unit / kPieces,
+            piece = unit % kPieces;
   const uint32_t here = shared_address(&shared.here);
   if (thread == 0) {
     barrier_init(here, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     barrier_expect(here, kWeightBytes);
     bulk_copy(shared_address(shared.weights),
-              reinterpret_cast<const std::byte*>(a.layer.absorb_k) + head * a.layer.absorb_k_step + piece * kWeightBytes,
+              reinterpret_cast<const std::byte*>(a.layer.absorb_k) + head * a.layer.absorb_k_step +
+                  piece * kWeightBytes,
               kWeightBytes, here);
   }
   __syncthreads();
-  wait_for_previous();
+  // The clusters that come next may take their places and fetch pages.
   let_next_start();
+  wait_for_previous();
   constexpr int kWide = kInner + kLayerRope;
   const auto q_row = [&](int row) { return a.layer.q + (int64_t{row} * a.heads + head) * kWide; };
   bf16* const to = a.absorbed + head * kLayerWidth;
@@ -122,13 +126,15 @@ __global__ void __launch_bounds__(kThreads, 1) after(const __grid_constant__ Lay
                     (piece / 2 * kTilesAcross + lane) * kTileBytes + piece % 2 * kPieceBytes,
                 kPieceBytes, here);
   }
+  if (thread < a.batch.slices) shared.slice[thread] = a.batch.slice[thread];
+  __syncthreads();
   wait_for_previous();
   let_next_start();
   const int groups = a.heads / kLayerHeads, in_group = head % kLayerHeads;
   constexpr int kQuads = kLayerLatent / 4;
   for (int i = thread; i < a.batch.slices * kQuads; i += kThreads) {
     const int slice = i / kQuads, quad = i % kQuads;
-    const DeviceSlice s = a.batch.slice[slice];
+    const DeviceSlice s = shared.slice[slice];
     const int splits = s.count == 0 ? 0 : split_count(s.position);
     const float* const from =
         a.partial + int64_t{slice * groups + head / kLayerHeads} * a.most_splits * kSplitFloats;
@@ -183,7 +189,7 @@ __global__ void __launch_bounds__(kThreads, 1) after(const __grid_constant__ Lay
   for (int i = 0; i < 4; ++i) {
     const int slice = lane % 4 * 2 + i % 2;
     if (slice >= a.batch.slices) continue;
-    const DeviceSlice s = a.batch.slice[slice];
+    const DeviceSlice s = shared.slice[slice];
     if (s.count == 0) continue;
     a.o[(int64_t{s.begin} * a.heads + head) * kInner + piece * 32 + warp * 16 + lane / 4 + i / 2 * 8] =
         from_float<bf16>(c[i]);
@@ -201,35 +207,40 @@ int64_t most_splits(const DeviceBatch& batch) {
 }  // namespace
 }  // namespace mla
 
-bool mla_decodes_layer(const Device& device, const MlaShape& shape, int64_t nope, int64_t v, const DeviceBatch& batch) {
+bool mla_decodes_layer(const Device& device, const MlaShape& shape, int64_t nope, int64_t v,
+                       const DeviceBatch& batch) {
   using namespace mla;
-  return batch.max_count == 1 && !batch.training() && shape.latent == kLayerLatent && shape.rope == kLayerRope &&
-         shape.heads % kLayerHeads == 0 && nope == kInner && v == kInner && batch.rows <= kMostRows &&
-         batch.slices <= kMostRows && batch.max_pages <= kLayerPages && device.info().capability == 90 &&
+  return batch.max_count == 1 && !batch.training() && shape.latent == kLayerLatent &&
+         shape.rope == kLayerRope && shape.heads % kLayerHeads == 0 && nope == kInner && v == kInner &&
+         batch.rows <= kMostRows && batch.slices <= kMostRows && batch.max_pages <= kLayerPages &&
+         device.info().capability == 90 &&
          batch.slices * (shape.heads / kLayerHeads) * most_splits(batch) <= kMostClusters;
 }
 
-bool mla_decode_layer(Device& device, const MlaShape& shape, const MlaDecodeLayer& layer, const DeviceBatch& batch,
-                      int64_t page_offset, bf16* o) {
+bool mla_decode_layer(Device& device, const MlaShape& shape, const MlaDecodeLayer& layer,
+                      const DeviceBatch& batch, int64_t page_offset, bf16* o) {
   using namespace mla;
   if (!mla_decodes_layer(device, shape, kInner, kInner, batch)) return false;
   if (batch.slices == 0) return true;
   PERIGEE_CHECK(page_offset % 16 == 0 && layer.absorb_k_step % 16 == 0 && layer.absorb_v_step % 16 == 0);
   const int64_t splits = most_splits(batch);
   DeviceScratch::Mark mark(device.scratch);
-  LayerArgs a = {layer, batch, page_offset, static_cast<int>(shape.heads), static_cast<int>(splits), nullptr, nullptr, o};
+  LayerArgs a = {
+      layer,   batch, page_offset, static_cast<int>(shape.heads), static_cast<int>(splits), nullptr,
+      nullptr, o};
   a.absorbed = device.scratch.take<bf16>(batch.rows * shape.heads * kLayerWidth);
   a.partial = device.scratch.take<float>(batch.slices * (shape.heads / kLayerHeads) * splits * kSplitFloats);
   const auto of_heads = static_cast<unsigned>(shape.heads * kPieces);
-  launch_dependent(before, dim3(static_cast<unsigned>(batch.slices) + of_heads), dim3(kThreads), sizeof(Before),
-                   device.stream(), a);
+  launch_dependent(before, dim3(static_cast<unsigned>(batch.slices) + of_heads), dim3(kThreads),
+                   sizeof(Before), device.stream(), a);
   FewArgs few = {};
   few.q = a.absorbed, few.batch = batch, few.page_offset = page_offset;
   few.heads = a.heads, few.most_splits = a.most_splits;
   few.log2_scale = shape.scale * 1.44269504088896341f;
   few.partial = a.partial;
   launch_few(device, few);
-  launch_dependent(splits <= kLayerSplits / 2 ? after<kLayerSplits / 2> : after<kLayerSplits>, dim3(of_heads), dim3(kThreads), sizeof(After), device.stream(), a);
+  launch_dependent(splits <= kLayerSplits / 2 ? after<kLayerSplits / 2> : after<kLayerSplits>, dim3(of_heads),
+                   dim3(kThreads), sizeof(After), device.stream(), a);
   return true;
 }
 

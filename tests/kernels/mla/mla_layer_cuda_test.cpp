@@ -26,8 +26,12 @@ std::vector<float> normals(Random& random, int64_t n, float scale) {
 class Layer {
  public:
   Layer(Device& device, int64_t heads)
-      : device_(device), shape_{heads, 512, 64, 0.07f}, random_(heads), absorb_k_(device, matrices(512, kNope)),
-        absorb_v_(device, matrices(kV, 512)), norm_w_(device, normals(random_, 512, 1.0f)) {}
+      : device_(device),
+        shape_{heads, 512, 64, 0.07f},
+        random_(heads),
+        absorb_k_(device, matrices(512, kNope)),
+        absorb_v_(device, matrices(kV, 512)),
+        norm_w_(device, normals(random_, 512, 1.0f)) {}
 
   // One step of these positions, -1 for padding; true where the launches made it. `loud`: large scores.
   bool expect_same(const std::vector<int32_t>& positions, int64_t max_pages, float loud) {
@@ -37,8 +41,9 @@ class Layer {
     const DeviceArray<float> kv(device_, normals(random_, rows * width, 1.0f));
     std::vector<DeviceSlice> slices;
     for (int32_t r = 0; r < rows; ++r)
-      slices.push_back(positions[static_cast<size_t>(r)] < 0 ? DeviceSlice{r, 0, 0, 0}
-                                                             : DeviceSlice{r, 1, positions[static_cast<size_t>(r)], 0});
+      slices.push_back(positions[static_cast<size_t>(r)] < 0
+                           ? DeviceSlice{r, 0, 0, 0}
+                           : DeviceSlice{r, 1, positions[static_cast<size_t>(r)], 0});
     // Blocks in the order of their use turned round.
     std::vector<uint16_t> memory(static_cast<size_t>(rows * max_pages * block / 2), 0xffff);
     std::vector<int64_t> at(static_cast<size_t>(rows * max_pages));
@@ -57,7 +62,8 @@ class Layer {
       for (const int64_t place : at) pages.push_back(reinterpret_cast<std::byte*>(of.data()) + place);
       return pages;
     };
-    const DeviceArray<std::byte*> parts_pages(device_, table(parts_memory)), whole_pages(device_, table(whole_memory));
+    const DeviceArray<std::byte*> parts_pages(device_, table(parts_memory)),
+        whole_pages(device_, table(whole_memory));
     const DeviceArray<DeviceSlice> entries(device_, slices);
     std::byte* recurrent = nullptr;
     DeviceBatch batch;
@@ -78,8 +84,8 @@ class Layer {
     mla_forward<bf16>(device_, shape_, absorbed, batch, kOffset, nullptr, latent, nullptr);
     tasks.clear();
     for (int64_t h = 0; h < H; ++h)
-      tasks.push_back({absorb_v_.data() + h * kMatrix, kV, 512, latent + h * 512, H * 512, rows, expected + h * kV,
-                       H * kV, Store::kAct});
+      tasks.push_back({absorb_v_.data() + h * kMatrix, kV, 512, latent + h * 512, H * 512, rows,
+                       expected + h * kV, H * kV, Store::kAct});
     matmul<bf16>(device_, tasks);
 
     batch.pages = whole_pages;
@@ -94,7 +100,8 @@ class Layer {
       if (positions[static_cast<size_t>(r)] < 0) continue;
       const auto from = static_cast<size_t>(r * H * kV), to = from + static_cast<size_t>(H * kV);
       EXPECT_EQ(first_difference({b.begin() + from, b.begin() + to}, {a.begin() + from, a.begin() + to}), -1)
-          << "row " << r << " at " << positions[static_cast<size_t>(r)] << " of " << rows << ", " << H << " heads";
+          << "row " << r << " at " << positions[static_cast<size_t>(r)] << " of " << rows << ", " << H
+          << " heads";
       EXPECT_TRUE(std::all_of(a.begin() + from, a.begin() + to, [](float x) { return x == x; }));
     }
     EXPECT_TRUE(parts_memory.get() == whole_memory.get()) << "pages";
@@ -129,7 +136,8 @@ TEST_F(MlaLayer, a_decoded_row_has_the_bits_of_the_parts) {
       EXPECT_TRUE(layer.expect_same({position}, position < 512 ? 8 : 16, loud));
     for (const int32_t position : {5, 700, 1023, 1024, 1030, 1535, 1536, 2047})
       EXPECT_TRUE(layer.expect_same({position}, 32, loud));
-    for (const int32_t position : {77, 1023, 1500, 3000, 4095}) EXPECT_TRUE(layer.expect_same({position}, 64, loud));
+    for (const int32_t position : {77, 1023, 1500, 3000, 4095})
+      EXPECT_TRUE(layer.expect_same({position}, 64, loud));
     for (const int32_t position : {900, 3000, 4096, 5119, 5120, 6000, 8191})
       EXPECT_TRUE(layer.expect_same({position}, 128, loud));
     for (const int32_t position : {4160, 12000, 16383}) EXPECT_TRUE(layer.expect_same({position}, 256, loud));
