@@ -44,10 +44,14 @@ std::string from_here(const std::string& path) {
   return error || relative.empty() || *relative.begin() == ".." ? path : relative.string();
 }
 
+RunProgress progress_of(const rollout::RunOutcome& r) {
+  StoreReader store(std::filesystem::path(r.run_dir) / kStoreFile);
+  return run_progress(store, r.run_id);
+}
+
 // "after step 12": how far a stopped run came.
 std::string how_far(const rollout::RunOutcome& r) {
-  StoreReader store(std::filesystem::path(r.run_dir) / kStoreFile);
-  const RunProgress p = run_progress(store, r.run_id);
+  const RunProgress p = progress_of(r);
   if (p.step == 0) return "before its first step";
   return fmt::format("after {}step {}", p.phase == "warmup" ? "warm-up " : "", p.step);
 }
@@ -68,6 +72,10 @@ int report(rollout::RunOutcome r, bool json) {
     if (r.accuracy_before >= 0) out["accuracy_after_warmup"] = r.accuracy_before;
     if (r.accuracy_after >= 0) out["accuracy"] = r.accuracy_after;
     if (!r.failure.empty()) out["failure"] = r.failure;
+    // "steps" are those of reinforcement learning: a run may have been stopped before it.
+    const RunProgress p = progress_of(r);
+    out["phase"] = p.phase;
+    out["phase_step"] = p.step;
     print_json(out);
   }
   if (r.state == "failed") throw_environment("{} (mend it and go on: perigee resume {})", r.failure, typed);

@@ -161,6 +161,17 @@ TEST(Newcomer, TrainSaysWhatRunsWhere) {
       << said.out;
 }
 
+TEST(Newcomer, TheResultSaysHowFarAWarmUpCame) {
+  TempDirectory place;
+  nlohmann::json config = small_run(place / "run");
+  config["learn"]["steps"] = 0;
+  spill(place / "run.json", config.dump());
+  const nlohmann::json said = run_perigee({"train", place / "run.json", "--in-process", "--quiet", "--json"}).json();
+  EXPECT_EQ(said["steps"], 0);
+  EXPECT_EQ(said["phase"], "warmup");
+  EXPECT_EQ(said["phase_step"], 2);
+}
+
 // The store's file would not be opened; nothing is made before that is known.
 TEST(Newcomer, ARunWhosePathIsTooLongIsRefusedBeforeItIsMade) {
   TempDirectory place;
