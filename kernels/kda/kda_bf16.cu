@@ -1,5 +1,5 @@
 // The bf16 forward: checks, buffers and the order of the launches.
-#include "kernels/kda/kda_bf16.cuh"
+#include "kernels/kda/kda_bf16_scan.cuh"
 
 namespace perigee::kernels {
 
@@ -32,16 +32,29 @@ void kda_forward<bf16>(Device& dev, const KdaShape& shape, const bf16* q, const 
     return;
   }
   const DeviceScratch::Mark mark(dev.scratch);
-  const int slots = batch.rows / kda::kChunk + 2 * batch.slices;
+  int slots = batch.rows / kda::kChunk + 2 * batch.slices;
   // There are slots that no chunk has; a few of them are not worth a segment of their own.
   constexpr int kMost = static_cast<int>(kKdaSegment), kFew = 8;
-  const int segments = slots <= kMost + kFew ? 1 : (slots - kFew + kMost - 1) / kMost, segment = (slots + segments - 1) / segments;
+  const auto segments_of = [](int n) { return n <= kMost + kFew ? 1 : (n - kFew + kMost - 1) / kMost; };
+  p.segments = segments_of(slots);
+  int segment = (slots + p.segments - 1) / p.segments;
+  // Several sequences that take several segments each have a part in every one, so that all of them keep blocks of the scan
+  // busy; where they are of one length, or there would be many more segments.
+  const int longest = batch.max_count / kda::kChunk + 2;
+  if (p.segments > 1 && batch.slices > 1 && batch.slices <= kKdaRoundSlices && int64_t{4} * batch.slices * longest <= int64_t{5} * slots &&
+      !takes_long_scan(dev, p)) {
+    p.segments = segments_of(batch.slices * longest);
+    p.round = (longest + p.segments - 1) / p.segments;
+    segment = batch.slices * p.round;
+    slots = p.segments * segment;
+  }
+  const int64_t carried = shape.heads * (p.round > 0 ? batch.slices : 1) * int64_t{65536};
   p.table = dev.scratch.take<int2>(slots);
   p.ready = dev.scratch.take<unsigned>(slots * shape.heads);
   p.records = dev.scratch.take<uint8_t>(segment * shape.heads * Record::kBytes);
   p.last_t = dev.scratch.take<float>(batch.slices * shape.heads * 256);
-  p.carry[0] = dev.scratch.take<uint8_t>(shape.heads * 65536);
-  p.carry[1] = dev.scratch.take<uint8_t>(shape.heads * 65536);
+  p.carry[0] = dev.scratch.take<uint8_t>(carried);
+  p.carry[1] = dev.scratch.take<uint8_t>(carried);
   launch_plan(dev, p, slots);
   for (int at = 0; at < slots; at += segment) {
     p.slot_begin = at;

@@ -39,7 +39,8 @@ struct Record {
   static constexpr int kPlace = 14336;     // bytes it takes in shared memory, where tiles start at multiples of 1024
 };
 
-// Chunks have slots, found without a sum over the slices; with room for a slice that starts and ends inside a chunk.
+// Chunks have slots, found without a sum over the slices; with room for a slice that starts and ends inside a chunk. The
+// slices' chunks lie one slice after the other, or in rounds (Problem::round) of so many chunks of each slice.
 __device__ __forceinline__ int slot_base(const DeviceSlice& s, int index) { return s.begin / kChunk + 2 * index; }
 __device__ __forceinline__ int chunk_count(const DeviceSlice& s) {
   return s.count == 0 ? 0 : (s.position % kChunk + s.count + kChunk - 1) / kChunk;
@@ -69,9 +70,14 @@ struct Problem {
   unsigned* ready;     // [slots][heads] 1 when the record is written
   uint8_t* records;    // [slots of a segment][heads]
   float* last_t;       // [slices][heads][16][16] T of the last chunk, when it stays open
-  uint8_t* carry[2];   // [heads][64 KiB] S between segments: read from the first, written to the second
+  uint8_t* carry[2];   // [heads][64 KiB] S between segments: read from the first, written to the second; in rounds of each slice
   int slot_begin, slot_end;
+  int segments;
+  int round;           // 0, or a segment has so many chunks of every slice
 
+  __device__ uint8_t* carried(int which, int slice, int head) const {
+    return carry[which] + static_cast<int64_t>((round > 0 ? slice : 0) * heads + head) * 65536;
+  }
   __device__ uint8_t* state(int slice, int head) const {
     return reinterpret_cast<uint8_t*>(batch.recurrent[slice]) + state_offset + static_cast<int64_t>(head) * StateLayout::kBytes;
   }

@@ -22,13 +22,13 @@ struct Shared {
   float a[kChunk][20];      // a[j][i]
 };
 
-// Rows [0,16) by rows [16,24) (+ 8 second) of a warp's half of the channels: one chain, channels ascending.
-__device__ __forceinline__ C4 multiply(unsigned rows, int lane, int second) {
+// Rows [0,16) by rows [16,24) of a warp's half of the channels: one chain, channels ascending.
+__device__ __forceinline__ C4 multiply(unsigned rows, int lane) {
   C4 c = {};
 #pragma unroll
   for (int pair = 0; pair < 2; ++pair) {
     unsigned b[4];
-    load_matrices(b, rows + (16 + 8 * second + (lane & 7)) * kPitch + pair * 64 + (lane >> 3) * 16);
+    load_matrices(b, rows + (16 + (lane & 7)) * kPitch + pair * 64 + (lane >> 3) * 16);
 #pragma unroll
     for (int step = 0; step < 2; ++step) {
       A4 a;
@@ -67,7 +67,7 @@ __device__ __forceinline__ C4 level(const Rows& x, uint8_t* rows, unsigned rows_
     }
   }
   __syncwarp();
-  return multiply(rows_address, lane, 0);
+  return multiply(rows_address, lane);
 }
 
 __global__ void __maxnreg__(144) intra_kernel(const Problem p) {
@@ -109,14 +109,23 @@ __global__ void __maxnreg__(144) intra_kernel(const Problem p) {
       const unsigned* k = reinterpret_cast<const unsigned*>(p.k) + at;
       const unsigned* q = reinterpret_cast<const unsigned*>(p.q) + at;
       const float2* g = reinterpret_cast<const float2*>(p.g) + at;
+      if (inside && own.first == 0 && own.last == kChunk) {
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i) {
-        x.k[i] = x.q[i] = 0;
-        x.a[i] = {0.0f, 0.0f};
-        if (inside && i >= own.first && i < own.last) {
+        for (int i = 0; i < kChunk; ++i) {
           x.k[i] = __ldg(k + i * row_words);
           x.q[i] = __ldg(q + i * row_words);
           x.a[i] = __ldg(g + i * row_words);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) {
+          x.k[i] = x.q[i] = 0;
+          x.a[i] = {0.0f, 0.0f};
+          if (inside && i >= own.first && i < own.last) {
+            x.k[i] = __ldg(k + i * row_words);
+            x.q[i] = __ldg(q + i * row_words);
+            x.a[i] = __ldg(g + i * row_words);
+          }
         }
       }
     }
@@ -148,19 +157,25 @@ __global__ void __maxnreg__(144) intra_kernel(const Problem p) {
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
         if (i > 0) s = s * x.a[i];
-        put(Record::kGammaKQ + 4096 * warp, i, i < own.first ? 0u : scale(x.k[i], s));
+        put(Record::kGammaKQ + 4096 * warp, i, scale(x.k[i], s));
         put(Record::kGammaKQ + 4096 * warp, i + 16, scale(x.q[i], s));
       }
       const int block = pair >> 3, t = pair & 3, high = (pair >> 2) & 1;
       *reinterpret_cast<float2*>(shared.record + Record::kGamma + (block * 16 + t * 4 + high * 2) * 4) =
           closes ? s : float2{1.0f, 1.0f};
       s = x.a[15];
-      put(Record::kKeysAtEnd + 2048 * warp, 15, closes ? x.k[15] : 0u);
+      put(Record::kKeysAtEnd + 2048 * warp, 15, x.k[15]);
 #pragma unroll
       for (int j = 14; j >= 0; --j) {
         if (j < 14) s = s * x.a[j + 1];
-        put(Record::kKeysAtEnd + 2048 * warp, j, closes ? scale(x.k[j], s) : 0u);
+        put(Record::kKeysAtEnd + 2048 * warp, j, scale(x.k[j], s));
       }
+      if (own.first > 0)
+#pragma unroll 1
+        for (int i = 0; i < own.first; ++i) put(Record::kGammaKQ + 4096 * warp, i, 0);
+      if (!closes)
+#pragma unroll 1
+        for (int i = 0; i < kChunk; ++i) put(Record::kKeysAtEnd + 2048 * warp, i, 0);
     }
 
     // Of each product the first warp finishes the part of the keys, the second that of the queries.
@@ -192,8 +207,22 @@ __global__ void __maxnreg__(144) intra_kernel(const Problem p) {
       reinterpret_cast<unsigned*>(my_rows)[(16 + i) * (kPitch / 4) + lane] = x.k[i];
     }
     __syncwarp();
-    exchange(4, multiply(rows_address, lane, 0), 2);  // q_i . k_i: rows 0..7 of its diagonal count
-    exchange(5, multiply(rows_address, lane, 1), 0);  // and rows 8..15
+    C4 diagonal[2] = {};  // q_i . k_i: of the first, rows 0..7 count, of the second rows 8..15
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      unsigned b[2][4];
+#pragma unroll
+      for (int n = 0; n < 2; ++n) load_matrices(b[n], rows_address + (16 + 8 * n + (lane & 7)) * kPitch + part * 64 + (lane >> 3) * 16);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        A4 a;
+        load_matrices(a.x, rows_address + (lane & 15) * kPitch + part * 64 + step * 32 + (lane >> 4) * 16);
+        mma(diagonal[0], a, b[0][2 * step], b[0][2 * step + 1]);
+        mma(diagonal[1], a, b[1][2 * step], b[1][2 * step + 1]);
+      }
+    }
+    exchange(4, diagonal[0], 2);
+    exchange(5, diagonal[1], 0);
     if (warp == 1) *reinterpret_cast<uint4*>(shared.record + Record::kQ + lane * 16) = make_uint4(0, 0, 0, 0);
     __syncthreads();
     if (warp == 0) {
@@ -275,7 +304,10 @@ __global__ void __launch_bounds__(512) plan_kernel(const Problem p, int slots) {
   for (int i = threadIdx.x / lanes; i < p.batch.slices; i += blockDim.x / lanes) {
     const DeviceSlice s = p.batch.slice[i];
     const int chunks = chunk_count(s), base = slot_base(s, i);
-    for (int c = threadIdx.x % lanes; c < chunks; c += lanes) p.table[base + c] = make_int2(i, c);
+    for (int c = threadIdx.x % lanes; c < chunks; c += lanes) {
+      const int slot = p.round > 0 ? c / p.round * p.batch.slices * p.round + i * p.round + c % p.round : base + c;
+      p.table[slot] = make_int2(i, c);
+    }
   }
 }
 
@@ -291,10 +323,13 @@ void launch_intra(Device& dev, const Problem& p) {
   PERIGEE_CUDA(cudaFuncSetAttribute(intra_kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100));
   const int64_t items = static_cast<int64_t>(p.slot_end - p.slot_begin) * p.heads;
   // All blocks stand on the chip at once: with room for the scan beside them where that has few blocks and is what takes
-  // the time, otherwise as many as do the work fastest.
+  // the time, otherwise as many as do the work fastest. Of two sequences, one after the other in segments, few blocks of
+  // the wide scan are busy too.
   const int64_t wide_blocks = static_cast<int64_t>(p.batch.slices) * p.heads * ((p.dv + 63) / 64);
-  const int each = long_scan_blocks(p) <= dev.info().multiprocessors ? 3
-                   : !takes_long_scan(dev, p) && wide_blocks <= dev.info().multiprocessors ? 2 : 6;
+  const bool in_turns = p.segments > 1 && p.round == 0;
+  const int each = long_scan_blocks(p) <= dev.info().multiprocessors                                        ? 3
+                   : !takes_long_scan(dev, p) && in_turns && wide_blocks <= dev.info().multiprocessors ? 2
+                                                                                                       : 6;
   const int64_t blocks = int64_t{each} * dev.info().multiprocessors;
   launch_dependent(intra_kernel, dim3(static_cast<unsigned>(items < blocks ? items : blocks)), dim3(kThreads),
                    sizeof(Shared), dev.stream(), p);

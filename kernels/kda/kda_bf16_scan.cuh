@@ -25,6 +25,7 @@ struct Task {
   DeviceSlice slice;
   int index, head, part;  // slice, head, and which of the block's width of value channels
   int begin, end;         // chunks
+  int base;               // chunk c of these has slot base + c
   int tiles;              // of sixteen value channels, of the block's
   uint8_t* state;         // of the head, or null
 
@@ -33,8 +34,13 @@ struct Task {
   __device__ Task(const P& p, int block, int parts, int width) {
     part = block % parts, head = block / parts % p.heads, index = block / parts / p.heads;
     slice = p.batch.slice[index];
-    const int base = slot_base(slice, index);
+    base = slot_base(slice, index);
     begin = max(0, p.slot_begin - base), end = min(chunk_count(slice), p.slot_end - base);
+    if constexpr (requires { p.round; })
+      if (p.round > 0) {
+        begin = p.slot_begin / p.batch.slices, end = min(chunk_count(slice), begin + p.round);
+        base = p.slot_begin + index * p.round - begin;
+      }
     tiles = min(width, p.dv / 16 - width * part);
     state = p.batch.recurrent == nullptr || slice.count == 0 ? nullptr : p.state(index, head);
   }
@@ -43,11 +49,10 @@ struct Task {
 // Waits until the record of chunk c is written; all lanes look which are. `ready`: those before it are known to be.
 template <class P>
 __device__ __forceinline__ void wait_for_record(const P& p, const Task& task, int c, int& ready, int lane) {
-  const int base = slot_base(task.slice, task.index);
   while (ready <= c) {
     unsigned mark = 0;
     if (ready + lane < task.end) {
-      const unsigned* at = p.ready + static_cast<int64_t>(base + ready + lane) * p.heads + task.head;
+      const unsigned* at = p.ready + static_cast<int64_t>(task.base + ready + lane) * p.heads + task.head;
       asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(mark) : "l"(at) : "memory");
     }
     const unsigned missing = ~__ballot_sync(0xffffffffu, mark == 1);
@@ -57,7 +62,7 @@ __device__ __forceinline__ void wait_for_record(const P& p, const Task& task, in
   }
 }
 __device__ __forceinline__ const uint8_t* record_of(const Problem& p, const Task& task, int c) {
-  const int64_t slot = slot_base(task.slice, task.index) + c - p.slot_begin;
+  const int64_t slot = task.base + c - p.slot_begin;
   return p.records + (slot * p.heads + task.head) * Record::kBytes;
 }
 

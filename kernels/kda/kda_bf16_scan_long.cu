@@ -76,7 +76,7 @@ __device__ __forceinline__ void scan(const Problem& p, Shared<kStates, kStages>&
 #pragma unroll
     for (int i = 0; i < 8; ++i) s[i] = {};
   } else {
-    const uint8_t* from = (begin == 0 ? state : p.carry[0] + static_cast<int64_t>(task.head) * 65536) + ((m * 8 + 4 * half) * 32 + lane) * 16;
+    const uint8_t* from = (begin == 0 ? state : p.carried(0, task.index, task.head)) + ((m * 8 + 4 * half) * 32 + lane) * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint4 high = words(from + StateLayout::kHigh + i * 512), low = words(from + StateLayout::kLow + i * 512);
@@ -227,7 +227,7 @@ __device__ __forceinline__ void scan(const Problem& p, Shared<kStates, kStages>&
   // S, when any chunk was closed, goes on: to the state, or to the next segment.
   const bool closed = ChunkRows(task.slice, begin).last == kChunk;
   if (active && (closed || begin > 0) && (end < chunks || state != nullptr)) {
-    uint8_t* to = (end < chunks ? p.carry[1] + static_cast<int64_t>(task.head) * 65536 : state) + ((m * 8 + 4 * half) * 32 + lane) * 16;
+    uint8_t* to = (end < chunks ? p.carried(1, task.index, task.head) : state) + ((m * 8 + 4 * half) * 32 + lane) * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const C4 &a = s[2 * i], &b = s[2 * i + 1];

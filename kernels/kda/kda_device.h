@@ -39,9 +39,10 @@ constexpr int64_t kda_chunk_slots(int64_t rows, int64_t slices) { return rows / 
 // the same bits however a sequence was cut into calls and whatever else was in the batch.
 // batch.training(): sequences start from zero and no state is kept; state_offset is ignored.
 // chunk_states: null, or (training only) kda_chunk_slots x [heads][dk][dv].
-// Scratch, T = bf16 and max_count > 1: heads * (min(slots, kKdaSegment + 8) * 13.8 KB + slots * 4 B + slices * 1 KB +
-// 128 KiB) with slots = rows / 16 + 2 slices.
-inline constexpr int64_t kKdaSegment = 1024;  // chunks that one pass of the bf16 prefill takes (16,384 tokens)
+// Scratch, T = bf16 and max_count > 1: heads * (min(slots, kKdaSegment + 24) * 13.8 KB + 1.25 slots * 4 B + slices * 1 KB +
+// 128 KiB * min(slices, kKdaRoundSlices)) with slots = rows / 16 + 2 slices.
+inline constexpr int64_t kKdaSegment = 1024;      // chunks that one pass of the bf16 prefill takes (16,384 tokens)
+inline constexpr int64_t kKdaRoundSlices = 16;    // so many sequences may share every pass
 template <class T>
 void kda_forward(Device& dev, const KdaShape& shape, const T* q, const T* k, const T* v, const float* g,
                  const float* beta, const DeviceBatch& batch, int64_t state_offset, T* out, T* chunk_states = nullptr);

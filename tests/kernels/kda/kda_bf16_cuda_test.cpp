@@ -280,6 +280,17 @@ TEST_F(KdaBf16, segments_do_not_matter) {
   expect_same(x, run(device(), x, {{{0, 3000}, {1, 8500}}, {{3, 8999}}, {{0, 6000}, {2, 700}, {3, 8001}}}), all, "other segments");
 }
 
+// Several sequences of one length that take several segments each have a part in all of them.
+TEST_F(KdaBf16, rounds_of_several_sequences_do_not_matter) {
+  const Sequences x({34, 16, 16}, {4300, 4290, 4280, 4270}, Decay::kMixed, 26);
+  const Result all = run(device(), x, {whole(x)});
+  std::vector<Call> alone;
+  for (size_t i = 0; i < x.lengths.size(); ++i) alone.push_back({{i, x.lengths[i]}});
+  expect_same(x, run(device(), x, alone), all, "one by one");
+  expect_same(x, run(device(), x, {{{0, 3}, {1, 17}, {2, 32}, {3, 1}}, {{0, 4297}, {1, 4273}, {2, 4248}, {3, 4269}}}), all, "starting inside of chunks");
+  expect_same(x, run(device(), x, {{{0, 4300}, {1, 4289}, {1, 0}, {3, 4270}, {2, 4280}}, {{1, 1}}}), all, "with padding");
+}
+
 // Many sequences and few take different kernels.
 TEST_F(KdaBf16, a_sequence_has_the_same_bits_in_training_alone_and_among_many) {
   const Sequences x({32, 128, 128}, {33, 5, 64, 20, 16, 49}, Decay::kMixed, 25);
