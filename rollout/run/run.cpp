@@ -15,6 +15,7 @@
 #include "base/error.h"
 #include "base/file.h"
 #include "base/json.h"
+#include "base/text.h"
 #include "reward/rubric.h"
 #include "rollout/roles/roles.h"
 #include "rollout/run/resume_check.h"
@@ -111,8 +112,14 @@ void wait_for_former_hub(const std::string& run_dir) {
 
 // SQLite takes paths of 512 bytes, its own resolved form; files beside the store have longer names.
 void check_path_length(const std::string& run_dir) {
-  constexpr size_t kMost = 480;
-  const std::string path = fs::weakly_canonical(fs::absolute(run_dir)).string();
+  constexpr size_t kMost = 480, kMostOfAName = 255;
+  for (const fs::path& name : fs::path(run_dir))
+    if (name.native().size() > kMostOfAName)
+      throw_input("run.dir: the name {} has {} bytes, and a folder's has {} at most: choose a shorter one", quote(name.native()),
+                  name.native().size(), kMostOfAName);
+  std::error_code ec;
+  std::string path = fs::weakly_canonical(run_dir, ec).string();
+  if (ec || !path.starts_with('/')) path = fs::absolute(run_dir, ec).lexically_normal().string();
   if (path.size() > kMost)
     throw_input("run.dir: its path has {} bytes, and the store's file takes {} at most: choose a shorter one", path.size(), kMost);
 }

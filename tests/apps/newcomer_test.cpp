@@ -180,6 +180,8 @@ TEST(Newcomer, ARunWhosePathIsTooLongIsRefusedBeforeItIsMade) {
   spill(place / "run.json", small_run(deep).dump());
   expect_refused({"train", "run.json"}, "run.dir: its path has ", there);
   EXPECT_FALSE(std::filesystem::exists(place / part));
+  spill(place / "run.json", small_run(std::string(300, 'd')).dump());  // longer than a name may be
+  expect_refused({"train", "run.json"}, "has 300 bytes", there);
   // As long as may be.
   const size_t room = 480 - std::filesystem::canonical(place.path()).string().size() - 1;
   ASSERT_GT(room, 250u);
