@@ -1,9 +1,12 @@
 // How far an evaluation is, on standard error.
 #pragma once
+#include <chrono>
 #include <cstdint>
-#include <cstdio>
 #include <functional>
+#include <optional>
 #include <string>
+
+#include "apps/output/terminal.h"
 
 namespace perigee::apps {
 
@@ -19,20 +22,15 @@ struct EvalState {
 // "12 of 200 tasks, 41.7 % right, 5120 tokens/s, 65 s left"
 std::string eval_line(const EvalState& state);
 
-// Where a line can be written over (a terminal whose TERM is neither empty nor dumb): one that the next replaces, some
-// times a second. Elsewhere a line every ten seconds, the first after ten. Nothing when quiet.
+// A ProgressLine where there can be one, elsewhere a line every ten seconds, the first after ten. Nothing when quiet.
 class EvalProgress {
  public:
   explicit EvalProgress(bool quiet);
-  ~EvalProgress();  // takes the line away
-  EvalProgress(const EvalProgress&) = delete;
-  EvalProgress& operator=(const EvalProgress&) = delete;
   void show(const std::function<EvalState()>& state);
 
  private:
-  const bool quiet_, live_;
-  bool shown_ = false;
-  int64_t last_us_;
+  std::optional<ProgressLine> line_;  // none: quiet
+  std::chrono::steady_clock::time_point last_;
 };
 
 }  // namespace perigee::apps
