@@ -45,15 +45,17 @@ __global__ void __launch_bounds__(kThreads) before(const __grid_constant__ Layer
   Before& shared = *reinterpret_cast<Before*>(memory);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   if (static_cast<int>(blockIdx.x) < a.batch.slices) {
-    if (thread * 32 < kLayerLatent) prefetch_l2(a.layer.norm_w + thread * 32);
-    let_next_start();
-    wait_for_previous();
+    float *const x = reinterpret_cast<float*>(memory), *const norm_w = x + kLayerWidth;
     const DeviceSlice s = a.batch.slice[blockIdx.x];
-    if (s.count == 0) return;
     bf16* const page = reinterpret_cast<bf16*>(
         a.batch.pages[int64_t{blockIdx.x} * a.batch.max_pages + s.position / 64] + a.page_offset);
-    store_latent_row<bf16, kThreads>(kLayerLatent, kLayerWidth, a.layer.kv, a.layer.norm_w, a.layer.eps, s,
-                                     page, nullptr, reinterpret_cast<float*>(memory));
+    for (int j = thread; j < kLayerLatent; j += kThreads) norm_w[j] = __ldg(a.layer.norm_w + j);
+    let_next_start();
+    wait_for_previous();
+    if (s.count == 0) return;
+    store_latent_row<bf16, kThreads>(
+        kLayerLatent, kLayerWidth, a.layer.kv, [&](int j) { return norm_w[j]; }, a.layer.eps, s, page,
+        static_cast<bf16*>(nullptr), x);
     return;
   }
   const int unit = static_cast<int>(blockIdx.x) - a.batch.slices, head = unit / kPieces,

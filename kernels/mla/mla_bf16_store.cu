@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kDecodeThreads)
   if (s.count == 0) return;
   T* const page =
       reinterpret_cast<T*>(batch.pages[int64_t{blockIdx.x} * batch.max_pages + s.position / 64] + page_offset);
-  store_latent_row<T, kDecodeThreads>(latent, width, kv, norm_w, eps, s, page, c, x);
+  store_latent_row<T, kDecodeThreads>(latent, width, kv, [&](int j) { return __ldg(norm_w + j); }, eps, s, page, c, x);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@ namespace perigee::kernels {
 struct MlaDecodeLayer {
   const bf16* q =
       nullptr;  // [rows, heads * (128 + rope)], 16-aligned; of each head what is absorbed, then the rope part
-  // Arguments of latent_store.
+  // Arguments of latent_store; norm_w is read ahead, as the matrices are.
   const float* kv = nullptr;
   const float* norm_w = nullptr;
   float eps = 0.0f;

@@ -53,8 +53,7 @@ class Layer {
         at[static_cast<size_t>(r * max_pages + p)] = place;
         for (int64_t t = 0; t < 64 && p * 64 + t < positions[static_cast<size_t>(r)]; ++t)
           for (int64_t j = 0; j < width; ++j)
-            memory[static_cast<size_t>((place + kOffset) / 2 + tiled_index(width, t, j))] =
-                to_bf16(static_cast<float>(random_.next_normal()));
+            memory[static_cast<size_t>((place + kOffset) / 2 + tiled_index(width, t, j))] = next_element();
       }
     const DeviceArray<uint16_t> parts_memory(device_, memory), whole_memory(device_, memory);
     const auto table = [&](const DeviceArray<uint16_t>& of) {
@@ -120,12 +119,20 @@ class Layer {
               to_bf16(0.1f * static_cast<float>(random_.next_normal()))};
     return tiles;
   }
+  // Of a prime number of normal values, again and again: many rows are wanted.
+  uint16_t next_element() {
+    if (pool_.empty())
+      for (const float x : normals(random_, 100'003, 1.0f)) pool_.push_back(to_bf16(x));
+    return pool_[pool_at_++ % pool_.size()];
+  }
 
   Device& device_;
   MlaShape shape_;
   Random random_;
   DeviceArray<bf16> absorb_k_, absorb_v_;
   DeviceArray<float> norm_w_;
+  std::vector<uint16_t> pool_;
+  size_t pool_at_ = 0;
 };
 
 TEST_F(MlaLayer, a_decoded_row_has_the_bits_of_the_parts) {
