@@ -393,7 +393,8 @@ void Schema::set(std::string_view assignment, std::string_view where) {
   } else if (v.is_discarded()) {
     v = value;
     if (field.object)
-      throw_input("{}: {}: {} is not JSON; a text stands in quotes: '{}=\"...\"'", where, key, quote(value), key);
+      throw_input("{}: {}: {} is not JSON; a text stands in quotes: '{}=\"...\"'", where, key, quote(value),
+                  key);
   }
   apply({{&field, std::move(v)}}, where);
 }

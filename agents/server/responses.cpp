@@ -216,7 +216,9 @@ ResponsesRequest parse_responses(std::string_view text, const RequestLimits& lim
 
 }  // namespace
 
-void try_responses(std::string_view body, const RequestLimits& limits) { parse_responses(body, limits); }
+void try_responses(std::string_view body, const RequestLimits& limits) {
+  parse_responses(body, limits);
+}
 
 namespace {
 

@@ -58,7 +58,8 @@ int checkout(const Options& o) {
   try {
     save(run, o.out, flat);
   } catch (...) {
-    if (fresh) std::filesystem::remove(o.out, ignored);  // where it is empty: a second try finds nothing in its way
+    if (fresh)
+      std::filesystem::remove(o.out, ignored);  // where it is empty: a second try finds nothing in its way
     throw;
   }
   if (o.again.json) {

@@ -72,7 +72,8 @@ void check_host(const std::string& host) {
   const bool letters = std::all_of(host.begin(), host.end(), [&](unsigned char c) {
     return std::isalnum(c) != 0 || c >= 0x80 || kOthers.find(static_cast<char>(c)) != std::string_view::npos;
   });
-  const bool number = std::all_of(port.begin(), port.end(), [](unsigned char c) { return std::isdigit(c) != 0; });
+  const bool number =
+      std::all_of(port.begin(), port.end(), [](unsigned char c) { return std::isdigit(c) != 0; });
   if (host.empty() || colon == 0 || host.ends_with(':') || !letters || !number)
     throw_input("--allow-host {}: NAME:PORT is expected, such as example.org:8000", quote(host));
 }
@@ -83,7 +84,9 @@ void check_origin(const std::string& origin) {
   const size_t name = origin.find("://");
   if (name == std::string::npos || name == 0 || origin.find_first_of(" \t\r\n") != std::string::npos ||
       origin.find('/', name + 3) != std::string::npos || name + 3 == origin.size())
-    throw_input("--allow-origin {}: SCHEME://NAME or SCHEME://NAME:PORT is expected, such as https://example.org", quote(origin));
+    throw_input(
+        "--allow-origin {}: SCHEME://NAME or SCHEME://NAME:PORT is expected, such as https://example.org",
+        quote(origin));
 }
 
 std::string read_key(const std::string& path) {
@@ -131,7 +134,8 @@ int serve(const Options& o) {
   within("--prefix-cache-mib", o.prefix_cache_mib, 0, o.memory_mib);
   if (o.idle_mib) within("--idle-mib", *o.idle_mib, 0, o.memory_mib);
   if (o.max_context) within("--max-context", *o.max_context, 1, int64_t{1} << 40);
-  if (o.name && o.name->empty()) throw_input("--name: it is empty; without the option the model is called as its directory");
+  if (o.name && o.name->empty())
+    throw_input("--name: it is empty; without the option the model is called as its directory");
   for (const std::string& host : o.hosts) check_host(host);
   for (const std::string& origin : o.origins) check_origin(origin);
   within("--default-max-tokens", o.default_max_tokens, 1, int64_t{1} << 40);
@@ -235,7 +239,8 @@ int serve(const Options& o) {
   fmt::print("serving {} at http://{}{}{}:{}/v1", server.service().config().model, v6 ? "[" : "",
              listen.address, v6 ? "]" : "", server.port());
   if (listen.admin_port) fmt::print(", admin at http://127.0.0.1:{}/admin", server.admin_port());
-  fmt::print("{}{}\n", listen.key.empty() ? "" : ", with a key", model.on_gpu() ? ", on " + model.place() : "");
+  fmt::print("{}{}\n", listen.key.empty() ? "" : ", with a key",
+             model.on_gpu() ? ", on " + model.place() : "");
   std::fflush(stdout);
 
   while (g_signals == 0 && host.broken().empty()) std::this_thread::sleep_for(std::chrono::milliseconds(50));
