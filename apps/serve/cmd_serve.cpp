@@ -178,7 +178,10 @@ int serve(const Options& o) {
   const policy::TokenIndex index(model.tokenizer());
   // A directory may hold other weights than when its sessions were suspended.
   config.model = model.fingerprint();
-  config.warn = [](const std::string& line) { tell("perigee: warning: {}\n", line); };
+  config.warn = [](const std::string& line) {
+    // Why the host is down is the error that the server ends with, unless it is ending already.
+    if (g_signals > 0 || !line.starts_with("the host is down: ")) tell("perigee: warning: {}\n", line);
+  };
 
   std::unique_ptr<agents::SessionLog> log;
   agents::ServiceConfig service;
