@@ -2,10 +2,9 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <limits>
 #include <map>
-#include <unordered_map>
+#include <memory>
 #include <utility>
 
 #include "kernels/attention/attention_device.h"
@@ -15,6 +14,7 @@
 #include "kernels/moe/moe_device.h"
 #include "kernels/sampling/sampling_device.h"
 #include "kernels/vocab/vocab_device.h"
+#include "policy/device/inputs.h"
 #include "policy/device/layers.h"
 #include "policy/device/memory.h"
 #include "policy/device/products.h"
@@ -32,69 +32,6 @@ int64_t bucket(int64_t rows) {
   return (rows + 63) / 64 * 64;
 }
 constexpr size_t kScoredAtOnce = 256;  // bounds the logits that scoring keeps in the scratch
-
-int64_t power_of_two(int64_t n, int64_t least) {
-  while (least < n) least *= 2;
-  return least;
-}
-
-// A block of device memory that the host fills in one copy.
-class InputBlock {
- public:
-  explicit InputBlock(Device& device) : device_(device) {}
-  ~InputBlock() {
-    if (memory_ != nullptr) device_.release(memory_);
-  }
-  InputBlock(const InputBlock&) = delete;
-  InputBlock& operator=(const InputBlock&) = delete;
-  // Makes room for `bytes`, losing what is there; true when the address changed.
-  bool reserve(int64_t bytes) {
-    used_ = 0;
-    // What was sent last may still wait behind a pass: the host runs ahead of the device.
-    if (std::exchange(sent_, false)) device_.synchronize();
-    if (bytes <= host_.bytes()) return false;
-    if (memory_ != nullptr) device_.release(memory_);
-    host_ = PinnedMemory(power_of_two(bytes, 1 << 16));
-    memory_ = device_.allocate(host_.bytes());
-    return true;
-  }
-  // Room for count things: where the host writes them, and in *on_device where the device reads them.
-  template <class T>
-  T* place(int64_t count, const T** on_device) {
-    used_ = (used_ + 63) / 64 * 64;
-    const int64_t at = used_;
-    used_ += count * static_cast<int64_t>(sizeof(T));
-    PERIGEE_CHECK(used_ <= host_.bytes(), "{} of {}", used_, host_.bytes());
-    *on_device = reinterpret_cast<const T*>(static_cast<std::byte*>(memory_) + at);
-    return reinterpret_cast<T*>(host_.data() + at);
-  }
-  void send() {
-    device_.copy_in(memory_, host_.data(), used_);
-    sent_ = true;
-  }
-  // All that was sent has been read: the host waited for the device.
-  void settle() { sent_ = false; }
-
- private:
-  Device& device_;
-  PinnedMemory host_;
-  void* memory_ = nullptr;
-  int64_t used_ = 0;
-  bool sent_ = false;
-};
-
-// What a pass reads, as it lies in an input block.
-struct Inputs {
-  DeviceBatch batch;
-  const int32_t* tokens = nullptr;  // [rows]
-  const int32_t* active = nullptr;  // [1]
-  const int32_t* last = nullptr;    // [slices] the row whose logits are wanted, for the first `wanted`
-  const device::Expanded* expanded = nullptr;
-};
-
-int64_t input_bytes(int64_t rows, int64_t slices, int64_t pages) {
-  return rows * 4 + slices * (static_cast<int64_t>(sizeof(DeviceSlice)) + 8 + 4) + slices * pages * 8 + 8 * 64;
-}
 
 bool expands(const Device& device, const ModelConfig& c) {
   return expanded_supported(device, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim);
@@ -120,15 +57,13 @@ class DeviceBackend : public Backend {
     const int64_t most_logits = 2 * max_rows_;  // every member, and prompts that end in the same step
     logits_ = static_cast<float*>(device.allocate(most_logits * vocab() * 4));
     logits_rows_ = most_logits;
-    results_ = static_cast<std::byte*>(device.allocate(most_logits * 12));
-    results_host_ = PinnedMemory(most_logits * 12);
+    results_ = PinnedMemory(most_logits * 12);
     if (weights != nullptr && adapter == nullptr) return;
     owned_weights_ = static_cast<std::byte*>(device.allocate(given().weight_bytes()));
     (adapter != nullptr ? weights_.adapter_data : weights_.data) = owned_weights_;
   }
   ~DeviceBackend() override {
     device_.release(logits_);
-    device_.release(results_);
     if (owned_weights_ != nullptr) device_.release(owned_weights_);
     for (float* kept : free_kept_) device_.release(kept);
   }
@@ -180,8 +115,6 @@ class DeviceBackend : public Backend {
     return weights_.adapter != nullptr ? static_cast<const ArenaLayout&>(*weights_.adapter) : layout_;
   }
 
-  Inputs fill(InputBlock& block, std::span<const int32_t> tokens, std::span<const SequenceSlice> slices, int64_t rows,
-              int64_t slots, int64_t pages, std::span<const int32_t> last);
   void run(const Inputs& in, int64_t wanted, float* logits, std::span<Score> scores = {}, int64_t first_row = 0);
   void score(const T* hidden, std::span<Score> scores, int64_t first_row);
   void decode(std::span<const int32_t> tokens, std::span<const SequenceSlice> slices);
@@ -198,68 +131,11 @@ class DeviceBackend : public Backend {
   std::byte* owned_weights_ = nullptr;
   float* logits_ = nullptr;
   int64_t logits_rows_ = 0;
-  std::byte* results_ = nullptr;
-  PinnedMemory results_host_;
+  PinnedMemory results_;
+  Bell drawn_;
   std::vector<float*> free_kept_;
   std::map<std::pair<int64_t, int64_t>, DeviceGraph> graphs_;  // by rows and pages
 };
-
-int64_t most_pages(std::span<const SequenceSlice> slices) {
-  int64_t pages = 0;
-  for (const SequenceSlice& s : slices) pages = std::max(pages, static_cast<int64_t>(s.blocks.size()));
-  return pages;
-}
-
-template <class T>
-Inputs DeviceBackend<T>::fill(InputBlock& block, std::span<const int32_t> tokens,
-                              std::span<const SequenceSlice> slices, int64_t rows, int64_t slots, int64_t pages,
-                              std::span<const int32_t> last) {
-  Inputs in;
-  const DeviceSlice* slice_at;
-  std::byte* const *recurrent_at, *const *pages_at;
-  const int32_t *token_at, *active_at, *last_at;
-  DeviceSlice* slice = block.place<DeviceSlice>(slots, &slice_at);
-  std::byte** recurrent = block.place<std::byte*>(slots, &recurrent_at);
-  int32_t* active = block.place<int32_t>(1, &active_at);
-  int32_t* row_of_last = block.place<int32_t>(slots, &last_at);
-  int32_t* token = block.place<int32_t>(rows, &token_at);
-  std::byte** page = block.place<std::byte*>(slots * pages, &pages_at);
-
-  const auto n = static_cast<int64_t>(slices.size());
-  const int64_t begin = n > 0 ? slices[0].slice.begin : 0;
-  int64_t longest = 0;
-  for (int64_t i = 0; i < slots; ++i) {
-    if (i >= n) {
-      // Padding: no rows, and memory that nothing reads.
-      slice[i] = {static_cast<int32_t>(i < rows ? i : 0), 0, 0, 0};
-      recurrent[i] = recurrent[0];
-      for (int64_t b = 0; b < pages; ++b) page[i * pages + b] = page[b];
-      continue;
-    }
-    const SequenceSlice& s = slices[static_cast<size_t>(i)];
-    slice[i] = {static_cast<int32_t>(s.slice.begin - begin), static_cast<int32_t>(s.slice.count),
-                static_cast<int32_t>(s.slice.position), 0};
-    longest = std::max(longest, s.slice.count);
-    recurrent[i] = s.recurrent;
-    for (int64_t b = 0; b < pages; ++b)
-      page[i * pages + b] = b < static_cast<int64_t>(s.blocks.size()) ? s.blocks[static_cast<size_t>(b)] : nullptr;
-  }
-  *active = static_cast<int32_t>(tokens.size());
-  for (int64_t i = 0; i < slots; ++i) row_of_last[i] = i < static_cast<int64_t>(last.size()) ? last[static_cast<size_t>(i)] : 0;
-  for (int64_t i = 0; i < rows; ++i) token[i] = i < *active ? tokens[static_cast<size_t>(i)] : -1;
-
-  in.batch.rows = static_cast<int32_t>(rows);
-  in.batch.slices = static_cast<int32_t>(slots);
-  in.batch.max_count = static_cast<int32_t>(longest);
-  in.batch.max_pages = static_cast<int32_t>(pages);
-  in.batch.slice = slice_at;
-  in.batch.recurrent = recurrent_at;
-  in.batch.pages = pages_at;
-  in.tokens = token_at;
-  in.active = active_at;
-  in.last = last_at;
-  return in;
-}
 
 // The log-probabilities of targets after rows of hidden, whose first is row first_row of the step.
 template <class T>
@@ -320,15 +196,21 @@ void DeviceBackend<T>::decode(std::span<const int32_t> tokens, std::span<const S
   const int64_t rows = bucket(static_cast<int64_t>(slices.size()));
   const int64_t pages = power_of_two(std::max<int64_t>(most_pages(slices), 1), 8);
   if (decode_inputs_.reserve(input_bytes(rows, rows, pages))) graphs_.clear();
-  Inputs in = fill(decode_inputs_, tokens, slices, rows, rows, pages, {});
+  Inputs in = place_inputs(decode_inputs_, tokens, slices, rows, rows, pages, {});
   in.last = nullptr;
-  decode_inputs_.send();
+  const bool inside = decode_inputs_.by_kernel();  // then the graph begins with it
+  if (!inside) decode_inputs_.send();
   const auto key = std::make_pair(rows, pages);
   auto it = graphs_.find(key);
   if (it == graphs_.end()) {
-    it = graphs_.emplace(key, DeviceGraph(device_, [&] { run(in, rows, logits_); })).first;
+    DeviceGraph graph(device_, [&] {
+      if (inside) decode_inputs_.send();
+      run(in, rows, logits_);
+    });
+    it = graphs_.emplace(key, std::move(graph)).first;
   }
   it->second.launch(device_);
+  decode_inputs_.sent();
 }
 
 template <class T>
@@ -350,7 +232,7 @@ void DeviceBackend<T>::prefill(std::span<const int32_t> tokens, std::span<const 
   const auto pieces = static_cast<int64_t>(plan.pieces.size());
   other_inputs_.reserve(input_bytes(rows, n, pages) + pieces * static_cast<int64_t>(sizeof(ExpandedPiece)) +
                         n * static_cast<int64_t>(sizeof(DeviceSlice)) + 2 * 64);
-  Inputs in = fill(other_inputs_, tokens, slices, rows, n, pages, last);
+  Inputs in = place_inputs(other_inputs_, tokens, slices, rows, n, pages, last);
   device::Expanded expanded;
   if (pieces > 0) {
     expanded.rounds = plan.rounds;
@@ -377,62 +259,13 @@ template <class T>
 void DeviceBackend<T>::draw(std::span<Draw> draws) {
   const auto n = static_cast<int64_t>(draws.size());
   if (n == 0) return;
-  // What the rows bring along.
-  int64_t seen = 0, biases = 0, masks = 0;
-  const int64_t words = (vocab() + 31) / 32;
-  bool plain = true;
-  for (const Draw& d : draws) {
-    const SamplingParams& p = *d.sampling;
-    plain = plain && is_plain(p) && d.allowed.empty();
-    masks += d.allowed.empty() ? 0 : 1;
-    const bool penalties = p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0;
-    if (penalties) seen += static_cast<int64_t>(d.prompt.size() + d.generated.size());
-    biases += static_cast<int64_t>(p.logit_bias.size());
-  }
-  draw_inputs_.reserve(n * static_cast<int64_t>(sizeof(DeviceSampling)) + seen * static_cast<int64_t>(sizeof(SeenToken)) +
-                       biases * static_cast<int64_t>(sizeof(TokenBias)) + masks * words * 4 + 5 * 64);
-  const DeviceSampling* params_at;
-  const SeenToken* seen_at;
-  const TokenBias* bias_at;
-  DeviceSampling* params = draw_inputs_.place<DeviceSampling>(n, &params_at);
-  SeenToken* seen_list = draw_inputs_.place<SeenToken>(seen, &seen_at);
-  TokenBias* bias_list = draw_inputs_.place<TokenBias>(biases, &bias_at);
-  const uint32_t* mask_at;
-  uint32_t* mask_list = draw_inputs_.place<uint32_t>(masks * words, &mask_at);
-  int32_t seen_used = 0, bias_used = 0;
+  const DrawInputs in = place_draws(draw_inputs_, draws, vocab());
+  draw_inputs_.send();
   // Rows that draw from consecutive logits go together; a group's members draw from one kept row.
   DeviceScratch::Mark mark(device_.scratch);
-  bool in_place = true;
-  for (int64_t i = 0; i < n; ++i) {
-    const Draw& d = draws[static_cast<size_t>(i)];
-    in_place = in_place && d.logits == draws[0].logits + i * vocab();
-    params[i] = device_sampling(*d.sampling, d.seed, d.index);
-    const SamplingParams& p = *d.sampling;
-    if (p.repetition_penalty != 1 || p.presence_penalty != 0 || p.frequency_penalty != 0) {
-      params[i].seen_begin = seen_used;
-      std::unordered_map<int32_t, int32_t> place;
-      const auto add = [&](int32_t token, int32_t generated) {
-        const auto [it, fresh] = place.emplace(token, seen_used);
-        if (fresh) seen_list[seen_used++] = {token, 0};
-        seen_list[it->second].generated += generated;
-      };
-      for (int32_t token : d.prompt) add(token, 0);
-      for (int32_t token : d.generated) add(token, 1);
-      params[i].seen_count = seen_used - params[i].seen_begin;
-    }
-    params[i].bias_begin = bias_used;
-    for (const auto& [token, bias] : p.logit_bias) bias_list[bias_used++] = {token, bias};
-    params[i].bias_count = bias_used - params[i].bias_begin;
-    if (!d.allowed.empty()) {
-      PERIGEE_CHECK(static_cast<int64_t>(d.allowed.size()) == words, "a mask of {} words", d.allowed.size());
-      params[i].allowed = mask_at;
-      std::ranges::copy(d.allowed, mask_list);
-      mask_at += words;
-      mask_list += words;
-    }
-  }
-  draw_inputs_.send();
   const float* logits = draws[0].logits;
+  bool in_place = true;
+  for (int64_t i = 0; i < n; ++i) in_place = in_place && draws[static_cast<size_t>(i)].logits == logits + i * vocab();
   if (!in_place) {
     float* gathered = device_.scratch.take<float>(n * vocab());
     for (int64_t i = 0; i < n; ++i)
@@ -440,19 +273,19 @@ void DeviceBackend<T>::draw(std::span<Draw> draws) {
     logits = gathered;
   }
   PERIGEE_CHECK(n <= logits_rows_, "{} draws", n);
-  auto* tokens = reinterpret_cast<int32_t*>(results_);
-  auto* logprob = reinterpret_cast<float*>(results_) + n;
+  // Straight to the host's memory.
+  auto* tokens = reinterpret_cast<int32_t*>(results_.data());
+  auto* logprob = reinterpret_cast<float*>(results_.data()) + n;
   auto* entropy = logprob + n;
-  sample_tokens(device_, n, vocab(), logits, vocab(), params_at, seen_at, bias_at, plain, tokens, logprob, entropy);
-  device_.copy_out(results_host_.data(), results_, n * 12);
+  sample_tokens(device_, n, vocab(), logits, vocab(), in.params, in.seen, in.bias, in.plain, tokens, logprob, entropy);
+  drawn_.ring(device_);
+  drawn_.wait(device_);
   for (InputBlock* block : {&decode_inputs_, &other_inputs_, &draw_inputs_, &score_inputs_}) block->settle();
-  const auto* got = reinterpret_cast<const int32_t*>(results_host_.data());
-  const auto* numbers = reinterpret_cast<const float*>(results_host_.data()) + n;
   for (int64_t i = 0; i < n; ++i) {
     Draw& d = draws[static_cast<size_t>(i)];
-    d.token = got[i];
-    d.logprob = numbers[i];
-    d.entropy = numbers[n + i];
+    d.token = tokens[i];
+    d.logprob = logprob[i];
+    d.entropy = entropy[i];
   }
   for (Draw& d : draws) {
     // A broken model: no allowed token has a finite logit.
