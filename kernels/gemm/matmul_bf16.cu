@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "base/error.h"
+#include "kernels/gemm/row_bf16.h"
 
 namespace perigee::kernels {
 namespace products {
@@ -238,6 +239,7 @@ void matmul<bf16>(Device& device, std::span<const DeviceMatmulTask<bf16>> tasks)
   using namespace products;
   PERIGEE_CHECK(tasks.size() <= static_cast<size_t>(kMaxMatmulTasks));
   for (const auto& t : tasks) check(t);
+  if (row::matmul_row(device, tasks)) return;
   const Form form = choose(tasks, device.info().multiprocessors);
   size_t next = 0;
   while (next < tasks.size()) {
