@@ -23,10 +23,16 @@ __device__ __forceinline__ int before_four(const uint4& k, int at, unsigned key,
   return (k.x > key - (at < own)) + (k.y > key - (at + 1 < own)) + (k.z > key - (at + 2 < own)) + (k.w > key - (at + 3 < own));
 }
 
-// By threads 0 .. 255 of the row, in step with the other rows of the block: three barriers of the whole block. The row is
-// written when `active`; else its choices are -1.
+struct WholeBlock {
+  __device__ __forceinline__ void operator()() const { __syncthreads(); }
+};
+
+// By threads 0 .. 255 of the row, in step with the other rows of the block: three times meet(), a barrier of all. The row
+// is written when `active`; else its choices are -1.
+template <class Meet = WholeBlock>
 __device__ __forceinline__ void route_by_block(const RouterShape& shape, const float* logits, const float* bias,
-                                               RowShared& shared, int32_t* chosen, float* weights, bool active) {
+                                               RowShared& shared, int32_t* chosen, float* weights, bool active,
+                                               const Meet& meet = {}) {
   const int e = threadIdx.x % kRowThreads, lane = e % 32, warp = e / 32;
   const int experts = static_cast<int>(shape.experts), top_k = static_cast<int>(shape.top_k);
   float s = 0.0f;
@@ -49,7 +55,7 @@ __device__ __forceinline__ void route_by_block(const RouterShape& shape, const f
     shared.best[warp * kMostChosen + rank] = key;
     shared.best_expert[warp * kMostChosen + rank] = e;
   }
-  __syncthreads();
+  meet();
   // Four threads to each of the 64 best; among equals the lower warp and the lower rank hold the lower expert.
   const int candidate = e / 4, quarter = e % 4 * 16;
   const unsigned its_key = shared.best[candidate];
@@ -63,14 +69,14 @@ __device__ __forceinline__ void route_by_block(const RouterShape& shape, const f
     const int expert = shared.best_expert[candidate];
     atomicOr(shared.set + expert / 32, 1u << (expert % 32));
   }
-  __syncthreads();
+  meet();
   if ((shared.set[warp] >> lane & 1) != 0) {
     int at = __popc(shared.set[warp] & ((1u << lane) - 1u));
     for (int w = 0; w < warp; ++w) at += __popc(shared.set[w]);
     shared.score[at] = s;
     if (active) chosen[at] = e;
   }
-  __syncthreads();
+  meet();
   if (e >= top_k) return;
   if (!active) {
     chosen[e] = -1, weights[e] = 0.0f;

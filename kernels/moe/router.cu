@@ -8,6 +8,7 @@
 
 #include "kernels/device/launch.cuh"
 #include "kernels/gemm/gemm_device_grad.h"
+#include "kernels/moe/row_device.h"
 #include "kernels/norm/rms_block.cuh"
 
 namespace perigee::kernels {
@@ -66,6 +67,8 @@ struct Norm {
   const float *x, *w;
   float eps;
   bf16* h;
+  int32_t* unknown;  // the choices that the launch after makes, or null
+  int choices;
 };
 template <int kTiles, int kParts, bool kNorm>
 __global__ void __launch_bounds__(32 * Few<kTiles, kParts>::kWarps)
@@ -106,6 +109,7 @@ __global__ void __launch_bounds__(32 * Few<kTiles, kParts>::kWarps)
   wait_for_previous();
   let_next_start();
   if constexpr (kNorm) {
+    if (norm.unknown != nullptr && blockIdx.x == 0 && threadIdx.x < norm.choices) norm.unknown[threadIdx.x] = kRowUnknown;
     __shared__ float memory[kNormRows][32][1];
     const int64_t c = threadIdx.x * int64_t{8};
     const bool mine = c < d;
@@ -447,18 +451,20 @@ void router_logits<bf16>(Device& device, int64_t rows, int64_t experts, int64_t 
 
 template <>
 bool norm_router_logits<float>(Device&, int64_t, int64_t, int64_t, const float*, const float*, float, const float*, float*,
-                               float*) {
+                               float*, std::span<int32_t>) {
   return false;
 }
 template <>
 bool norm_router_logits<bf16>(Device& device, int64_t rows, int64_t experts, int64_t d, const float* x,
-                              const float* norm_w, float eps, const float* w_panels, bf16* h, float* logits) {
+                              const float* norm_w, float eps, const float* w_panels, bf16* h, float* logits,
+                              std::span<int32_t> unknown) {
   // The threads that norm a row are those of rms_norm_forward and more, which add nothing.
   if (rows < 1 || rows > kNormRows || d % 8 != 0 || row_threads(d) > 32 * Few<1, 4>::kWarps ||
       device.info().capability < 90)
     return false;
   PERIGEE_CHECK(experts > 0);
-  launch_few<1, 4, true>(device, rows, experts, d, nullptr, w_panels, logits, {x, norm_w, eps, h});
+  launch_few<1, 4, true>(device, rows, experts, d, nullptr, w_panels, logits, 
+                        {x, norm_w, eps, h, unknown.data(), static_cast<int>(unknown.size())});
   return true;
 }
 

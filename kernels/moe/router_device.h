@@ -16,16 +16,16 @@ template <class T>
 void router_logits(Device& device, int64_t rows, int64_t experts, int64_t d, const T* h, const float* w_panels,
                    float* logits);
 // h = rms_norm_forward(x) with norm_w and eps (norm_device.h), then the same, in one launch and with the same bits. False,
-// and nothing done, where there is no such kernel: T = float, more than four rows, d above 2304 or not a multiple of 8.
+// and nothing done, where there is no such kernel: T = float, more than four rows, d above 2304 or not a multiple of 8. unknown: device memory set to kRowUnknown (row_device.h).
 template <class T>
 bool norm_router_logits(Device& device, int64_t rows, int64_t experts, int64_t d, const float* x, const float* norm_w,
-                        float eps, const float* w_panels, T* h, float* logits);
+                        float eps, const float* w_panels, T* h, float* logits, std::span<int32_t> unknown = {});
 template <>
 bool norm_router_logits<float>(Device&, int64_t, int64_t, int64_t, const float*, const float*, float, const float*, float*,
-                               float*);
+                               float*, std::span<int32_t>);
 template <>
 bool norm_router_logits<bf16>(Device&, int64_t, int64_t, int64_t, const float*, const float*, float, const float*, bf16*,
-                              float*);
+                              float*, std::span<int32_t>);
 int64_t router_scratch_bytes(int64_t experts, int64_t d);
 
 // Gradients of the logits, each skipped when its pointer is null: dh [rows, d] stored as `store` says (kAct: T, else

@@ -10,6 +10,7 @@
 #include "kernels/device/batch.h"
 #include "kernels/device/device.h"
 #include "kernels/mla/mla_expanded_device.h"
+#include "kernels/moe/row_device.h"
 #include "kernels/norm/norm_device.h"
 #include "policy/model/forward.h"
 #include "policy/model/low_rows.h"
@@ -59,6 +60,14 @@ struct Pass {
   }
 };
 
+// How a mixer's half comes by its norm: it makes it from `in` (neither), has it in h, or makes the residual stream x and
+// the norm from what the experts of the layer before left (kernels/moe/row_device.h).
+template <class T>
+struct Before {
+  T* h = nullptr;
+  const kernels::RowCombination* combination = nullptr;
+};
+
 // Of the four linear mixers (docs/mixers.md); what one does not have stays null.
 template <class T>
 struct LinearActivations {
@@ -75,9 +84,10 @@ struct LinearActivations {
   T* chunk_states = nullptr;                           // training
   LowRows<T> low;
 };
-// x: the residual stream, added to; null: only the activations are wanted again. h: null, or norm(in) already made.
+// x: the residual stream, added to; null: only the activations are wanted again.
 template <class T>
-void linear_half_forward(const Pass& pass, int64_t layer, LinearActivations<T>& a, const float* in, float* x, T* h = nullptr);
+void linear_half_forward(const Pass& pass, int64_t layer, LinearActivations<T>& a, const float* in, float* x,
+                         const Before<T>& before = {});
 // in: the residual stream as it entered the half. dy [rows, D]: its gradient as it left; dx [rows, D]: the same in
 // float32, to which the half adds its own part. gradient: flat, accumulated.
 template <class T>
@@ -101,7 +111,8 @@ struct MlaActivations {
 template <class T>
 void expanded_attention(const Pass& pass, int64_t layer, const T* q, T* o);
 template <class T>
-void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, const float* in, float* x, T* h = nullptr);
+void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, const float* in, float* x,
+                      const Before<T>& before = {});
 template <class T>
 void mla_half_backward(const Pass& pass, int64_t layer, const float* in, const MlaActivations<T>& a, const T* dy, float* dx,
                        float* gradient);
@@ -118,7 +129,7 @@ struct AttentionActivations {
 };
 template <class T>
 void attention_half_forward(const Pass& pass, int64_t layer, AttentionActivations<T>& a, const float* in, float* x,
-                            T* h = nullptr);
+                            const Before<T>& before = {});
 template <class T>
 void attention_half_backward(const Pass& pass, int64_t layer, const float* in, const AttentionActivations<T>& a,
                              const T* dy, float* dx, float* gradient);
@@ -131,7 +142,8 @@ struct MixerActivations {
   AttentionActivations<T> attention;
 };
 template <class T>
-void mixer_half_forward(const Pass& pass, int64_t layer, MixerActivations<T>& a, const float* in, float* x, T* h = nullptr);
+void mixer_half_forward(const Pass& pass, int64_t layer, MixerActivations<T>& a, const float* in, float* x,
+                        const Before<T>& before = {});
 template <class T>
 void mixer_half_backward(const Pass& pass, int64_t layer, const float* in, const MixerActivations<T>& a, const T* dy,
                          float* dx, float* gradient);
@@ -153,6 +165,10 @@ struct NextNorm {
   const float* weight = nullptr;
   T* y = nullptr;  // [rows, D]
   bool done = false;
+  // Of one row, where the next half can combine the experts too: memory that outlives this half. `left` says that it is to.
+  T* out = nullptr;  // [top_k + 1, D]; null: combine now
+  float* weights = nullptr;  // [top_k]
+  kernels::RowCombination left;
 };
 template <class T>
 void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivations<T>& a, const float* in, float* x,

@@ -82,6 +82,16 @@ std::vector<kernels::DeviceMatmulTask<T>> with_adapters(const Pass& pass, std::i
   return with_adapters<T>(pass, std::span<const Product<T>>(products.begin(), products.size()), low);
 }
 
+// The first products of a mixer's half, of the norm h (which `before` gives, or memory for it) of `in`; x as the half has it.
+template <class T>
+void first_products(const Pass& pass, int64_t layer, const Before<T>& before, const float* in, float* x, T* h,
+                    std::span<const Product<T>> products, LowRows<T>& low);
+template <class T>
+void first_products(const Pass& pass, int64_t layer, const Before<T>& before, const float* in, float* x, T* h,
+                    std::initializer_list<Product<T>> products, LowRows<T>& low) {
+  first_products<T>(pass, layer, before, in, x, h, std::span<const Product<T>>(products.begin(), products.size()), low);
+}
+
 // The gradients of products, collected: of their inputs as tasks for the caller to launch, of their weights (or of their
 // adapters', where the model is frozen) in one call of weights(). What is taken lies in the device's scratch.
 template <class T>

@@ -10,29 +10,24 @@ using namespace kernels;
 
 template <class T>
 void attention_half_forward(const Pass& pass, int64_t layer, AttentionActivations<T>& a, const float* in,
-                            float* x, T* h) {
+                            float* x, const Before<T>& before) {
   const ModelConfig& c = pass.config;
   const LayerParams& p = pass.params(layer);
-  const Weights& w = pass.weights;
   Device& dev = pass.device;
   const AttentionShape shape = attention_shape(c);
-  const int64_t rows = pass.rows(), D = c.hidden_size, d = shape.dim, wide = shape.q_width(),
-                width = shape.kv_width();
+  const int64_t D = c.hidden_size, d = shape.dim, wide = shape.q_width(), width = shape.kv_width();
 
-  a.h = h != nullptr ? h : pass.take<T>(D);
+  a.h = before.h != nullptr ? before.h : pass.take<T>(D);
   a.q = pass.take<T>(wide);
   a.kv = pass.take<T>(width);
   if (!a.kept) a.o = pass.take<T>(wide);
   if (pass.training() && !a.kept) a.lse = pass.take<float>(shape.heads);
 
-  if (h == nullptr)
-    rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, a.h, D);
-  a.low.clear();
-  matmul<T>(dev, with_adapters<T>(pass,
-                                  {{p.q, a.h, D, a.q, wide, Store::kAct},
-                                   {p.k, a.h, D, a.kv, width, Store::kAct},
-                                   {p.v, a.h, D, a.kv + width / 2, width, Store::kAct}},
-                                  a.low));
+  first_products<T>(pass, layer, before, in, x, a.h,
+                    {{p.q, a.h, D, a.q, wide, Store::kAct},
+                     {p.k, a.h, D, a.kv, width, Store::kAct},
+                     {p.v, a.h, D, a.kv + width / 2, width, Store::kAct}},
+                    a.low);
   const auto steps = pass.weights.layout->rope_steps(LayerKind::kAttention);
   rope_forward<T>(dev, pass.batch, shape.heads, d, steps, a.q, d, wide);
   rope_forward<T>(dev, pass.batch, shape.kv_heads, d, steps, a.kv, d, width);
@@ -78,7 +73,7 @@ void attention_half_backward(const Pass& pass, int64_t layer, const float* in,
 
 #define PERIGEE_INSTANTIATE(T)                                                                          \
   template void attention_half_forward<T>(const Pass&, int64_t, AttentionActivations<T>&, const float*, \
-                                          float*, T*);                                                  \
+                                          float*, const Before<T>&);                                    \
   template void attention_half_backward<T>(const Pass&, int64_t, const float*,                          \
                                            const AttentionActivations<T>&, const T*, float*, float*);
 PERIGEE_INSTANTIATE(float)

@@ -4,12 +4,34 @@
 #include "kernels/activation/swiglu_device.h"
 #include "kernels/moe/moe_device.h"
 #include "kernels/moe/router_device.h"
+#include "kernels/moe/row_device.h"
 #include "kernels/norm/norm_device.h"
 #include "policy/device/products.h"
 
 namespace perigee::policy::device {
 
 using namespace kernels;
+
+namespace {
+
+// Of one row, after the router: what is left is the combination.
+void row_experts_forward(const Pass& pass, const LayerParams& p, const RouterShape& router, const FeedForwardActivations<bf16>& a,
+                         const float* x, NextNorm<bf16>& next) {
+  const ModelConfig& c = pass.config;
+  const bool dense = p.gate_up >= 0;
+  RowExperts e;
+  e.shape = router, e.d = c.hidden_size, e.width = c.moe_intermediate_size;
+  e.gate_up = pass.weights.table(p.expert_gate_up), e.gate_up_bytes = expert_stride(pass, p.expert_gate_up).bytes;
+  e.down = pass.weights.table(p.expert_down), e.down_bytes = expert_stride(pass, p.expert_down).bytes;
+  if (dense) e.shared_gate_up = pass.weights.table(p.gate_up), e.shared_down = pass.weights.table(p.down);
+  e.h = a.h, e.logits = a.logits, e.bias = pass.weights.vector(p.router_bias);
+  e.chosen = a.chosen, e.weights = next.weights;
+  e.gate_up_out = a.expert_gate_up, e.out = next.out;
+  row_experts(pass.device, e);
+  next.left = {router.top_k, c.hidden_size, next.out, dense, next.weights, x, next.weight, c.rms_norm_eps};
+}
+
+}  // namespace
 
 template <class T>
 void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivations<T>& a, const float* in,
@@ -59,8 +81,13 @@ void feed_forward_forward(const Pass& pass, int64_t layer, FeedForwardActivation
   }
 
   const RouterShape router{E, top_k, c.expert_groups, c.topk_groups, c.renormalize, c.routed_scaling_factor};
-  if (!norm_router_logits<T>(dev, rows, E, D, in, w.vector(p.post_norm), c.rms_norm_eps, w.vector(p.router),
-                             a.h, a.logits)) {
+  const bool row_wise = sizeof(T) == 2 && next != nullptr && next->out != nullptr && !pass.training() && !pass.frozen() &&
+                        (together || !dense) && row_experts_fit(dev, router, D, Ie);
+  if (norm_router_logits<T>(dev, rows, E, D, in, w.vector(p.post_norm), c.rms_norm_eps, w.vector(p.router), a.h, a.logits,
+                            {a.chosen, static_cast<size_t>(row_wise ? top_k : 0)})) {
+    if constexpr (sizeof(T) == 2)
+      if (row_wise) return row_experts_forward(pass, p, router, a, x, *next);
+  } else {
     norm();
     router_logits<T>(dev, rows, E, D, a.h, w.vector(p.router), a.logits);
   }

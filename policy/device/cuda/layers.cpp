@@ -1,6 +1,8 @@
 // The mixers of a model on the device: what each keeps of a sequence, which half a layer is, and the forward pass.
 #include "policy/device/layers.h"
 
+#include <utility>
+
 #include "kernels/attention/attention_device.h"
 #include "kernels/dplr/dplr_device.h"
 #include "kernels/kda/kda_device.h"
@@ -43,11 +45,11 @@ StateLayout state_layout(const ModelConfig& c) {
 
 template <class T>
 void mixer_half_forward(const Pass& pass, int64_t layer, MixerActivations<T>& a, const float* in, float* x,
-                        T* h) {
+                        const Before<T>& before) {
   const LayerKind kind = pass.config.kind(layer);
-  if (is_linear(kind)) return linear_half_forward<T>(pass, layer, a.linear, in, x, h);
-  if (is_latent(kind)) return mla_half_forward<T>(pass, layer, a.mla, in, x, h);
-  attention_half_forward<T>(pass, layer, a.attention, in, x, h);
+  if (is_linear(kind)) return linear_half_forward<T>(pass, layer, a.linear, in, x, before);
+  if (is_latent(kind)) return mla_half_forward<T>(pass, layer, a.mla, in, x, before);
+  attention_half_forward<T>(pass, layer, a.attention, in, x, before);
 }
 
 template <class T>
@@ -68,13 +70,20 @@ void forward(const Pass& pass, const int32_t* tokens, T* hidden) {
   DeviceScratch::Mark mark(scratch);
   float* x = pass.take<float>(D);
   T* const h = pass.take<T>(D);
+  // Of one row, experts are combined by the launch that needs the sum, whose blocks each read the stream as it was.
+  float* other = rows == 1 ? pass.take<float>(D) : nullptr;
+  T* const out = rows == 1 ? pass.take<T>((c.experts_per_token + 1) * D) : nullptr;
+  float* const weights = rows == 1 ? pass.take<float>(c.experts_per_token) : nullptr;
   embed<T>(pass.device, pass.weights, rows, tokens, x);
-  bool normed = false;  // h is the norm of x that comes next
+  Before<T> before;
+  RowCombination left;
   for (int64_t layer = 0; layer < c.num_layers; ++layer) {
     {
       DeviceScratch::Mark half(scratch);
       MixerActivations<T> a;
-      mixer_half_forward<T>(pass, layer, a, x, x, normed ? h : nullptr);
+      const float* const in = x;
+      if (before.combination != nullptr) std::swap(x, other);
+      mixer_half_forward<T>(pass, layer, a, in, x, before);
     }
     DeviceScratch::Mark half(scratch);
     FeedForwardActivations<T> a;
@@ -83,10 +92,12 @@ void forward(const Pass& pass, const int32_t* tokens, T* hidden) {
     next.weight =
         pass.weights.vector(last ? pass.weights.layout->final_norm() : pass.params(layer + 1).input_norm);
     next.y = last ? hidden : h;
+    if (!last) next.out = out, next.weights = weights;
     feed_forward_forward<T>(pass, layer, a, x, x, &next);
-    normed = next.done;
+    left = next.left;
+    before = {next.done ? h : nullptr, left.top_k > 0 ? &left : nullptr};
   }
-  if (!normed)
+  if (before.h == nullptr)
     rms_norm_forward<T, float>(pass.device, rows, D, x, D,
                                pass.weights.vector(pass.weights.layout->final_norm()), c.rms_norm_eps, hidden,
                                D);
@@ -94,7 +105,7 @@ void forward(const Pass& pass, const int32_t* tokens, T* hidden) {
 
 #define PERIGEE_INSTANTIATE(T)                                                                               \
   template StateLayout state_layout<T>(const ModelConfig&);                                                  \
-  template void mixer_half_forward<T>(const Pass&, int64_t, MixerActivations<T>&, const float*, float*, T*); \
+  template void mixer_half_forward<T>(const Pass&, int64_t, MixerActivations<T>&, const float*, float*, const Before<T>&); \
   template void mixer_half_backward<T>(const Pass&, int64_t, const float*, const MixerActivations<T>&,       \
                                        const T*, float*, float*);                                            \
   template void forward<T>(const Pass&, const int32_t*, T*);

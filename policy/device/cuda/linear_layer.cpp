@@ -60,7 +60,7 @@ void recur(const Pass& pass, int64_t layer, const LinearActivations<T>& a) {
 
 template <class T>
 void linear_half_forward(const Pass& pass, int64_t layer, LinearActivations<T>& a, const float* in, float* x,
-                         T* h) {
+                         const Before<T>& before) {
   const ModelConfig& c = pass.config;
   const LayerParams& p = pass.params(layer);
   const Weights& w = pass.weights;
@@ -69,7 +69,7 @@ void linear_half_forward(const Pass& pass, int64_t layer, LinearActivations<T>& 
   const int64_t rows = pass.rows(), D = c.hidden_size, H = c.linear_heads, d = c.linear_head_dim,
                 wide = H * d;
 
-  a.h = h != nullptr ? h : pass.take<T>(D);
+  a.h = before.h != nullptr ? before.h : pass.take<T>(D);
   a.qkv = pass.take<T>(3 * wide);
   // Products of h, then those of their low ranks.
   std::vector<Product<T>> first = {{p.q, a.h, D, a.qkv, 3 * wide, Store::kAct},
@@ -106,10 +106,7 @@ void linear_half_forward(const Pass& pass, int64_t layer, LinearActivations<T>& 
   if (pass.training())
     a.chunk_states = dev.scratch.take<T>(kda_chunk_slots(rows, pass.batch.slices) * H * d * d);
 
-  if (h == nullptr)
-    rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, a.h, D);
-  a.low.clear();
-  matmul<T>(dev, with_adapters<T>(pass, first, a.low));
+  first_products<T>(pass, layer, before, in, x, a.h, first, a.low);
   // The fused launch is of KDA as published. The second products of the low ranks go along with it where they can.
   const bool fused =
       sizeof(T) == 2 && kind == LayerKind::kKda && p.conv >= 0 && c.output_gate == OutputGate::kSigmoid;
@@ -149,8 +146,8 @@ void linear_half_forward(const Pass& pass, int64_t layer, LinearActivations<T>& 
 }
 
 template void linear_half_forward<float>(const Pass&, int64_t, LinearActivations<float>&, const float*,
-                                         float*, float*);
+                                         float*, const Before<float>&);
 template void linear_half_forward<bf16>(const Pass&, int64_t, LinearActivations<bf16>&, const float*, float*,
-                                        bf16*);
+                                        const Before<bf16>&);
 
 }  // namespace perigee::policy::device

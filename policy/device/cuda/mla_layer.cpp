@@ -44,7 +44,7 @@ bool decode_layer(const Pass& pass, int64_t layer, const MlaShape& shape, const 
 
 template <class T>
 void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, const float* in, float* x,
-                      T* h) {
+                      const Before<T>& before) {
   const ModelConfig& c = pass.config;
   const LayerParams& p = pass.params(layer);
   const Weights& w = pass.weights;
@@ -54,7 +54,7 @@ void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, con
                 q_width = nope + rope;
   const MlaShape shape{H, latent, rope, 1.0f / __builtin_sqrtf(static_cast<float>(q_width))};
 
-  a.h = h != nullptr ? h : pass.take<T>(D);
+  a.h = before.h != nullptr ? before.h : pass.take<T>(D);
   a.q = pass.take<T>(H * q_width);
   a.kv = pass.take<float>(width);
   const DeviceBatch& absorb_batch = pass.expanded != nullptr ? pass.expanded->rest : pass.batch;
@@ -67,13 +67,8 @@ void mla_half_forward(const Pass& pass, int64_t layer, MlaActivations<T>& a, con
     if (!a.kept) a.lse = pass.take<float>(H);
   }
 
-  if (h == nullptr)
-    rms_norm_forward<T, float>(dev, rows, D, in, D, w.vector(p.input_norm), c.rms_norm_eps, a.h, D);
-  a.low.clear();
-  matmul<T>(dev, with_adapters<T>(pass,
-                                  {{p.q, a.h, D, a.q, H * q_width, Store::kAct},
-                                   {p.kv_a, a.h, D, a.kv, width, Store::kF32}},
-                                  a.low));
+  first_products<T>(pass, layer, before, in, x, a.h,
+                    {{p.q, a.h, D, a.q, H * q_width, Store::kAct}, {p.kv_a, a.h, D, a.kv, width, Store::kF32}}, a.low);
   if (c.kind(layer) == LayerKind::kMlaRope) {
     const auto steps = pass.weights.layout->rope_steps(LayerKind::kMlaRope);
     rope_forward<T>(dev, pass.batch, H, rope, steps, a.q + nope, q_width, H * q_width);
@@ -164,7 +159,8 @@ void mla_half_backward(const Pass& pass, int64_t layer, const float* in, const M
 }
 
 #define PERIGEE_INSTANTIATE(T)                                                                               \
-  template void mla_half_forward<T>(const Pass&, int64_t, MlaActivations<T>&, const float*, float*, T*);     \
+  template void mla_half_forward<T>(const Pass&, int64_t, MlaActivations<T>&, const float*, float*,          \
+                                    const Before<T>&);                                                       \
   template void mla_half_backward<T>(const Pass&, int64_t, const float*, const MlaActivations<T>&, const T*, \
                                      float*, float*);
 PERIGEE_INSTANTIATE(float)

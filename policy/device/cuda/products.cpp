@@ -57,6 +57,24 @@ std::vector<DeviceMatmulTask<T>> with_adapters(const Pass& pass, std::span<const
 }
 
 template <class T>
+void first_products(const Pass& pass, int64_t layer, const Before<T>& before, const float* in, float* x, T* h,
+                    std::span<const Product<T>> products, LowRows<T>& low) {
+  const int64_t D = pass.config.hidden_size;
+  low.clear();
+  if constexpr (sizeof(T) == 2) {
+    if (before.combination != nullptr) {
+      PERIGEE_CHECK(row_combine_matmul(pass.device, *before.combination, x, with_adapters<T>(pass, products, low)),
+                    "layer {}", layer);
+      return;
+    }
+  }
+  if (before.h == nullptr)
+    rms_norm_forward<T, float>(pass.device, pass.rows(), D, in, D, pass.weights.vector(pass.params(layer).input_norm),
+                               pass.config.rms_norm_eps, h, D);
+  matmul<T>(pass.device, with_adapters<T>(pass, products, low));
+}
+
+template <class T>
 std::vector<DeviceGradInputTask<T>> ProductGradients<T>::inputs(std::span<const Input> products) {
   std::vector<DeviceGradInputTask<T>> tasks, up;
   const int64_t rows = pass_.rows();
@@ -112,6 +130,10 @@ void ProductGradients<T>::weights() {
 template std::vector<DeviceMatmulTask<float>> with_adapters(const Pass&, std::span<const Product<float>>,
                                                             LowRows<float>&);
 template std::vector<DeviceMatmulTask<bf16>> with_adapters(const Pass&, std::span<const Product<bf16>>, LowRows<bf16>&);
+template void first_products(const Pass&, int64_t, const Before<float>&, const float*, float*, float*,
+                             std::span<const Product<float>>, LowRows<float>&);
+template void first_products(const Pass&, int64_t, const Before<bf16>&, const float*, float*, bf16*,
+                             std::span<const Product<bf16>>, LowRows<bf16>&);
 template class ProductGradients<float>;
 template class ProductGradients<bf16>;
 
