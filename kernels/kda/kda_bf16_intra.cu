@@ -70,7 +70,7 @@ __device__ __forceinline__ C4 level(const Rows& x, uint8_t* rows, unsigned rows_
   return multiply(rows_address, lane);
 }
 
-__global__ void __maxnreg__(144) intra_kernel(const Problem p) {
+__global__ void __maxnreg__(128) intra_kernel(const Problem p) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint8_t memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -329,7 +329,7 @@ void launch_intra(Device& dev, const Problem& p) {
   const bool in_turns = p.segments > 1 && p.round == 0;
   const int each = long_scan_blocks(p) <= dev.info().multiprocessors                                        ? 3
                    : !takes_long_scan(dev, p) && in_turns && wide_blocks <= dev.info().multiprocessors ? 2
-                                                                                                       : 6;
+                                                                                                       : 7;
   const int64_t blocks = int64_t{each} * dev.info().multiprocessors;
   launch_dependent(intra_kernel, dim3(static_cast<unsigned>(items < blocks ? items : blocks)), dim3(kThreads),
                    sizeof(Shared), dev.stream(), p);
