@@ -27,8 +27,9 @@ bool mla_decodes_layer(const Device& device, const MlaShape& shape, int64_t nope
 // after the other for a batch of one row per slice, with the same bits: o [rows, heads * 128]. False, and nothing done,
 // where it would be slower or there is no such kernel: latent other than 512, rope than 64, nope and v than 128, a page table
 // of more than 16384 positions, more than 16 splits of 32 heads: 8 rows of 512 positions, 4 of 2048, 2 of 8192. Rows of o of padding entries hold anything.
-// The entries of batch, and the pages of tokens before this one, are read ahead: no kernel of the same step may write them
-// (copies, and steps before, may). Takes scratch, 2 MiB at most.
+// The entries of batch, and the pages of tokens before this one, are read ahead: between a kernel that writes them and the
+// launch before this call must lie one that waits before it lets the next begin (the embedding does). Takes scratch, 2 MiB
+// at most.
 bool mla_decode_layer(Device& device, const MlaShape& shape, const MlaDecodeLayer& layer,
                       const DeviceBatch& batch, int64_t page_offset, bf16* o);
 
