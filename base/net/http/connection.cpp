@@ -83,10 +83,12 @@ void Connection::close() {
   if (!socket_.is_open()) return;
   error_code ignored;
   socket_.close(ignored);
-  if (auto state = std::exchange(exchange_, nullptr)) lose(*state);
+  const auto state = std::exchange(exchange_, nullptr);
   add_buffered(-buffered_);
-  core_->connections.erase(shared_from_this());
+  const auto self = shared_from_this();
+  core_->connections.erase(self);
   --core_->open;
+  if (state) lose(*state);  // last: what it calls may throw
 }
 
 // Reading.

@@ -341,6 +341,10 @@ TEST(HttpServer, ACallbackThatThrowsCostsNobodyElseAnything) {
     c.send("GET /echo HTTP/1.1\r\nHost: x\r\n\r\n");
     EXPECT_TRUE(c.wait_for("GET /echo", 30));
   }
+  // Nor do their connections stay, with what they had to send.
+  for (int n = 0; n < 3000 && server.stats().connections > 0; ++n) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  EXPECT_EQ(server.stats().connections, 0);
+  EXPECT_EQ(server.stats().buffered_bytes, 0);
   server.stop();
 }
 
