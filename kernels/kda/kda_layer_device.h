@@ -31,7 +31,8 @@ bool kda_decodes_layer(const Device& dev, const KdaShape& shape, const DeviceBat
 // What conv_forward, kda_gate_forward, kda_forward and gated_rms_norm_forward do one after the other for a batch of one
 // row per slice, with the same bits: out [rows, heads * 128] is the normed output. False, and nothing done, where it
 // would be slower or there is no such kernel: more slices * heads than blocks run at once, heads not of 128 channels.
-// The entries of batch are read ahead: a copy from the host writes them, no kernel.
+// The entries of batch are read before the launch waits: between what writes them and this launch there must be one that
+// waits before it lets the next begin.
 bool kda_decode_layer(Device& dev, const KdaShape& shape, const KdaDecodeLayer& layer,
                       const DeviceBatch& batch, int64_t state_offset, bf16* out);
 
