@@ -58,13 +58,13 @@ class Random {
   float next_float() { return uniform_float(next_u32()); }
   // Uniform integer in [lo, hi], without bias. REQUIRES lo <= hi.
   int64_t next_int(int64_t lo, int64_t hi) {
-    const uint64_t range = static_cast<uint64_t>(hi - lo) + 1;
+    const uint64_t range = static_cast<uint64_t>(hi) - static_cast<uint64_t>(lo) + 1;
     if (range == 0) return static_cast<int64_t>(next_u64());
     const uint64_t limit = UINT64_MAX - UINT64_MAX % range;
     uint64_t x;
     do x = next_u64();
     while (x >= limit);
-    return lo + static_cast<int64_t>(x % range);
+    return static_cast<int64_t>(static_cast<uint64_t>(lo) + x % range);
   }
   // Standard normal (Box-Muller), from double arithmetic.
   float next_normal() {
