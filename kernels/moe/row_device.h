@@ -21,6 +21,7 @@ struct RowExperts {
   const float *logits = nullptr, *bias = nullptr;                // [experts]
   int32_t* chosen = nullptr;    // [top_k]; holds kRowUnknown when the launch before ends (norm_router_logits)
   float* weights = nullptr;     // [top_k]
+  int32_t* slot = nullptr;      // [top_k] 0, 1, ..: what moe_combine wants of choices that lie in order
   bf16* gate_up_out = nullptr;  // [top_k + 1, 2 * width], the last of the shared experts
   bf16* out = nullptr;          // [top_k + 1, d], likewise
 };

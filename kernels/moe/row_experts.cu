@@ -18,7 +18,7 @@ struct Route {
   const float *logits, *bias;
   const bf16* h;
   int d;
-  int32_t* chosen;
+  int32_t *chosen, *slot;
   float* weights;
 };
 struct RouteShared {
@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(r.chosen + thread), "r"(own_route.chosen[thread])
                  : "memory");
     r.weights[thread] = own_route.weights[thread];
+    r.slot[thread] = thread;
   }
   meet_with_x();
   if (warp < 4) multiply(p, own, ring, [&](const Unit&) { return ring.x; });
@@ -176,7 +177,7 @@ bool row_experts_fit(const Device& device, const RouterShape& shape, int64_t d, 
 void row_experts(Device& device, const RowExperts& e) {
   PERIGEE_CHECK(row_experts_fit(device, e.shape, e.d, e.width));
   Params up = params_of(e, e.gate_up, e.gate_up_bytes, e.shared_gate_up, e.gate_up_out, 2 * e.width, e.d);
-  const Route route = {e.shape, e.logits, e.bias, e.h, static_cast<int>(e.d), e.chosen, e.weights};
+  const Route route = {e.shape, e.logits, e.bias, e.h, static_cast<int>(e.d), e.chosen, e.slot, e.weights};
   up.ahead = 4;
   launch(device, up, kLarger, 1, sizeof(RouteShared), route_gate_up, route);
   Params down = params_of(e, e.down, e.down_bytes, e.shared_down, e.out, e.d, e.width);

@@ -3,7 +3,7 @@
 // A step is at most two passes: the sequences that decode, one token each, as one graph replay; and the slices of
 // prompts, launched directly. By the numeric contract it makes no difference which pass computes a token. The graph is
 // recorded once for each number of rows (rounded up) and size of the page tables; everything that changes between
-// steps lies in one input block, filled by one copy.
+// steps lies in one input block, which the graph fetches from pinned memory first.
 #pragma once
 #include <memory>
 

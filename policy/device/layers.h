@@ -165,9 +165,10 @@ struct NextNorm {
   const float* weight = nullptr;
   T* y = nullptr;  // [rows, D]
   bool done = false;
-  // Of one row, where the next half can combine the experts too: memory that outlives this half. `left` says that it is to.
-  T* out = nullptr;  // [top_k + 1, D]; null: combine now
+  // Of one row: memory that outlives this half, so that the next one can combine the experts; then `left` says what it is to.
+  T* out = nullptr;          // [top_k + 1, D]; null: there is none
   float* weights = nullptr;  // [top_k]
+  bool at_once = false;      // nothing comes after that could
   kernels::RowCombination left;
 };
 template <class T>

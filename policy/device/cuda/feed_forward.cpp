@@ -16,7 +16,7 @@ namespace {
 
 // Of one row, after the router: what is left is the combination.
 void row_experts_forward(const Pass& pass, const LayerParams& p, const RouterShape& router, const FeedForwardActivations<bf16>& a,
-                         const float* x, NextNorm<bf16>& next) {
+                         float* x, NextNorm<bf16>& next) {
   const ModelConfig& c = pass.config;
   const bool dense = p.gate_up >= 0;
   RowExperts e;
@@ -25,9 +25,16 @@ void row_experts_forward(const Pass& pass, const LayerParams& p, const RouterSha
   e.down = pass.weights.table(p.expert_down), e.down_bytes = expert_stride(pass, p.expert_down).bytes;
   if (dense) e.shared_gate_up = pass.weights.table(p.gate_up), e.shared_down = pass.weights.table(p.down);
   e.h = a.h, e.logits = a.logits, e.bias = pass.weights.vector(p.router_bias);
-  e.chosen = a.chosen, e.weights = next.weights;
+  e.chosen = a.chosen, e.slot = a.slot, e.weights = next.weights;
   e.gate_up_out = a.expert_gate_up, e.out = next.out;
   row_experts(pass.device, e);
+  if (next.at_once) {
+    next.done = moe_combine_norm<bf16>(pass.device, 1, router.top_k, c.hidden_size, next.out, a.slot, next.weights,
+                                       dense ? next.out + router.top_k * c.hidden_size : nullptr, x, next.weight,
+                                       c.rms_norm_eps, next.y);
+    PERIGEE_CHECK(next.done);
+    return;
+  }
   next.left = {router.top_k, c.hidden_size, next.out, dense, next.weights, x, next.weight, c.rms_norm_eps};
 }
 

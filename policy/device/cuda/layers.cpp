@@ -92,7 +92,7 @@ void forward(const Pass& pass, const int32_t* tokens, T* hidden) {
     next.weight =
         pass.weights.vector(last ? pass.weights.layout->final_norm() : pass.params(layer + 1).input_norm);
     next.y = last ? hidden : h;
-    if (!last) next.out = out, next.weights = weights;
+    next.out = out, next.weights = weights, next.at_once = last;
     feed_forward_forward<T>(pass, layer, a, x, x, &next);
     left = next.left;
     before = {next.done ? h : nullptr, left.top_k > 0 ? &left : nullptr};

@@ -96,7 +96,8 @@ TEST_F(FusedRow, experts_have_the_bits_of_their_parts) {
         parts_out(device(), kLayers * out_size), whole_up(device(), kLayers * up_size),
         whole_out(device(), kLayers * out_size), h(device(), s.d), whole_h(device(), s.d);
     const DeviceArray<int32_t> chosen(device(), s.top_k), offsets(device(), s.experts + 1),
-        source(device(), s.top_k), slot(device(), s.top_k), whole_chosen(device(), s.top_k);
+        source(device(), s.top_k), slot(device(), s.top_k), whole_chosen(device(), s.top_k),
+        whole_slot(device(), s.top_k);
     const DeviceArray<float> x(device(), normals(random, kLayers * s.d, 1.0f)),
         norm_w(device(), normals(random, s.d, 1.0f)), bias(device(), normals(random, s.experts, 0.1f)),
         panels(device(), normals(random, (s.experts + 15) / 16 * 16 * s.d, 0.1f)),
@@ -133,7 +134,7 @@ TEST_F(FusedRow, experts_have_the_bits_of_their_parts) {
         e.gate_up = gate_up, e.gate_up_bytes = up_elements * 2, e.down = down_w,
         e.down_bytes = down_elements * 2;
         if (s.shared) e.shared_gate_up = shared_up, e.shared_down = shared_down;
-        e.h = whole_h, e.logits = logits, e.bias = bias, e.chosen = whole_chosen;
+        e.h = whole_h, e.logits = logits, e.bias = bias, e.chosen = whole_chosen, e.slot = whole_slot;
         e.weights = whole_weights.data() + layer * s.top_k;
         e.gate_up_out = whole_up.data() + layer * up_size, e.out = whole_out.data() + layer * out_size;
         row_experts(device(), e);
@@ -153,6 +154,7 @@ TEST_F(FusedRow, experts_have_the_bits_of_their_parts) {
       step.launch(device());
       device().synchronize();
       EXPECT_EQ(whole_chosen.get(), chosen.get());
+      EXPECT_EQ(whole_slot.get(), slot.get());
       EXPECT_EQ(first_difference(whole_weights.get(), weights.get()), -1);
       ASSERT_EQ(first_difference(used(whole_up, 2 * s.width), expected_up), -1) << s.d << " turn " << turn;
       ASSERT_EQ(first_difference(used(whole_out, s.d), expected_out), -1) << s.d << " turn " << turn;
