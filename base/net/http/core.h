@@ -3,6 +3,7 @@
 #pragma once
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -64,6 +65,8 @@ struct Server::Core : std::enable_shared_from_this<Server::Core> {
   void listen();
   void accept();
   void sweep();
+  // f of every connection there is now; what the first of them throws comes when all have had it.
+  void each(const std::function<void(Connection&)>& f);
   void run();
 
   const ServerOptions options;

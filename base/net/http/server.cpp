@@ -89,9 +89,21 @@ void Server::Core::sweep() {
     if (error || self->stopped) return;
     self->sweep();  // first: what on_gone throws must not be the end of deadlines
     const auto now = Clock::now();
-    const std::vector<std::shared_ptr<Connection>> all(self->connections.begin(), self->connections.end());
-    for (const auto& connection : all) connection->check(now);
+    self->each([&](Connection& connection) { connection.check(now); });
   });
+}
+
+void Server::Core::each(const std::function<void(Connection&)>& f) {
+  const std::vector<std::shared_ptr<Connection>> all(connections.begin(), connections.end());
+  std::exception_ptr thrown;
+  for (const auto& connection : all) {
+    try {
+      f(*connection);
+    } catch (...) {
+      if (!thrown) thrown = std::current_exception();
+    }
+  }
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 void Server::Core::run() {
@@ -150,13 +162,12 @@ void Server::drain() {
     core->draining = true;
     error_code ignored;
     core->acceptor.close(ignored);
-    const std::vector<std::shared_ptr<Connection>> all(core->connections.begin(), core->connections.end());
-    for (const auto& connection : all) {
-      if (connection->idle())
-        connection->close();
+    core->each([](Connection& connection) {
+      if (connection.idle())
+        connection.close();
       else
-        connection->close_when_drained();
-    }
+        connection.close_when_drained();
+    });
   });
 }
 
@@ -166,13 +177,19 @@ void Server::stop() {
     error_code ignored;
     core->acceptor.close(ignored);
     core->timer.cancel();
-    const std::vector<std::shared_ptr<Connection>> all(core->connections.begin(), core->connections.end());
-    for (const auto& connection : all) connection->close();
     core->work.reset();
+    core->each([](Connection& connection) { connection.close(); });
   });
   if (core_->thread.joinable()) core_->thread.join();
   core_->io.restart();
-  core_->io.poll();  // what was posted meanwhile: it finds everything closed
+  // What was posted meanwhile: it finds everything closed.
+  for (bool again = true; again;) {
+    try {
+      core_->io.poll();
+      again = false;
+    } catch (const std::exception&) {  // a callback's: as in run()
+    }
+  }
 }
 
 bool equal_in_constant_time(std::string_view a, std::string_view b) {
