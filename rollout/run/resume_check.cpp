@@ -32,7 +32,7 @@ bool may_change(const RunConfig& then, const std::string& key) {
   };
   if (key == "run.device") return same_everywhere();
   // A file is known by its hash: it may have moved.
-  const auto pinned = [&](const char* hash) { return then.tasks.is_object() && then.tasks.contains(hash); };
+  const auto pinned = [&](const char* hash) { return then.tasks.is_object() && then.tasks.value(hash, nlohmann::json("")) != ""; };
   if (key == "tasks.path") return pinned("hash");
   if (key == "tasks.held_out_path") return pinned("held_out_hash");
   // More steps, or fewer, of a rate that does not depend on how many there are.

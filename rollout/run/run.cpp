@@ -238,13 +238,27 @@ RunOutcome train(RunConfig config, const TrainOptions& options) {
   return supervised(config, config.run.dir, config.run.name, options);
 }
 
+namespace {
+
+// Such a run needs nothing any more. A store that cannot be read, or was just made, is open_run's to judge.
+bool is_finished(const std::string& dir) {
+  try {
+    const auto runs = StoreReader(join(dir, kStore)).runs();
+    return !runs.empty() && runs.front().state == "finished";
+  } catch (const Error&) {
+    return false;
+  }
+}
+
+}  // namespace
+
 RunOutcome resume(const std::string& run_dir, const TrainOptions& options) {
   const RunConfig config = run_config_of(run_dir);
   RunLock lock(run_dir);
   const std::string dir = fs::absolute(run_dir).lexically_normal().string();
   wait_for_former_hub(dir);
   check_resumable(config, dir);
-  check_task_files(config.tasks);
+  if (!is_finished(dir)) check_task_files(config.tasks);
   if (open_run(config, dir, options.code_version) == "finished") return read_outcome(dir);
   look_at_memory(config, options);
   introduce(config, run_dir, true, options);

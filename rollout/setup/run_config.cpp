@@ -300,6 +300,13 @@ RunConfig parse(const nlohmann::json* value, const std::string& file, const std:
     if (o.starts_with("model.config.") && c.model.config.is_string()) open_model_config(c.model.config, base);
     schema.set(with_quotes(o));
   }
+  // Another file is not the one whose hash the configuration holds.
+  for (const auto& [key, hash] : {std::pair("tasks.path=", "hash"), std::pair("tasks.held_out_path=", "held_out_hash")}) {
+    const auto sets = [&](const std::string& what) {
+      return std::any_of(overrides.begin(), overrides.end(), [&](const std::string& o) { return o.starts_with(what); });
+    };
+    if (c.tasks.is_object() && sets(key) && !sets(fmt::format("tasks.{}=", hash))) c.tasks.erase(hash);
+  }
   make_absolute(c.model.path, base);
   make_absolute(c.tokenizer.path, base);
   make_absolute(c.model.config, base);

@@ -194,7 +194,7 @@ void for_each_file(const nlohmann::json& tasks, const std::function<void(const s
 
 void pin_task_files(nlohmann::json& tasks) {
   for_each_file(nlohmann::json(tasks), [&](const std::string& path, const char* hash) {
-    if (!tasks.contains(hash)) tasks[hash] = hash_hex(read_file(path));
+    if (tasks.value(hash, nlohmann::json("")) == "") tasks[hash] = hash_hex(read_file(path));
   });
 }
 

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <regex>
 
 namespace perigee::rollout {
 namespace {
@@ -89,9 +90,10 @@ TEST(Progress, OfAWarmUpThatIsNotThereNothingIsSaid) {
     return text;
   };
   EXPECT_EQ(said(0), "evaluation before reinforcement learning: 1 of 4 held-out tasks right (25.0 %)\n");
-  EXPECT_EQ(said(9),
-            "evaluation after warmup step 9: 1 of 4 held-out tasks right (25.0 %)\n"
-            "warm-up over after 0 s; reinforcement learning begins\n");
+  const std::string there = said(9);
+  EXPECT_EQ(there.rfind("evaluation after warmup step 9: 1 of 4 held-out tasks right (25.0 %)\nwarm-up over after ", 0), 0u)
+      << there;
+  EXPECT_NE(there.find(" s; reinforcement learning begins\n"), std::string::npos) << there;
 }
 
 TEST(Progress, TheLiveViewKeepsWithinTheWindow) {
@@ -110,7 +112,10 @@ TEST(Progress, TheLiveViewKeepsWithinTheWindow) {
     Progress progress(config, out, Progress::Style::kLive);
     progress.event({{"event", "step"}, {"phase", "rl"}, {"step", 10}, {"metrics", nlohmann::json::object()}});
     for (const auto& line : progress.view()) EXPECT_GT(line.size(), 40u) << line;
-    const auto first = [&](size_t columns) { return progress.view(columns)[0]; };
+    // However long that took.
+    const auto first = [&](size_t columns) {
+      return std::regex_replace(progress.view(columns)[0], std::regex("  [0-9]+:[0-9][0-9]"), "  0:00");
+    };
     EXPECT_EQ(first(1000), "learning  [###...........................] 10/100  version 0  0:00  left ?");
     EXPECT_EQ(first(60), "learning  [##..............] 10/100  version 0  0:00  left ?");
     EXPECT_EQ(first(46), "learning  10/100  version 0  0:00  left ?");

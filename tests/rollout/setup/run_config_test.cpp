@@ -30,6 +30,16 @@ TEST(RunConfig, WhatIsStoredReadsBackAsItWas) {
   EXPECT_EQ(again.rollout.mode, RunMode::kAsync);
 }
 
+TEST(RunConfig, OtherFilesOfTasksAreNotThoseThatTheHashesAreOf) {
+  const nlohmann::json pinned = {{"tasks", {{"kind", "jsonl"}, {"path", "/a"}, {"hash", "1"}, {"held_out_path", "/b"}, {"held_out_hash", "2"}}}};
+  EXPECT_EQ(with(pinned, {"learn.steps=3"}).tasks["hash"], "1");
+  const auto other = with(pinned, {"tasks.held_out_path=/c"});
+  EXPECT_FALSE(other.effective["tasks"].contains("held_out_hash"));
+  EXPECT_EQ(other.effective["tasks"]["hash"], "1");
+  EXPECT_FALSE(with(pinned, {"tasks.path=/c"}).tasks.contains("hash"));
+  EXPECT_EQ(with(pinned, {"tasks.path=/c", "tasks.hash=3"}).tasks["hash"], 3);
+}
+
 TEST(RunConfig, ALossBringsItsPublishedConstantsUnlessGiven) {
   const auto dapo = with({{"learn", {{"loss", "dapo"}}}});
   EXPECT_EQ(dapo.learn.trainer.loss.clip_high, 0.28);

@@ -385,6 +385,9 @@ TEST_F(Files, FilesThatARunBeganWithAreKnownAgain) {
   EXPECT_NE(opened().find("a.jsonl: it is not the file that the run began with"), std::string::npos) << opened();
   config["path"] = write("moved.jsonl", line("p"));
   EXPECT_EQ(opened(), "accepted");
+  config["hash"] = "";
+  pin_task_files(config);
+  EXPECT_EQ(config["hash"], pinned["hash"]) << "an empty text says nothing";
   json generated = {{"kind", "arithmetic"}, {"path", "a"}};
   pin_task_files(generated);
   EXPECT_FALSE(generated.contains("hash"));
