@@ -197,7 +197,7 @@ class Runner {
       job.child = Child::start(
           program_,
           {"eval", "--config", file.string(), "--model", (directory / checkpoints.back().path).string(),
-           "--tasks", std::to_string(p.tasks), "--threads", "1", "--json"},
+           "--tasks", std::to_string(p.tasks), "--threads", "1", "--device", "cpu", "--json"},
           job.log.string(), true);
     } else if (file_exists((directory / "config.json").string())) {
       job.child = Child::start(program_, {"resume", directory.string(), "--in-process", "--quiet", "--json"},

@@ -74,8 +74,12 @@ const std::vector<std::string> kWithLength = {"palindrome",        "mqar",      
 void refuse_without_length(const json& tasks, const std::vector<std::string>& sets) {
   constexpr std::string_view kKind = "tasks.kind=";
   std::string kind = tasks.value("kind", "");
-  for (const std::string& set : sets)
-    if (set.starts_with(kKind)) kind = set.substr(kKind.size());
+  for (const std::string& set : sets) {
+    if (!set.starts_with(kKind)) continue;
+    kind = set.substr(kKind.size());
+    // A text may stand in quotes.
+    if (const json text = json::parse(kind, nullptr, false); text.is_string()) kind = text.get<std::string>();
+  }
   if (std::ranges::find(kWithLength, kind) == kWithLength.end())
     throw_input("--lengths: tasks of kind {} have no length; those of {} have, and --suite long brings its own",
                 quote(kind), join(kWithLength));
@@ -127,7 +131,8 @@ LengthPlan plan_lengths(const json& base, const std::string& where, const std::s
   const auto bytes_for = [&](int64_t tokens) {
     return state.recurrent_bytes() + state.blocks_for(tokens) * state.block_bytes();
   };
-  const auto free_bytes = static_cast<int64_t>(machine_memory().available);
+  // The weights are still to be read.
+  const int64_t free_bytes = static_cast<int64_t>(machine_memory().available) - model.layout().weight_bytes();
   const int64_t kinds = suite.empty() ? 1 : std::ssize(long_suite(0));
   for (int64_t t = 0; t < kinds; ++t)
     for (const int64_t length : lengths) {
@@ -170,9 +175,9 @@ LengthPlan plan_lengths(const json& base, const std::string& where, const std::s
         fit_to_device(model, length, cell.sequence_bytes, count, cell.config.engine);
       } else if (cell.sequence_bytes > free_bytes) {
         throw_environment(
-            "--lengths: a sequence of {} tokens takes {} here, and this machine has {} free; lower --lengths",
+            "--lengths: a sequence of {} tokens takes {} here, and this machine has {} free beside the weights; lower --lengths",
             length, human_bytes(static_cast<uint64_t>(cell.sequence_bytes)),
-            human_bytes(static_cast<uint64_t>(free_bytes)));
+            human_bytes(static_cast<uint64_t>(std::max<int64_t>(0, free_bytes))));
       } else {
         cell.config.engine.memory_bytes = std::max(cell.config.engine.memory_bytes, cell.sequence_bytes);
       }

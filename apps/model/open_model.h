@@ -46,8 +46,8 @@ class OpenModel {
 
   // Of sequences, where this model computes.
   policy::StateLayout state_layout() const;
-  // Bytes that states may take beside the weights and an engine's temporaries: free memory of the GPU as it was when the
-  // model was opened, available memory of the machine otherwise. < 0: not even those fit.
+  // Bytes of the GPU's memory, as much as was free when the model was opened, that states may take beside the weights and an
+  // engine's temporaries. < 0: not even those fit. REQUIRES on_gpu().
   int64_t room_for_states(const policy::EngineConfig& engine) const;
   // ERRORS (environment): weights, temporaries and engine.memory_bytes do not fit into the GPU's memory, with the numbers;
   // advice: what to do. On the CPU memory is taken as it is needed: nothing is refused.

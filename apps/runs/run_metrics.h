@@ -22,11 +22,11 @@ struct Series {
 // Those that have a point, in this order: reward, held-out accuracy (its point 0 is the last of the warm-up), KL (where the run
 // has a reference), mismatch, entropy, length, tokens/s, lag, loss, gradient norm, clipped share, groups without a difference, and
 // of the warm-up loss and held-out accuracy.
+std::vector<Series> run_series(StoreQueries& store, const std::string& run_id);
+
 // The run measures its distance from a reference. Without one the KL is recorded as 0, and a curve of zeros would say that the
 // policy stays where it was. config: of the RunRecord.
 bool has_reference(const std::string& config);
-
-std::vector<Series> run_series(StoreQueries& store, const std::string& run_id);
 
 // A number for people: 4 digits that count, percent for shares ("accuracy", "correct").
 std::string metric_text(std::string_view key, double value);

@@ -198,11 +198,11 @@ TEST(Newcomer, WhatFindsNoRoomLeavesNothingAndSaysSo) {
   spill(place / "run.json", small_run("done").dump());
   ASSERT_EQ(run_perigee({"train", "run.json", "--quiet", "--in-process"}, there).code, 0);
   RunOptions full = there;
-  full.max_file_bytes = 8192;
+  full.max_file_bytes = 65536;  // room for the memory that readers of a store share
   const Said checkout = run_perigee({"checkout", "done", "--out", "copy"}, full);
   EXPECT_EQ(checkout.code, 2) << checkout.out;
+  EXPECT_TRUE(says(checkout.err, "copy/")) << checkout.err;
   EXPECT_FALSE(std::filesystem::exists(place / "copy")) << checkout.err;
-  full.max_file_bytes = 65536;  // room for the memory that readers of a store share
   const Said backup = run_perigee({"store", "backup", "done", "copy.sqlite"}, full);
   EXPECT_EQ(backup.code, 2) << backup.out;
   EXPECT_TRUE(says(backup.err, "nothing was made")) << backup.err;

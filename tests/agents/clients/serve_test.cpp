@@ -394,7 +394,6 @@ TEST_F(ServeProgram, WhatKeepsItFromStartingIsOneLine) {
   EXPECT_EQ(server.wait(20), 0) << server.said();
 }
 
-// Two servers on one directory would each believe they know the sessions.
 // The server goes on with what was opened first, and the weights alone are others: what it answers is what a server of them
 // answers. A model that has no place there changes nothing.
 TEST_F(ServeProgram, OtherWeightsWhileItRuns) {
@@ -429,6 +428,7 @@ TEST_F(ServeProgram, OtherWeightsWhileItRuns) {
   EXPECT_EQ(server.wait(20), 0) << server.said();
 }
 
+// Two servers on one directory would each believe they know the sessions.
 TEST_F(ServeProgram, ADirectoryHasOneServer) {
   Program server = serve_kept();
   const Said said =
