@@ -22,10 +22,12 @@ void allow_shared_memory(Kernel kernel, int bytes) {
 inline unsigned blocks_for(int64_t n, int64_t per_block) { return static_cast<unsigned>((n + per_block - 1) / per_block); }
 
 // Programmatic dependent launch: a kernel launched so starts while the one before it in the stream still runs, as soon
-// as every block of that one has called let_next_start() or ended. It calls wait_for_previous() in every thread before
-// it touches global memory: that returns when all kernels before have ended and their writes are visible. Before it a
-// kernel may compute and may prefetch into L2 (no value is read, so nothing can be stale), and nothing else.
-// It calls let_next_start() after that wait: before it, products two launches on would lie beside those still running,
+// as every block of that one has let the next begin (let_next_start()) or ended. wait_for_previous() returns when all kernels
+// before have ended and their writes are visible. That a kernel runs says nothing of those two launches back: products of one
+// row, and those of latent attention, let the next one begin before they wait themselves.
+// So before its wait a kernel reads what no launch of the step writes (weights), or what its header argues for (the batch, pages
+// of earlier tokens, choices that are polled); all else it touches after it, in every thread.
+// Small kernels let the next begin after the wait: before it, products two launches on would lie beside those still running,
 // two of their blocks on some multiprocessors and none on others (docs/kernels/model.md).
 template <class... Parameters, class... Arguments>
 void launch_dependent(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,

@@ -143,6 +143,7 @@ inline int plan(Params& p, int shared, int xs, int own) {
   // The operand of half a tile reads as much again behind it.
   const int fixed = std::max(xs * x_bytes(p.k_tiles), kStageBytes / 4);
   p.stages = (shared - fixed - own) / (kStageBytes + 16);
+  PERIGEE_CHECK(p.stages >= 2);  // a stage is given back when the next one has come
   return fixed + p.stages * (kStageBytes + 16);
 }
 inline unsigned blocks_of(const Params& p, int multiprocessors) {

@@ -211,7 +211,7 @@ __device__ __forceinline__ void scan(const Problem& p, Shared& shared, const Tas
   }
 }
 
-// 112 registers a thread at the start, so that four blocks of the first kernel, with 144, fit beside this one; then four
+// 112 registers a thread at the start, so that four blocks of the first kernel, with 128, fit beside this one; then four
 // warps give of theirs to the others.
 __global__ void __maxnreg__(112) scan_kernel(const Problem p, int parts) {
 #if defined(__CUDA_ARCH__) && !defined(__CUDA_ARCH_FEAT_SM90_ALL)

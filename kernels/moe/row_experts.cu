@@ -10,6 +10,7 @@ namespace {
 using namespace row;
 
 static_assert(moe::kRowThreads == 32 * kMakers);
+constexpr int64_t kMostRouted = 2304;  // inputs, of norm_router_logits and row_combine_matmul both
 
 // Routes, every block for itself, so that it knows its experts as soon as the logits are there; the first one writes it
 // down. Strips of the shared experts come first: their weights are known before.
@@ -171,7 +172,7 @@ bool row_experts_fit(const Device& device, const RouterShape& shape, int64_t d, 
   const int64_t blocks = device.info().multiprocessors, strips = (d + kStrip - 1) / kStrip;
   const int64_t most = ((shape.top_k + 1) * strips + blocks - 1) / blocks;
   return device.info().capability == 90 && moe::fits_a_block(shape) && shape.experts >= shape.top_k &&
-         d % 8 == 0 && width % 8 == 0 && d <= 8192 && width <= 8192 && most - 1 <= 2 * strips;
+         d % 8 == 0 && width % 8 == 0 && d <= kMostRouted && width <= 8192 && most - 1 <= 2 * strips;
 }
 
 void row_experts(Device& device, const RowExperts& e) {

@@ -35,9 +35,12 @@ class InputBlock {
     // What was sent last may still wait behind a pass: the host runs ahead of the device.
     if (std::exchange(sent_, false)) device_.synchronize();
     if (bytes <= host_.bytes()) return false;
+    // What there is stays whole when there is no memory for more.
+    kernels::PinnedMemory host(power_of_two(bytes, 1 << 16));
+    void* const memory = device_.allocate(host.bytes());
     if (memory_ != nullptr) device_.release(memory_);
-    host_ = kernels::PinnedMemory(power_of_two(bytes, 1 << 16));
-    memory_ = device_.allocate(host_.bytes());
+    host_ = std::move(host);
+    memory_ = memory;
     return true;
   }
   // Room for count things: where the host writes them, and in *on_device where the device reads them.

@@ -71,9 +71,10 @@ void forward(const Pass& pass, const int32_t* tokens, T* hidden) {
   float* x = pass.take<float>(D);
   T* const h = pass.take<T>(D);
   // Of one row, experts are combined by the launch that needs the sum, whose blocks each read the stream as it was.
-  float* other = rows == 1 ? pass.take<float>(D) : nullptr;
-  T* const out = rows == 1 ? pass.take<T>((c.experts_per_token + 1) * D) : nullptr;
-  float* const weights = rows == 1 ? pass.take<float>(c.experts_per_token) : nullptr;
+  const bool one = rows == 1 && c.num_experts > 0;
+  float* other = one ? pass.take<float>(D) : nullptr;
+  T* const out = one ? pass.take<T>((c.experts_per_token + 1) * D) : nullptr;
+  float* const weights = one ? pass.take<float>(c.experts_per_token) : nullptr;
   embed<T>(pass.device, pass.weights, rows, tokens, x);
   Before<T> before;
   RowCombination left;

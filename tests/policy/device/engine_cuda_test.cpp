@@ -153,6 +153,26 @@ TEST_F(DeviceEngine, bfloat16_generates_the_same_bits_in_any_batch_and_split) {
   expect_same(on_device(model, groups, one), whole);
 }
 
+// Latent attention of the size for which few rows are decoded in launches of their own.
+TEST_F(DeviceEngine, bfloat16_decodes_wide_latents_to_the_same_bits_in_any_batch) {
+  ModelConfig c = even_config();
+  c.hidden_size = 256;
+  c.num_heads = 32;
+  c.kv_lora_rank = 512;
+  c.qk_nope_head_dim = 128;
+  c.qk_rope_head_dim = 64;
+  c.v_head_dim = 128;
+  Model model(c, 5);
+  const auto groups = workload(c, 8, 9);
+  const Outputs whole = on_device(model, groups, {});
+  for (const int64_t running : {1, 2, 3}) {
+    EngineConfig few;
+    few.max_running = running;
+    few.prefill_chunk = 50;
+    expect_same(on_device(model, groups, few), whole);
+  }
+}
+
 // Rounding differs from the CPU's (activations are bfloat16 here), so the policies are compared, not the bits: with the
 // same prompt the first log-probabilities agree to what rounding activations to 8 bits does to logits of size 1. Every
 // token goes to every expert: a rounding must not send one to another.

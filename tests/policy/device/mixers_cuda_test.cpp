@@ -54,6 +54,16 @@ const std::vector<Case>& cases() {
        "{}",
        R"({"num_experts": 4, "num_experts_per_token": 4, "num_shared_experts": 1, "first_k_dense_replace": 1,
            "moe_intermediate_size": 32, "routed_scaling_factor": 1.5})"},
+      {"experts before every mixer, without shared ones",
+       {"kda", "dplr", "attention", "gdn", "mamba2", "mla", "mla_rope"},
+       "{}",
+       R"({"num_experts": 4, "num_experts_per_token": 4, "num_shared_experts": 0, "first_k_dense_replace": 0,
+           "moe_intermediate_size": 32, "routed_scaling_factor": 1.5})"},
+      {"experts in every second layer",
+       {"kda", "mla", "kda", "attention"},
+       "{}",
+       R"({"num_experts": 6, "num_experts_per_token": 6, "num_shared_experts": 2, "first_k_dense_replace": 0,
+           "moe_layer_freq": 2, "moe_intermediate_size": 32, "routed_scaling_factor": 1.5})"},
   };
   return all;
 }
@@ -258,6 +268,9 @@ TEST_F(DeviceMixers, bfloat16_generates_the_same_bits_in_any_batch_and_split) {
     narrow.max_running = 3;
     narrow.prefill_chunk = 7;
     EXPECT_EQ(differing(generate(device(), m, groups, narrow), whole), 0);
+    EngineConfig one;
+    one.max_running = 1;
+    EXPECT_EQ(differing(generate(device(), m, groups, one), whole), 0);
     // The learner: whole sequences, packed.
     std::vector<ScoredSequence> scored;
     std::vector<const Output*> drawn;
